@@ -1,0 +1,93 @@
+"""The implementations that a Plan may name, registered with transformers: traced by the planner, run by dispatch.
+
+`routed_experts` computes a mixture-of-experts layer one routed expert at a time, so that only the experts which
+the router chose need to be on the device. Its arithmetic is that of transformers' "eager" experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch.nn.functional import linear
+
+ROUTED_EXPERTS = "loadplan_routed"
+SOURCE_ATTRIBUTE = "_loadplan_experts"
+
+
+class ExpertSource(Protocol):
+    """Gives the tensors of one expert on the device where its layer runs."""
+
+    def begin(self, module: torch.nn.Module, experts: list[int]) -> None:
+        """Announce which experts this call will use, in order."""
+
+    def fetch(self, expert: int) -> dict[str, torch.Tensor]:
+        """Return {parameter name: that expert's slice}; valid until the next `fetch`."""
+
+    def end(self) -> None:
+        """Say that the last fetched expert is no longer needed."""
+
+
+def routed_experts(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Return the experts' output for `hidden_states` (tokens, hidden); index and weights are (tokens, top_k).
+
+    One read of the routed ids by the host; then each routed expert once, in ascending order. Rows of an expert are
+    ordered by rank, then token, as transformers' eager experts order them, so that both give the same bits.
+    """
+    final = torch.zeros_like(hidden_states)
+    top_k = top_k_index.shape[-1]
+    tokens = hidden_states.shape[0]
+    by_rank = top_k_index.t().reshape(-1)
+    order = torch.argsort(by_rank, stable=True)
+    counts = torch.bincount(by_rank, minlength=self.num_experts + 1)[: self.num_experts].tolist()
+    routed = [expert for expert, count in enumerate(counts) if count]
+    source: ExpertSource | None = getattr(self, SOURCE_ATTRIBUTE, None)
+    if source is not None:
+        source.begin(self, routed)
+    start = 0
+    for expert in routed:
+        rows = order[start : start + counts[expert]]
+        start += counts[expert]
+        token, rank = rows % tokens, torch.div(rows, tokens, rounding_mode="floor")
+        weights = source.fetch(expert) if source is not None else _slices(self, expert)
+        value = _one_expert(self, hidden_states[token], weights) * top_k_weights[token, rank, None]
+        final.index_add_(0, token, value.to(final.dtype))
+    if source is not None:
+        source.end()
+    assert start <= tokens * top_k
+    return final
+
+
+def _slices(module: Any, expert: int) -> dict[str, torch.Tensor]:
+    return {name: parameter[expert] for name, parameter in module.named_parameters(recurse=False)}
+
+
+def _one_expert(module: Any, states: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    def project(states: torch.Tensor, name: str) -> torch.Tensor:
+        weight = weights[name]
+        return linear(states, weight.t() if module.is_transposed else weight, weights.get(f"{name}_bias"))
+
+    if module.has_gate:
+        states = module._apply_gate(project(states, "gate_up_proj"))
+    else:
+        states = module.act_fn(project(states, "up_proj"))
+    states = project(states, "down_proj")
+    return module.post_expert_norm(states) if module.has_post_expert_norm else states
+
+
+def register() -> None:
+    """Make `routed_experts` known to transformers under its name. Harmless when repeated."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(ROUTED_EXPERTS, routed_experts)
+
+
+def experts_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return {path: module} of fused experts: modules that transformers' experts interface runs."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "_is_expert_parallel") and hasattr(module, "num_experts")
+    }

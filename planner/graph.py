@@ -1,0 +1,259 @@
+"""A traced model: layers with byte-accurate weights, and what each forward pass needs of memory and arithmetic.
+
+The graph is compact: layers that are alike share a `LayerKind`, and equal neighbouring spans of a pass are counted,
+not listed. It holds everything that planning, simulating and verifying need; no torch is imported here.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from planner.errors import PlanFormatError
+from planner.serial import canonical, decode
+from planner.units import round_up
+
+if TYPE_CHECKING:
+    import networkx
+
+# Tensors inside one slab start at multiples of this, so that any kernel may read them where they lie.
+SLAB_ALIGNMENT_BYTES = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tensor:
+    """A parameter or buffer; `name` is relative to its layer ("self_attn.q_proj.weight")."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    buffer: bool = False
+    persistent: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightGroup:
+    """Tensors of one layer that are stored and moved together.
+
+    slices: 1, or the number of experts, which are the first dimension of every tensor; each can be placed by itself.
+    used_slices: how many slices one token uses (top-k); 1 where slices is 1.
+    streamable: whether the group may wait elsewhere than on the device that computes with it.
+    """
+
+    name: str
+    slices: int
+    used_slices: int
+    streamable: bool
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def slice_slab_bytes(self) -> int:
+        """Bytes of one slice laid out in a slab, each tensor from an aligned start."""
+        return sum(round_up(tensor.nbytes // self.slices, SLAB_ALIGNMENT_BYTES) for tensor in self.tensors)
+
+    def expected_slices(self, tokens: int) -> float:
+        """Return how many distinct slices `tokens` independent tokens are expected to use: E·(1 − (1 − k/E)^T).
+
+        Assumes that the router picks each expert equally often.
+        """
+        if self.slices == 1:
+            return 1.0
+        return self.slices * (1.0 - (1.0 - self.used_slices / self.slices) ** tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerKind:
+    """What alike layers share: their module class and weight groups."""
+
+    name: str
+    groups: tuple[WeightGroup, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(group.nbytes for group in self.groups)
+
+    def group(self, name: str) -> WeightGroup:
+        return next(group for group in self.groups if group.name == name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One layer in execution order: its module path and the index of its kind."""
+
+    name: str
+    kind: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edge:
+    """Tensors that `source` makes and `target` takes; `prefill_bytes` and `decode_bytes` must move if devices differ."""
+
+    source: int
+    target: int
+    prefill_bytes: int
+    decode_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """What `count` neighbouring layers do alike in one pass: each from its start to the start of the next.
+
+    held_bytes: neither weights nor cache, alive when the layer starts.
+    peak_bytes: the most that is alive during the span, above what was alive (cache included) at its start.
+    kv_before_bytes, kv_after_bytes: this layer's cache.
+    input_bytes: tensors handed to the layer, which must be on its device.
+    flops: of matrix products, attention and convolutions (a multiply-add is 2).
+    moved_bytes: read and written by operators, weights included, experts' weights apart.
+    operators: operators called.
+    """
+
+    count: int
+    held_bytes: int
+    peak_bytes: int
+    kv_before_bytes: int
+    kv_after_bytes: int
+    input_bytes: int
+    flops: int
+    moved_bytes: int
+    operators: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """One forward call and the caller's code around it.
+
+    tokens: per sequence in this call; context_tokens: per sequence in the cache when it ends.
+    """
+
+    name: str
+    tokens: int
+    context_tokens: int
+    spans: tuple[Span, ...]
+
+    def per_layer(self) -> tuple[Span, ...]:
+        """Return one span for each layer, in order."""
+        return tuple(span for span in self.spans for _ in range(span.count))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerGraph:
+    """The traced model.
+
+    passes: "prefill", and where tokens are generated "decode_first" and "decode_last"; steps between are affine in
+        the context length.
+    ties: sets of full tensor names that share one storage.
+    loose: tensors outside every layer (rotary tables and the like); they live with the first layer.
+    """
+
+    model: str
+    batch_size: int
+    kinds: tuple[LayerKind, ...]
+    layers: tuple[Layer, ...]
+    edges: tuple[Edge, ...]
+    ties: tuple[tuple[str, ...], ...]
+    loose: tuple[Tensor, ...]
+    passes: tuple[Pass, ...]
+
+    def kind_of(self, index: int) -> LayerKind:
+        return self.kinds[self.layers[index].kind]
+
+    def pass_named(self, name: str) -> Pass | None:
+        return next((entry for entry in self.passes if entry.name == name), None)
+
+    def tensors(self) -> Iterator[tuple[int, WeightGroup, str, Tensor]]:
+        """Yield (layer index, group, full name, tensor) for every tensor of every layer, ties repeated."""
+        for index, layer in enumerate(self.layers):
+            for group in self.kinds[layer.kind].groups:
+                for tensor in group.tensors:
+                    yield index, group, f"{layer.name}.{tensor.name}" if layer.name else tensor.name, tensor
+
+    def tied_to_earlier(self) -> dict[str, str]:
+        """Return {full name: the name of the tensor met first} for every tied tensor but the first of its set."""
+        order = {name: position for position, (_, _, name, _) in enumerate(self.tensors())}
+        result = {}
+        for names in self.ties:
+            known = sorted((name for name in names if name in order), key=order.__getitem__)
+            result.update(dict.fromkeys(known[1:], known[0]))
+        return result
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters, each tied one counted once."""
+        tied = self.tied_to_earlier()
+        return sum(
+            math.prod(tensor.shape) for _, _, name, tensor in self.tensors() if not tensor.buffer and name not in tied
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of parameters and buffers, each tied one counted once."""
+        tied = self.tied_to_earlier()
+        inside = sum(tensor.nbytes for _, _, name, tensor in self.tensors() if name not in tied)
+        return inside + sum(tensor.nbytes for tensor in self.loose)
+
+    def to_networkx(self) -> networkx.DiGraph[int]:
+        """Return the layers as nodes (name, kind, bytes) and the edges with their bytes."""
+        import networkx
+
+        graph: networkx.DiGraph[int] = networkx.DiGraph()
+        for index, layer in enumerate(self.layers):
+            kind = self.kinds[layer.kind]
+            graph.add_node(index, name=layer.name, kind=kind.name, nbytes=kind.nbytes)
+        for edge in self.edges:
+            graph.add_edge(
+                edge.source, edge.target, prefill_bytes=edge.prefill_bytes, decode_bytes=edge.decode_bytes
+            )
+        return graph
+
+    def to_json(self) -> str:
+        return canonical(self)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> LayerGraph:
+        """Build a graph from JSON data and check that its parts agree.
+
+        Raises:
+            PlanFormatError: a key is missing, unknown or of a wrong type, or parts contradict each other.
+        """
+        graph = decode(cls, data, where="graph")
+        graph.check()
+        return graph
+
+    def check(self) -> None:
+        """Raise PlanFormatError where the parts of the graph contradict each other."""
+        names = [layer.name for layer in self.layers]
+        if len(set(names)) != len(names):
+            raise PlanFormatError("graph names a layer twice")
+        for layer in self.layers:
+            if not 0 <= layer.kind < len(self.kinds):
+                raise PlanFormatError(f"graph layer {layer.name} has kind {layer.kind}; there are {len(self.kinds)}")
+        for entry in self.passes:
+            spans = sum(span.count for span in entry.spans)
+            if spans != len(self.layers):
+                raise PlanFormatError(f"graph pass {entry.name} has {spans} spans for {len(self.layers)} layers")
+        for edge in self.edges:
+            if not 0 <= edge.source < edge.target < len(self.layers):
+                raise PlanFormatError(f"graph edge {edge.source} → {edge.target} does not point forward")
+        for kind in self.kinds:
+            for group in kind.groups:
+                if group.slices < 1 or any(tensor.nbytes < 0 or tensor.nbytes % group.slices for tensor in group.tensors):
+                    raise PlanFormatError(f"graph group {kind.name}.{group.name} cannot be cut into {group.slices} slices")
+
+
+@functools.cache
+def _dtype_bytes() -> dict[str, int]:
+    return {"bool": 1, "uint8": 1, "int8": 1, "int16": 2, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4,
+            "int64": 8, "float64": 8, "complex64": 8}  # fmt: skip
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Return the size of one element of a torch dtype by its name."""
+    return _dtype_bytes()[dtype]

@@ -1,0 +1,105 @@
+"""Frozen dataclasses to canonical JSON and back, strictly: no key may be missing, unknown or of a wrong type."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import types
+import typing
+from typing import Any, TypeVar
+
+from planner.errors import PlanFormatError
+
+T = TypeVar("T")
+
+
+def encode(value: Any) -> Any:
+    """Return `value` (dataclasses, tuples, dicts, scalars) as JSON-ready data; field order is kept."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [encode(item) for item in value]
+    if isinstance(value, dict):
+        return {key: encode(item) for key, item in sorted(value.items())}
+    return value
+
+
+def canonical(value: Any) -> str:
+    """Return the one JSON text of `value`: compact scalars, one space of indent, no NaN, a final newline."""
+    return json.dumps(encode(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+@functools.cache
+def _fields(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def decode(cls: type[T], data: Any, *, where: str = "plan") -> T:
+    """Build a `cls` from JSON data.
+
+    Raises:
+        PlanFormatError: a key is missing, unknown, or holds another type; the message says where.
+    """
+    return typing.cast(T, _decode(cls, data, where))
+
+
+def _decode(kind: Any, data: Any, where: str) -> Any:
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _decode_dataclass(kind, data, where)
+    if origin in (types.UnionType, typing.Union):
+        return _decode_union(kind, data, where)
+    if origin is tuple:
+        (item, _) = typing.get_args(kind)
+        if not isinstance(data, list):
+            raise PlanFormatError(f"{where} must be a list, and is {_name(data)}")
+        return tuple(_decode(item, entry, f"{where}[{i}]") for i, entry in enumerate(data))
+    if origin is dict:
+        (_, item) = typing.get_args(kind)
+        if not isinstance(data, dict):
+            raise PlanFormatError(f"{where} must be an object, and is {_name(data)}")
+        return {key: _decode(item, entry, f"{where}.{key}") for key, entry in data.items()}
+    if kind is Any:
+        return data
+    if origin is typing.Literal:
+        if data not in typing.get_args(kind):
+            raise PlanFormatError(f"{where} must be one of {typing.get_args(kind)}, and is {data!r}")
+        return data
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if not isinstance(data, kind) or (kind is int and isinstance(data, bool)):
+        raise PlanFormatError(f"{where} must be {kind.__name__}, and is {_name(data)}")
+    return data
+
+
+def _decode_dataclass(kind: type, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise PlanFormatError(f"{where} must be an object, and is {_name(data)}")
+    fields = _fields(kind)
+    missing = [name for name in fields if name not in data]
+    unknown = [name for name in data if name not in fields]
+    if missing or unknown:
+        words = [f"lacks {', '.join(missing)}"] if missing else []
+        words += [f"has unknown {', '.join(unknown)}"] if unknown else []
+        raise PlanFormatError(f"{where} {' and '.join(words)}")
+    return kind(**{name: _decode(hint, data[name], f"{where}.{name}") for name, hint in fields.items()})
+
+
+def _decode_union(kind: Any, data: Any, where: str) -> Any:
+    options = typing.get_args(kind)
+    if data is None and type(None) in options:
+        return None
+    rest = [option for option in options if option is not type(None)]
+    errors = []
+    for option in rest:
+        try:
+            return _decode(option, data, where)
+        except PlanFormatError as error:
+            errors.append(error)
+    raise errors[-1]
+
+
+def _name(data: Any) -> str:
+    return "null" if data is None else type(data).__name__

@@ -1,0 +1,67 @@
+"""Sizes and times as people write and read them. The only place that knows 10**9 and 2**30."""
+
+from __future__ import annotations
+
+import re
+
+from planner.errors import InputError
+
+KB, MB, GB, TB = 10**3, 10**6, 10**9, 10**12
+KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
+
+_UNITS = {
+    "": 1, "b": 1,
+    "k": KB, "kb": KB, "m": MB, "mb": MB, "g": GB, "gb": GB, "t": TB, "tb": TB,
+    "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB,
+}  # fmt: skip
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+
+
+def parse_bytes(text: str | int, *, what: str = "a size") -> int:
+    """Return the number of bytes that `text` names: "24GB" is 24×10**9, "24GiB" 24×2**30, "512" bytes.
+
+    Raises:
+        InputError: not a size, or negative.
+    """
+    if isinstance(text, bool):
+        raise InputError(f"{what} must be a size such as 24GB or 20GiB, not {text!r}")
+    if isinstance(text, int):
+        if text < 0:
+            raise InputError(f"{what} must not be negative, and is {text}")
+        return text
+    match = _SIZE.fullmatch(text)
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        if text.strip().startswith("-"):
+            raise InputError(f"{what} must not be negative, and is {text!r}")
+        raise InputError(
+            f"{what} must be a number and a unit (B, MB, GB, TB, or MiB, GiB, TiB), such as 24GB; got {text!r}"
+        )
+    whole, _, fraction = match[1].partition(".")
+    digits = len(fraction)
+    return int(whole + fraction) * unit // 10**digits
+
+
+def format_bytes(count: int) -> str:
+    """Return `count` bytes in decimal units, "23.4 GB"; small counts as "512 B"."""
+    for unit, name in ((TB, "TB"), (GB, "GB"), (MB, "MB"), (KB, "kB")):
+        if abs(count) >= unit:
+            value = count / unit
+            digits = 1 if value >= 100 else 2
+            return f"{value:,.{digits}f} {name}"
+    return f"{count} B"
+
+
+def format_ns(duration_ns: int) -> str:
+    """Return a duration of `duration_ns` nanoseconds with three digits that matter: "4.71 s", "81.0 ms"."""
+    for unit, name in ((10**9, "s"), (10**6, "ms"), (10**3, "µs")):
+        if duration_ns >= unit:
+            value = duration_ns / unit
+            digits = 0 if value >= 100 else 1 if value >= 10 else 2
+            return f"{value:,.{digits}f} {name}"
+    return f"{duration_ns} ns"
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Return the least multiple of `multiple` that is not below `value`."""
+    return -(-value // multiple) * multiple
