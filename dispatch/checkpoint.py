@@ -30,6 +30,9 @@ from planner.units import MIB
 
 _HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library itself
 _READ_CHUNK_BYTES = 64 * MIB
+# Linux's MAP_NORESERVE, which Python names only from 3.13 on; 0 where its value is not known.
+_USUAL_LINUX = platform.system() == "Linux" and platform.machine() in {"x86_64", "aarch64", "riscv64"}
+_MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if _USUAL_LINUX else 0)
 _AGAIN = "download or save it again"
 _PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _DTYPES = {
@@ -79,18 +82,17 @@ class Checkpoint:
             InputError: nothing there, a pickled checkpoint, a damaged or truncated file, a missing shard, an
                 index that does not agree with its shards, or one tensor in two files.
         """
-        where = Path(path)
+        where = Path(path).absolute()  # or a change of folder would look like a change of files
         with _os_errors(where):
             paths, index = _locate(where)
-        files: dict[Path, _OpenFile] = {}
+        files = {file: _OpenFile(file) for file in paths}
         entries: dict[str, TensorEntry] = {}
-        for file_path in paths:
-            file = files[file_path] = _OpenFile(file_path)
+        for file in files.values():
             for name, entry in _read_header(file).items():
                 if name in entries:
                     raise InputError(
                         f"{where} holds the tensor {name!r} twice, in {entries[name].file.name} and "
-                        f"{file_path.name}; name the one file that is meant, or remove the other"
+                        f"{entry.file.name}; name the one file that is meant, or remove the other"
                     )
                 entries[name] = entry
         _check_index(where, index, entries)
@@ -186,13 +188,12 @@ class Checkpoint:
 
 @contextmanager
 def _os_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError about `path` into an InputError."""
+    """Turn an OSError about `path` into an InputError; also the ValueError for a path with a NUL in it."""
     try:
         yield
-    except OSError as exc:
-        raise InputError(
-            f"{path} cannot be read ({exc.strerror or exc}); check the path and its permissions"
-        ) from exc
+    except (OSError, ValueError) as exc:
+        reason = getattr(exc, "strerror", None) or exc
+        raise InputError(f"{path} cannot be read ({reason}); check the path and its permissions") from exc
 
 
 class _OpenFile:
@@ -254,15 +255,6 @@ class _OpenFile:
             raise InputError(f"{self.path} was replaced by another file while in use; load again")
         if (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
             raise InputError(f"{self.path} was written to while in use; load again")
-
-
-def _noreserve_flag() -> int:
-    """Return Linux's MAP_NORESERVE, which Python names from 3.13 on; 0 where its value is not known."""
-    usual = platform.system() == "Linux" and platform.machine() in {"x86_64", "aarch64", "riscv64"}
-    return int(getattr(mmap, "MAP_NORESERVE", 0x4000 if usual else 0))
-
-
-_MAP_NORESERVE = _noreserve_flag()
 
 
 def _locate(where: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:

@@ -199,6 +199,13 @@ def test_unchanged_files_pass(saved: Path) -> None:
     checkpoint.check_unchanged()
 
 
+def test_a_relative_path_survives_a_change_of_folder(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved.parent)
+    checkpoint = Checkpoint.open(saved.name)
+    monkeypatch.chdir("/")
+    checkpoint.check_unchanged()
+
+
 def test_a_replaced_file_is_noticed_and_the_old_one_still_read(
     saved: Path, tensors: dict[str, Tensor]
 ) -> None:

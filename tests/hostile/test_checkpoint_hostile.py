@@ -1,4 +1,4 @@
-"""Checkpoints that lie, are cut off or are something else: one clear InputError, nothing read past the end."""
+"""Checkpoints that lie, are cut off or no checkpoints: one InputError each, no byte read past the end."""
 
 from __future__ import annotations
 
@@ -212,6 +212,7 @@ def test_a_git_lfs_pointer(tmp_path: Path) -> None:
 def test_nothing_there(tmp_path: Path) -> None:
     refused(tmp_path, "no .safetensors file")
     refused(tmp_path / "absent", "No such file or directory")
+    refused(tmp_path / "a\0b", "null byte")
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:

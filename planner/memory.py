@@ -1,0 +1,232 @@
+"""How many bytes a placement takes on every device: the sum that the planner constrains, and the peak over time.
+
+`planned_bytes` is separable (each kind at its own greatest), so that it can be a linear constraint; it is never
+below `peak`, which follows the passes layer by layer. Both count device-used bytes, in whole allocations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from planner.graph import LayerGraph, LayerKind, Span, WeightGroup
+from planner.hardware import Device, Hardware
+from planner.plan import Placement, Slots
+from planner.units import MIB, round_up
+
+# c10/core/AllocatorConfig.h: an allocation of 10 MiB or more gets a segment of its own, rounded up to 2 MiB.
+_OWN_SEGMENT_BYTES = 10 * MIB
+_SEGMENT_BYTES = 2 * MIB
+_ROUND_BYTES = 512
+# Smaller ones share segments of 20 MiB (above 1 MiB) and 2 MiB: at most one of each kind is begun and not full.
+ALLOCATOR_BYTES = 22 * MIB
+# One slot is computed with while the next group is copied into the other.
+SLOT_COUNT = 2
+
+
+def allocation_bytes(nbytes: int, device: Device) -> int:
+    """Return what one allocation of `nbytes` takes on `device`; on the CPU, exactly that."""
+    if device.kind == "cpu" or nbytes == 0:
+        return nbytes
+    return round_up(nbytes, _SEGMENT_BYTES if nbytes >= _OWN_SEGMENT_BYTES else _ROUND_BYTES)
+
+
+def fixed_bytes(device: Device) -> tuple[int, int]:
+    """Return (context, workspace) bytes that a device takes as soon as anything runs on it."""
+    extra = ALLOCATOR_BYTES if device.kind != "cpu" else 0
+    return device.context_bytes, device.workspace_bytes + extra
+
+
+def resident_bytes(group: WeightGroup, slices: int, device: Device) -> int:
+    """Return what `slices` of a group's slices take on `device`, in one slab."""
+    return allocation_bytes(group.slice_slab_bytes * slices, device)
+
+
+def most_held(spans: Iterable[Span]) -> int:
+    """Return the most bytes of activations around one layer over the given spans of it."""
+    return max(span.held_bytes + span.peak_bytes for span in spans)
+
+
+def kv_bytes(spans: Sequence[Span]) -> int:
+    """Return a layer's cache at the longest context, from its spans in the order of passes."""
+    return max(span.kv_after_bytes for span in spans)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Bytes of one device or pool by kind of memory."""
+
+    weights: int = 0
+    kv_cache: int = 0
+    activations: int = 0
+    slots: int = 0
+    workspace: int = 0
+    context: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.activations + self.slots + self.workspace + self.context
+
+    def by_kind(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def needed_slots(graph: LayerGraph, hardware: Hardware, placements: Sequence[Placement]) -> tuple[Slots, ...]:
+    """Return the slots that a placement needs: on each device that streams, two of its largest streamed slice.
+
+    Whole groups that the CPU computes with straight from the mapped file need none.
+    """
+    largest: dict[str, int] = {}
+    for placement, group in with_groups(graph, placements):
+        if placement.home == placement.run_on or waiting_slices(placement, group) == 0:
+            continue
+        if placement.run_on == "cpu" and group.slices == 1:
+            continue
+        largest[placement.run_on] = max(largest.get(placement.run_on, 0), group.slice_slab_bytes)
+    return tuple(
+        Slots(device=device.name, count=SLOT_COUNT, slot_bytes=largest[device.name])
+        for device in hardware.devices
+        if device.name in largest
+    )
+
+
+def with_groups(graph: LayerGraph, placements: Iterable[Placement]) -> Iterable[tuple[Placement, WeightGroup]]:
+    """Yield each placement with the group of the graph that it places."""
+    kinds = {layer.name: graph.kinds[layer.kind] for layer in graph.layers}
+    for placement in placements:
+        yield placement, kinds[placement.layer].group(placement.group)
+
+
+def waiting_slices(placement: Placement, group: WeightGroup) -> int:
+    """Return how many slices wait at `home`, away from the device that computes."""
+    if placement.home == placement.run_on:
+        return 0
+    return group.slices - (placement.resident_slices or 0)
+
+
+def static_usage(
+    graph: LayerGraph, hardware: Hardware, placements: Sequence[Placement], slots: Sequence[Slots]
+) -> dict[str, Usage]:
+    """Return what each memory ("disk" too) holds through the whole run: weights, slots, workspace, context."""
+    weights: dict[str, int] = {pool.name: 0 for pool in hardware.pools}
+    tied = _tied_bytes(graph, placements)
+    staged: set[str] = set()
+    for placement, group in with_groups(graph, placements):
+        device = hardware.device(placement.run_on)
+        waiting = waiting_slices(placement, group)
+        weights[placement.run_on] += resident_bytes(group, group.slices - waiting, device)
+        weights[placement.home] += group.slice_slab_bytes * waiting
+        if placement.home == "disk" and waiting and device.kind != "cpu":
+            staged.add(device.name)
+    for name, saved in tied.items():
+        weights[name] -= saved
+    slot_bytes = {entry.device: entry.count * allocation_bytes(entry.slot_bytes, hardware.device(entry.device))
+                  for entry in slots}  # fmt: skip
+    staging = sum(slot_bytes.get(name, 0) for name in staged)
+    used = {placement.run_on for placement in placements}
+    result = {}
+    for name, nbytes in weights.items():
+        context, workspace = fixed_bytes(hardware.device(name)) if name in used else (0, 0)
+        result[name] = Usage(
+            weights=nbytes,
+            slots=slot_bytes.get(name, 0) + (staging if name == "cpu" else 0),
+            context=context,
+            workspace=workspace,
+        )
+    first = placements[0].run_on
+    loose = sum(tensor.nbytes for tensor in graph.loose)
+    result[first] = _with(result[first], weights=result[first].weights + loose)
+    return result
+
+
+def planned_bytes(
+    graph: LayerGraph, hardware: Hardware, placements: Sequence[Placement], slots: Sequence[Slots]
+) -> dict[str, Usage]:
+    """Return the bytes that are planned for on every memory: static ones, every layer's longest cache, and the most
+    activations of any layer there. This is what must not exceed the usable capacity.
+    """
+    result = static_usage(graph, hardware, placements, slots)
+    per_pass = [entry.per_layer() for entry in graph.passes]
+    for index, device in enumerate(_devices(graph, placements)):
+        spans = [spans[index] for spans in per_pass]
+        usage = result[device]
+        result[device] = _with(
+            usage,
+            kv_cache=usage.kv_cache + kv_bytes(spans),
+            activations=max(usage.activations, most_held(spans)),
+        )
+    return result
+
+
+def peak(
+    graph: LayerGraph, hardware: Hardware, placements: Sequence[Placement], slots: Sequence[Slots]
+) -> dict[str, Usage]:
+    """Return each memory's use at the instant when it is greatest, following every pass layer by layer.
+
+    A layer's activations are counted where it runs while it runs; what the caller holds is counted there too, which
+    is exact with one device and an upper bound with several.
+    """
+    static = static_usage(graph, hardware, placements, slots)
+    best = dict(static)
+    devices = _devices(graph, placements)
+    for entry in graph.passes:
+        spans = entry.per_layer()
+        cached: dict[str, int] = dict.fromkeys(static, 0)
+        for device, span in zip(devices, spans, strict=True):
+            cached[device] += span.kv_before_bytes
+        for device, span in zip(devices, spans, strict=True):
+            usage = _with(
+                static[device], kv_cache=cached[device], activations=span.held_bytes + span.peak_bytes
+            )
+            if usage.total > best[device].total:
+                best[device] = usage
+            cached[device] += span.kv_after_bytes - span.kv_before_bytes
+    return best
+
+
+def operator_outputs(graph: LayerGraph, placements: Sequence[Placement]) -> dict[str, int]:
+    """Return per device the most bytes alive in tensors that operators made (cache and activations, no weights)."""
+    devices = _devices(graph, placements)
+    best: dict[str, int] = dict.fromkeys(devices, 0)
+    for entry in graph.passes:
+        spans = entry.per_layer()
+        cached = dict.fromkeys(devices, 0)
+        for device, span in zip(devices, spans, strict=True):
+            cached[device] += span.kv_before_bytes
+        for device, span in zip(devices, spans, strict=True):
+            best[device] = max(best[device], cached[device] + span.held_bytes + span.peak_bytes)
+            cached[device] += span.kv_after_bytes - span.kv_before_bytes
+    return best
+
+
+def kind_weight_bytes(kind: LayerKind, device: Device) -> int:
+    """Return what one layer of a kind takes on `device` with all of its groups resident."""
+    return sum(resident_bytes(group, group.slices, device) for group in kind.groups)
+
+
+def _devices(graph: LayerGraph, placements: Sequence[Placement]) -> list[str]:
+    by_layer = {placement.layer: placement.run_on for placement in placements}
+    return [by_layer[layer.name] for layer in graph.layers]
+
+
+def _tied_bytes(graph: LayerGraph, placements: Sequence[Placement]) -> dict[str, int]:
+    """Return the bytes to take off each memory because tied tensors that wait there are stored once."""
+    homes = {(placement.layer, placement.group): placement.home for placement in placements}
+    sizes: dict[str, tuple[str, int]] = {}
+    for index, group, name, tensor in graph.tensors():
+        sizes[name] = (homes[graph.layers[index].name, group.name], round_up(tensor.nbytes, 256))
+    saved: dict[str, int] = {}
+    for names in graph.ties:
+        seen: set[str] = set()
+        for name in names:
+            if name not in sizes:
+                continue
+            home, nbytes = sizes[name]
+            if home in seen:
+                saved[home] = saved.get(home, 0) + nbytes
+            seen.add(home)
+    return saved
+
+
+def _with(usage: Usage, **changes: int) -> Usage:
+    return Usage(**{**usage.by_kind(), **changes})

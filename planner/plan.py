@@ -1,0 +1,209 @@
+"""The Plan: where every weight waits, where every layer runs, and what that will cost. The one artefact that crosses
+machines; its canonical JSON has no times of day in it, and the same finished question gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from planner.errors import InputError, PlanFormatError
+from planner.graph import LayerGraph
+from planner.hardware import Hardware
+from planner.serial import canonical, decode, encode
+from planner.workload import Workload
+
+SCHEMA_VERSION = 1
+KINDS_OF_MEMORY = ("weights", "kv_cache", "activations", "slots", "workspace", "context")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """Which model the Plan is for, and what built it.
+
+    config_digest: SHA-256 of the canonical JSON of its config; None for a module given as such.
+    """
+
+    id: str
+    source: Literal["local", "hub", "catalogue", "config", "module"]
+    note: str
+    revision: str | None
+    config_digest: str | None
+    weight_dtype: str
+    num_parameters: int
+    weight_bytes: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """The implementations that were traced; dispatch enforces them. `experts` is None without fused experts."""
+
+    attention: str
+    experts: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """One weight group of one layer.
+
+    home: where it waits; run_on: where its layer computes. Equal: resident. Else it is streamed through a slot.
+    memory: what kind of memory the home is.
+    resident_slices: of a group with slices (experts), how many stay on `run_on`, the first ones; the rest wait at
+        `home`. None for a group that is not sliced.
+    """
+
+    layer: str
+    group: str
+    home: str
+    memory: Literal["device", "pinned", "pageable", "disk"]
+    run_on: str
+    nbytes: int
+    resident_slices: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slots:
+    """Static buffers on `device` that streamed groups pass through, each of `slot_bytes`."""
+
+    device: str
+    count: int
+    slot_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What the run will take.
+
+    peak_bytes: per memory, device-used bytes: everything below, context included.
+    peak_breakdown: the same by kind of memory; each kind at its own greatest, so their sum is the peak.
+    counters: per device, predictions named by the counter they are tested against; "operator_outputs" are the bytes
+        of tensors that operators made (cache and activations), exact on one device.
+    """
+
+    peak_bytes: dict[str, int]
+    peak_breakdown: dict[str, dict[str, int]]
+    counters: dict[str, dict[str, int]]
+    prefill_ns: int
+    decode_ns_per_token: int
+    total_ns: int
+    tokens_per_s: float
+    load_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solver:
+    """What is proven. `bound_ns` is a lower bound on the cost of any placement under the cost model named."""
+
+    status: Literal["optimal", "feasible"]
+    objective_ns: int
+    bound_ns: int
+    cost_model: str
+
+    @property
+    def gap(self) -> float:
+        """Return how far the objective may be above the best, as a fraction of it."""
+        return (self.objective_ns - self.bound_ns) / self.objective_ns if self.objective_ns else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    schema_version: int
+    model: ModelInfo
+    graph: LayerGraph
+    hardware: Hardware
+    workload: Workload
+    execution: Execution
+    assumptions: tuple[str, ...]
+    placements: tuple[Placement, ...]
+    slots: tuple[Slots, ...]
+    prediction: Prediction | None
+    solver: Solver | None
+
+    def run_on(self) -> tuple[str, ...]:
+        """Return the device of every layer of the graph, in order."""
+        devices = {placement.layer: placement.run_on for placement in self.placements}
+        return tuple(devices[layer.name] for layer in self.graph.layers)
+
+    def slots_on(self, device: str) -> Slots | None:
+        return next((slots for slots in self.slots if slots.device == device), None)
+
+    def to_json(self) -> str:
+        """Return the canonical JSON of this plan, ending in a newline."""
+        return canonical(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to `path`, all or nothing.
+
+        Raises:
+            InputError: the path cannot be written; what was there before is still there.
+        """
+        write_text(path, self.to_json())
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan back.
+
+        Raises:
+            PlanFormatError: not JSON, not a plan, or of a schema version that is not known.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as exc:
+            raise PlanFormatError(f"not a plan: line {exc.lineno} is not JSON ({exc.msg})") from exc
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != SCHEMA_VERSION:
+            raise PlanFormatError(f"schema_version is {version!r}; this release reads {SCHEMA_VERSION}: plan again")
+        plan = decode(cls, data)
+        plan.graph.check()
+        known = {layer.name for layer in plan.graph.layers}
+        placed = {placement.layer for placement in plan.placements}
+        if placed != known:
+            odd = sorted(placed ^ known)[0]
+            raise PlanFormatError(f"placements and graph disagree about layer {odd!r}")
+        return plan
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan from a file.
+
+        Raises:
+            InputError: the file cannot be read. PlanFormatError: it is not a plan.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as exc:
+            raise InputError(f"cannot read the plan {path}: {exc}") from exc
+        return cls.from_json(text)
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(encode(self))
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path` under a temporary name and rename it, so that readers see all of it or the old file.
+
+    Raises:
+        InputError: the folder or file cannot be written.
+    """
+    target = Path(path)
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=target.parent or ".", prefix=f".{target.name}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+                stream.write(text)
+            umask = os.umask(0)
+            os.umask(umask)
+            Path(temporary).chmod(0o666 & ~umask)
+            Path(temporary).replace(target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                Path(temporary).unlink()
+            raise
+    except OSError as exc:
+        raise InputError(f"cannot write {target}: {exc.strerror or exc}") from exc
