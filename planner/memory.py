@@ -38,8 +38,8 @@ def fixed_bytes(device: Device) -> tuple[int, int]:
 
 
 def resident_bytes(group: WeightGroup, slices: int, device: Device) -> int:
-    """Return what `slices` of a group's slices take on `device`, in one slab."""
-    return allocation_bytes(group.slice_slab_bytes * slices, device)
+    """Return what `slices` of a group's slices take on `device`, each in a slab of its own."""
+    return slices * allocation_bytes(group.slice_slab_bytes, device)
 
 
 def most_held(spans: Iterable[Span]) -> int:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
@@ -88,7 +88,10 @@ class StorageTracer(TorchDispatchMode):
     def _run_real(self, func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor]) -> Any:
         if max(tensor.numel() for tensor in inputs) > _LARGE_INPUT_ELEMENTS and not func._schema.is_mutable:
             with self.fake:
-                shapes = _tensors((func(*args, **kwargs),))
+                try:
+                    shapes = _tensors((func(*args, **kwargs),))
+                except DynamicOutputShapeException:
+                    shapes = []
             if shapes and max(tensor.numel() for tensor in shapes) > LARGEST_REAL_ELEMENTS:
                 with self.fake:
                     return func(*args, **kwargs)

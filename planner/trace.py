@@ -123,7 +123,6 @@ class _Recorder:
         self.keep = False
         self._calls = self._start_serial = self._first_call_serial = self._kept_by_caller = 0
         self._open: dict[str, int] | None = None
-        self._cache: Any = None
         self._cache_bytes: dict[int, int] = {}
         self._runs: dict[Any, int] = {}
         self._recorded: dict[Any, _Replay] = {}
@@ -146,6 +145,7 @@ class _Recorder:
         # The last step, reached by way of two others: what a step leaves behind is held during the next.
         cached = work.prompt_tokens + work.new_tokens - 4
         ids = torch.ones(work.batch_size, cached + 1, dtype=torch.long)
+        self._cache_bytes.clear()
         with self._tracing(keep=False):
             cache = self.model(input_ids=ids[:, :cached], use_cache=True).past_key_values
         self._generate(ids, 3, cache)
@@ -156,6 +156,8 @@ class _Recorder:
 
     def _generate(self, ids: torch.Tensor, new_tokens: int, cache: Any) -> None:
         options = {} if cache is None else {"past_key_values": cache}
+        if cache is None:
+            self._cache_bytes.clear()
         del cache
         with self._tracing():
             self.model.generate(
@@ -170,7 +172,6 @@ class _Recorder:
     @contextlib.contextmanager
     def _tracing(self, *, keep: bool = True) -> Iterator[None]:
         self.keep = keep
-        self._cache = None
         self._calls = 0
         self._start_serial = self.tracer.serial
         self._begin_span()
@@ -194,7 +195,6 @@ class _Recorder:
                 if self._calls == 1:
                     self._first_call_serial = self.tracer.serial
                 self._kept_by_caller = self.tracer.alive_between(self._start_serial, self._first_call_serial)
-            self._cache = kwargs.get("past_key_values")
             self._runs.clear()
             return forward(*args, **kwargs)
 
@@ -207,16 +207,17 @@ class _Recorder:
 
         @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if not self.keep:
-                return forward(*args, **kwargs)
-            inputs = list(_leaves((args, {k: v for k, v in kwargs.items() if k != "past_key_values"})))
-            if kwargs.get("past_key_values") is not None:
-                self._cache = kwargs["past_key_values"]
-            self._enter_layer(index, nbytes_of(inputs))
-            key = (len(self.passes), self.signatures[index], tuple(_shape(value) for value in inputs))
+            cache = next((v for v in (*args, *kwargs.values()) if hasattr(v, "get_seq_length")), None)
+            inputs = list(_leaves((args, kwargs)))
+            if self.keep:
+                self._enter_layer(index, nbytes_of(inputs))
+            key = (len(self.passes), self.keep, self.signatures[index], tuple(_shape(value) for value in inputs))
             self._runs[key] = self._runs.get(key, 0) + 1
             if self._runs[key] > RUNS_BEFORE_REPLAY and key in self._recorded:
-                return self._recorded[key].play(self, module)
+                replay = self._recorded[key]
+                if self.keep:
+                    replay.copy_span(self.passes[-1])
+                return replay.play(cache, module)
             self._updates = []
             out = forward(*args, **kwargs)
             self._recorded[key] = _Replay(self._updates, module, out, len(self.passes[-1]) - 1)
@@ -243,10 +244,11 @@ class _Recorder:
 
     def _begin_span(self) -> None:
         self._close_span()
-        cache_bytes = sum(self._measure_cache().values())
         self._open = {
             "start": self.tracer.live_bytes,
-            "held_bytes": self.tracer.live_bytes - cache_bytes,
+            "held_bytes": self.tracer.live_bytes - sum(self._cache_bytes.values()),
+            "kv_before_bytes": 0,
+            "kv_after_bytes": 0,
             "input_bytes": 0,
         }
         self.tracer.reset_peak()
@@ -255,25 +257,20 @@ class _Recorder:
     def _close_span(self) -> None:
         span = self._open
         self._open = None
-        if span is None or not self.keep or "layer" not in span:
-            self._cache_bytes = self._measure_cache()
-            return
-        before, after = self._cache_bytes, self._measure_cache()
-        changed = [key for key in after if after[key] != before.get(key, 0)]
-        span["kv_before_bytes"] = sum(before.get(key, 0) for key in changed)
-        span["kv_after_bytes"] = sum(after[key] for key in changed)
-        self._cache_bytes = after
-        if "peak_bytes" not in span:
+        if span is not None and self.keep and "layer" in span and "peak_bytes" not in span:
             span["peak_bytes"] = self.tracer.peak_bytes - span["start"]
             span["flops"] = self.tracer.flops
             span["moved_bytes"] = self.tracer.moved_bytes
             span["operators"] = self.tracer.operators
 
-    def _measure_cache(self) -> dict[int, int]:
-        layers = getattr(self._cache, "layers", None)
-        if layers is None:
-            return {}
-        return {index: nbytes_of(_leaves(vars(layer))) for index, layer in enumerate(layers)}
+    def cache_updated(self, layer_index: int, layer: Any) -> None:
+        """Take note of what the cache now holds for one of its layers."""
+        before = self._cache_bytes.get(layer_index, 0)
+        after = nbytes_of(_leaves(vars(layer)))
+        self._cache_bytes[layer_index] = after
+        if self._open is not None:
+            self._open["kv_before_bytes"] += before
+            self._open["kv_after_bytes"] += after
 
 
 class _Replay:
@@ -287,17 +284,18 @@ class _Replay:
         self.out = _blueprint(out)
         self.position = position
 
-    def play(self, recorder: _Recorder, module: torch.nn.Module) -> Any:
+    def play(self, cache: Any, module: torch.nn.Module) -> Any:
+        """Fill this layer's part of the cache, and return an output."""
         for args, kwargs, offset in self.updates:
             key, value = _build(args)
-            recorder._cache.update(key, value, _layer_index(module) + offset, **_build(kwargs))
+            cache.update(key, value, _layer_index(module) + offset, **_build(kwargs))
             del key, value
-        out = _build(self.out)
-        model_span = recorder.passes[-1][self.position]
-        span = recorder.passes[-1][-1]
+        return _build(self.out)
+
+    def copy_span(self, spans: list[dict[str, int]]) -> None:
+        """Give the newest span the numbers of the one that was recorded."""
         for name in ("peak_bytes", "flops", "moved_bytes", "operators"):
-            span[name] = model_span[name]
-        return out
+            spans[-1][name] = spans[self.position][name]
 
 
 @contextlib.contextmanager
@@ -309,7 +307,9 @@ def _recording_updates(recorder: _Recorder) -> Iterator[None]:
     def update(self: Any, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if recorder._updates is not None:
             recorder._updates.append(((_Empty.like(key_states), _Empty.like(value_states)), kwargs, layer_idx))
-        return original(self, key_states, value_states, layer_idx, *args, **kwargs)
+        out = original(self, key_states, value_states, layer_idx, *args, **kwargs)
+        recorder.cache_updated(layer_idx, self.layers[layer_idx])
+        return out
 
     Cache.update = update
     try:

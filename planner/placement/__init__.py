@@ -1,0 +1,1 @@
+"""LayerGraph + Hardware + Workload → placements, by counting alike layers. The only room that knows ortools."""

@@ -1,0 +1,308 @@
+"""The counting model: how many layers of each class run on each device, and how many slices wait where (CP-SAT).
+
+Variables, for a class c, a device d, a group g and a home h:
+    layers[c, d]      how many layers of the class run there
+    away[c, d, g, h]  how many slices of the group, over those layers, wait at h
+    on_disk[c, d, g]  in how many of those layers the waiting slices of the group are on disk
+    ends[u, d]        whether the front (embeddings) or tail (head) runs there
+    used[d]           whether anything does
+    time[s, d]        what step s takes on d
+The model counts and does not name, so alike layers give it no symmetry; alike devices are ordered by their layers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ortools.sat.python import cp_model
+
+from planner import memory
+from planner.errors import NoSolutionInTimeError
+from planner.placement.problem import GroupCost, Problem, Unit, UnitCost
+
+# CP-SAT's own deterministic clock, so that a cut-off search is cut off at the same place everywhere.
+DETERMINISTIC_LIMIT = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """A solution. `away`: (class, device, group, home) → slices; `on_disk`: (class, device, group) → layers."""
+
+    optimal: bool
+    objective_ns: int
+    bound_ns: int
+    ends: dict[str, str]
+    layers: dict[tuple[str, str], int]
+    away: dict[tuple[str, str, str, str], int]
+    on_disk: dict[tuple[str, str, str], int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shortfall:
+    """How many bytes one memory lacks, when only that one may grow."""
+
+    pool: str
+    missing_bytes: int
+
+
+def solve(problem: Problem, *, order: Sequence[str] | None = None) -> Counts | None:
+    """Return the best counts, or None when nothing fits; with `order`, of chains that visit devices in that order.
+
+    Raises:
+        NoSolutionInTimeError: the search was cut off before it found a placement.
+    """
+    model = _Model(problem, grow=None, ordered=order is not None)
+    if order is not None:
+        model.follow(order)
+    model.minimise_time()
+    return model.solve()
+
+
+def shortfall(problem: Problem, pool: str) -> Shortfall | None:
+    """Return the least growth of one memory with which everything fits; None where that alone cannot help."""
+    model = _Model(problem, grow=pool)
+    model.model.minimize(model.growth)
+    solver, status = model.run()
+    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        return None
+    return Shortfall(pool=pool, missing_bytes=solver.value(model.growth))
+
+
+class _Model:
+    def __init__(self, problem: Problem, *, grow: str | None, ordered: bool = False):
+        self.problem = problem
+        self.model = cp_model.CpModel()
+        self.devices = [device.name for device in problem.hardware.devices]
+        self.layers: dict[tuple[str, str], Any] = {}
+        self.away: dict[tuple[str, str, str, str], Any] = {}
+        self.on_disk: dict[tuple[str, str, str], Any] = {}
+        self.ends: dict[tuple[str, str], Any] = {}
+        self.held: dict[str, list[Any]] = {pool.name: [] for pool in problem.hardware.pools}
+        self.activations: dict[str, Any] = {}
+        self.slots: dict[str, Any] = {}
+        self.staging: dict[str, Any] = {}
+        self.used = {name: self.model.new_bool_var(f"used {name}") for name in self.devices}
+        self.growth = self.model.new_int_var(0, 2**50 if grow else 0, "growth")
+        self._variables()
+        self._memory(grow)
+        if not ordered:
+            self._order_alike_devices()
+
+    # Where layers run and slices wait.
+    def _variables(self) -> None:
+        model, problem = self.model, self.problem
+        self._device_buffers()
+        for unit in problem.blocks:
+            for name in self.devices:
+                self.layers[unit.name, name] = model.new_int_var(0, len(unit.layers), f"layers {unit.name} {name}")
+                self._block_on(unit, name, unit.on[name])
+            # [Constraint] every layer of a class runs somewhere
+            model.add(sum(self.layers[unit.name, name] for name in self.devices) == len(unit.layers))
+        for end in (problem.front, problem.tail):
+            if end is None:
+                continue
+            for name in self.devices:
+                self.ends[end.name, name] = model.new_bool_var(f"{end.name} {name}")
+                self._end_on(end, name, end.on[name])
+            # [Constraint] front and tail run on one device each
+            model.add_exactly_one(self.ends[end.name, name] for name in self.devices)
+        if problem.front is not None and problem.tail is not None and problem.tied_bytes:
+            for name in self.devices:
+                both = model.new_bool_var(f"tied {name}")
+                model.add_implication(both, self.ends["front", name])
+                model.add_implication(both, self.ends["tail", name])
+                for (_, device, _, _), disk in self.away.items():
+                    if device == name and (disk.name.startswith("disk front") or disk.name.startswith("disk tail")):
+                        model.add_implication(both, ~disk)
+                self.held[name].append(-problem.tied_bytes * both)
+
+    def _device_buffers(self) -> None:
+        for name in self.devices:
+            top = 2**45
+            self.activations[name] = self.model.new_int_var(0, top, f"activations {name}")
+            self.slots[name] = self.model.new_int_var(0, top, f"slots {name}")
+            self.staging[name] = self.model.new_int_var(0, top, f"staging {name}")
+            context, workspace = memory.fixed_bytes(self.problem.hardware.device(name))
+            self.held[name] += [self.activations[name], self.slots[name], (context + workspace) * self.used[name]]
+            # Disk → GPU goes through host memory, in pieces as large as that GPU's slots.
+            self.held["cpu"].append(self.staging[name])
+
+    def _block_on(self, unit: Unit, name: str, costs: UnitCost) -> None:
+        model, here = self.model, self.layers[unit.name, name]
+        active = model.new_bool_var(f"active {unit.name} {name}")
+        model.add(here <= len(unit.layers) * active)
+        model.add_implication(active, self.used[name])
+        model.add(self.activations[name] >= costs.activation_bytes * active)
+        self.held[name].append((costs.resident_bytes + costs.kv_bytes) * here)
+        for entry in costs.groups:
+            self._waiting(unit, name, entry, here)
+
+    def _waiting(self, unit: Unit, name: str, entry: GroupCost, here: Any) -> None:
+        model, group = self.model, entry.group
+        most = len(unit.layers) * group.slices
+        disk_layers = model.new_int_var(0, len(unit.layers), f"on disk {unit.name} {name} {group.name}")
+        self.on_disk[unit.name, name, group.name] = disk_layers
+        model.add(disk_layers <= here)
+        streams = model.new_bool_var(f"streams {unit.name} {name} {group.name}")
+        from_disk = model.new_bool_var(f"from disk {unit.name} {name} {group.name}")
+        homes = {home for home, _ in entry.copy_ns}
+        total = []
+        for home in sorted(homes):
+            slices = model.new_int_var(0, most, f"away {unit.name} {name} {group.name} {home}")
+            self.away[unit.name, name, group.name, home] = slices
+            total.append(slices)
+            self.held[home].append(entry.slab_bytes * slices)
+            # [Constraint] the waiting slices of one layer's group have one home
+            model.add(slices <= group.slices * (disk_layers if home == "disk" else here - disk_layers))
+            self.held[name].append(-entry.freed_bytes * slices)
+        model.add(sum(total) <= most * streams)
+        model.add(disk_layers <= len(unit.layers) * from_disk)
+        if entry.needs_slot:
+            device = self.problem.hardware.device(name)
+            size = memory.SLOT_COUNT * memory.allocation_bytes(entry.slab_bytes, device)
+            model.add(self.slots[name] >= size * streams)
+            if device.kind != "cpu":
+                model.add(self.staging[name] >= self.slots[name]).only_enforce_if(from_disk)
+
+    def _end_on(self, end: Unit, name: str, costs: UnitCost) -> None:
+        here = self.ends[end.name, name]
+        self.model.add_implication(here, self.used[name])
+        self.model.add(self.activations[name] >= costs.activation_bytes * here)
+        loose = self.problem.loose_bytes if end is self.problem.front else 0
+        self.held[name].append((costs.resident_bytes + costs.kv_bytes + loose) * here)
+        for entry in costs.groups:
+            disk = self.model.new_bool_var(f"disk {end.name} {name} {entry.group.name}")
+            self.away[end.name, name, entry.group.name, "disk"] = disk
+            self.model.add_implication(disk, here)
+            self.held[name].append(-entry.freed_bytes * disk)
+            self.held["disk"].append(entry.slab_bytes * disk)
+
+    # [Constraint] no memory holds more than is usable
+    def _memory(self, grow: str | None) -> None:
+        for pool in self.problem.hardware.pools:
+            more = self.growth if pool.name == grow else 0
+            self.model.add(sum(self.held[pool.name]) <= pool.usable_bytes + more)
+
+    # [Constraint] of alike devices, an earlier one runs at least as many layers
+    def _order_alike_devices(self) -> None:
+        hardware = self.problem.hardware
+        for one, other in zip(hardware.devices, hardware.devices[1:], strict=False):
+            alike = (one.kind, one.product, hardware.pool(one.pool).usable_bytes) == (
+                other.kind,
+                other.product,
+                hardware.pool(other.pool).usable_bytes,
+            )
+            if alike:
+                blocks = self.problem.blocks
+                here = sum(self.layers[unit.name, one.name] for unit in blocks)
+                there = sum(self.layers[unit.name, other.name] for unit in blocks)
+                self.model.add(here >= there)
+
+    # [Constraint] each device runs one stretch of the chain, the devices following each other in `order`
+    def follow(self, order: Sequence[str]) -> None:
+        """Restrict the model to chains that visit devices in the given order, each once (front and tail apart)."""
+        chain = sorted(
+            ((index, unit) for unit in self.problem.blocks for index in unit.layers), key=lambda pair: pair[0]
+        )
+        ends = [self.model.new_int_var(0, len(chain), f"end {name}") for name in order]
+        self.model.add(ends[-1] == len(chain))
+        before: dict[str, Any] = dict.fromkeys((unit.name for unit in self.problem.blocks), 0)
+        for position, (name, end) in enumerate(zip(order, ends, strict=True)):
+            if position:
+                self.model.add(end >= ends[position - 1])
+            for unit in self.problem.blocks:
+                prefix = list(itertools.accumulate((other is unit for _, other in chain), initial=0))
+                so_far = self.model.new_int_var(0, len(unit.layers), f"before {name} {unit.name}")
+                self.model.add_element(end, prefix, so_far)
+                self.model.add(self.layers[unit.name, name] == so_far - before[unit.name])
+                before[unit.name] = so_far
+
+    def minimise_time(self) -> None:
+        """Make the objective the cost model's: the longest lane of every device in every step, and the hops."""
+        problem, total = self.problem, []
+        for step, times in problem.times.items():
+            for name in self.devices:
+                serial, copies = self._work(step, name)
+                if not serial:
+                    continue
+                time = self.model.new_int_var(0, self._longest_ns(step, name), f"time {step} {name}")
+                self.model.add(time >= sum(serial))
+                if copies:
+                    self.model.add(time >= sum(copies))
+                total.append(times * time)
+            total.append(times * problem.hop_ns[step] * self._hops())
+        self.model.minimize(sum(total))
+
+    def _work(self, step: str, name: str) -> tuple[list[Any], list[Any]]:
+        serial: list[Any] = []
+        copies: list[Any] = []
+        ends = [end for end in (self.problem.front, self.problem.tail) if end is not None]
+        for unit in (*self.problem.blocks, *ends):
+            costs = unit.on[name]
+            here = self.layers[unit.name, name] if (unit.name, name) in self.layers else self.ends[unit.name, name]
+            serial.append(costs.compute_ns[step] * here)
+            for entry in costs.groups:
+                for home in ("cpu", "disk"):
+                    slices = self.away.get((unit.name, name, entry.group.name, home))
+                    if slices is None:
+                        continue
+                    copies.append(entry.copy_ns[home, step] * slices)
+                    if not entry.prefetched:
+                        serial.append(entry.copy_ns[home, step] * slices)
+        return serial, copies
+
+    def _longest_ns(self, step: str, name: str) -> int:
+        """Return a time that no choice exceeds: every layer there, and every slice fetched from its slowest home."""
+        ends = [end for end in (self.problem.front, self.problem.tail) if end is not None]
+        total = 0
+        for unit in (*self.problem.blocks, *ends):
+            costs, count = unit.on[name], len(unit.layers) if unit in self.problem.blocks else 1
+            total += costs.compute_ns[step] * count
+            for entry in costs.groups:
+                slowest = max(ns for (_, of), ns in entry.copy_ns.items() if of == step)
+                total += slowest * entry.group.slices * count
+        return total
+
+    def _hops(self) -> Any:
+        """Return the fewest changes of device: one less than devices used, one more if the walk ends where it began."""
+        if not hasattr(self, "_hop_count"):
+            model, problem = self.model, self.problem
+            hops = model.new_int_var(0, 2 * len(self.devices), "hops")
+            model.add(hops >= sum(self.used.values()) - 1)
+            if problem.front is not None and problem.tail is not None:
+                several = model.new_bool_var("several")
+                model.add(sum(self.used.values()) <= 1 + len(self.devices) * several)
+                for name in self.devices:
+                    back = [self.ends["front", name], self.ends["tail", name], several]
+                    model.add(hops >= sum(self.used.values()) - 3 * len(self.devices) * (3 - sum(back)))
+            self._hop_count = hops
+        return self._hop_count
+
+    def run(self) -> tuple[cp_model.CpSolver, Any]:
+        solver = cp_model.CpSolver()
+        solver.parameters.num_workers = 1
+        solver.parameters.random_seed = 0
+        solver.parameters.max_deterministic_time = DETERMINISTIC_LIMIT
+        return solver, solver.solve(self.model)
+
+    def solve(self) -> Counts | None:
+        solver, status = self.run()
+        assert status != cp_model.MODEL_INVALID, self.model.validate()
+        if status == cp_model.INFEASIBLE:
+            return None
+        if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+            raise NoSolutionInTimeError(
+                "the search was cut off before it found a placement; give fewer kinds of GPUs, or more memory"
+            )
+        return Counts(
+            optimal=status == cp_model.OPTIMAL,
+            objective_ns=round(solver.objective_value),
+            bound_ns=max(0, -int(-solver.best_objective_bound // 1)),
+            ends={unit: name for (unit, name), var in self.ends.items() if solver.value(var)},
+            layers={key: solver.value(var) for key, var in self.layers.items()},
+            away={key: solver.value(var) for key, var in self.away.items()},
+            on_disk={key: solver.value(var) for key, var in self.on_disk.items()},
+        )

@@ -1,0 +1,176 @@
+"""The placement problem as numbers: units of layers, what each takes and costs on each device.
+
+Layers come in a chain: what stands before the first block (embeddings) is one unit, "front"; what stands after the
+last (final norm and head) is another, "tail"; the blocks between are counted by class. Blocks are of one class when
+they have the same weights and cost the same everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner import cost, memory
+from planner.graph import LayerGraph, WeightGroup
+from planner.hardware import Device, Hardware
+from planner.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupCost:
+    """One weight group of a class on one device.
+
+    Of each slice that waits elsewhere: freed_bytes on the device, slab_bytes at its home, and by home and step
+    copy_ns. prefetched: whether copies overlap with computing; needs_slot: whether they pass through slots.
+    """
+
+    group: WeightGroup
+    freed_bytes: int
+    slab_bytes: int
+    copy_ns: dict[tuple[str, str], int]
+    prefetched: bool
+    needs_slot: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitCost:
+    """One layer of a class, or the front or tail, on one device. compute_ns: by step name."""
+
+    compute_ns: dict[str, int]
+    kv_bytes: int
+    activation_bytes: int
+    resident_bytes: int
+    groups: tuple[GroupCost, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """Layers that are decided together: indices of the front, of the tail, or of one class of blocks."""
+
+    name: str
+    layers: tuple[int, ...]
+    on: dict[str, UnitCost]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """front and tail are placed whole; blocks are counted. times: how often each step happens.
+
+    tied_bytes: saved where front and tail are on one device, because they share tensors.
+    """
+
+    graph: LayerGraph
+    hardware: Hardware
+    front: Unit | None
+    tail: Unit | None
+    blocks: tuple[Unit, ...]
+    times: dict[str, int]
+    hop_ns: dict[str, int]
+    tied_bytes: int
+    loose_bytes: int
+    experts_stay: bool
+
+
+def build(graph: LayerGraph, hardware: Hardware, workload: Workload, *, experts_stay: bool) -> Problem:
+    """Return the problem's numbers. experts_stay: fused experts may not wait away from where they compute."""
+    is_block = [any(group.streamable for group in graph.kind_of(i).groups) for i in range(len(graph.layers))]
+    if True in is_block:
+        first = is_block.index(True)
+        last = len(is_block) - 1 - is_block[::-1].index(True)
+    else:
+        first, last = len(is_block), len(is_block) - 1
+    steps = cost.steps_of(graph, workload)
+    dtype = cost.weight_dtype(graph)
+    maker = _Maker(graph, hardware, steps, dtype, experts_stay)
+    front, tail = tuple(range(first)), tuple(range(last + 1, len(is_block)))
+    classes: dict[object, list[int]] = {}
+    for index in range(first, last + 1):
+        classes.setdefault(maker.signature(index), []).append(index)
+    tied = graph.tied_to_earlier()
+    ends = set(front) | set(tail)
+    tied_bytes = sum(
+        memory.round_up(tensor.nbytes, 256) for index, _, name, tensor in graph.tensors() if name in tied and index in ends
+    )
+    return Problem(
+        graph=graph,
+        hardware=hardware,
+        front=maker.end("front", front) if front else None,
+        tail=maker.end("tail", tail) if tail else None,
+        blocks=tuple(
+            maker.block(f"{graph.kind_of(members[0]).name}#{number}", tuple(members))
+            for number, members in enumerate(classes.values())
+        ),
+        times={step.name: step.times for step in steps},
+        hop_ns={step.name: cost.step_hop_ns(graph, hardware, step) for step in steps},
+        tied_bytes=tied_bytes,
+        loose_bytes=sum(tensor.nbytes for tensor in graph.loose),
+        experts_stay=experts_stay,
+    )
+
+
+class _Maker:
+    def __init__(
+        self, graph: LayerGraph, hardware: Hardware, steps: tuple[cost.Step, ...], dtype: str, experts_stay: bool
+    ):
+        self.graph, self.hardware, self.steps, self.dtype = graph, hardware, steps, dtype
+        self.experts_stay = experts_stay
+        self.spans = [
+            [entry.per_layer()[index] for entry in graph.passes] for index in range(len(graph.layers))
+        ]
+
+    def signature(self, index: int) -> object:
+        """Return what decides a block's class: its kind, and everything about its spans but what others hold."""
+        return (
+            self.graph.layers[index].kind,
+            tuple(
+                (s.peak_bytes, s.kv_before_bytes, s.kv_after_bytes, s.flops, s.moved_bytes, s.operators)
+                for s in self.spans[index]
+            ),
+        )
+
+    def block(self, name: str, members: tuple[int, ...]) -> Unit:
+        on = {device.name: self._cost(members[:1], members, device, streams=True) for device in self.hardware.devices}
+        return Unit(name=name, layers=members, on=on)
+
+    def end(self, name: str, members: tuple[int, ...]) -> Unit:
+        on = {
+            device.name: self._cost(members, members, device, streams=device.kind == "cpu")
+            for device in self.hardware.devices
+        }
+        return Unit(name=name, layers=members, on=on)
+
+    def _cost(self, counted: tuple[int, ...], members: tuple[int, ...], device: Device, *, streams: bool) -> UnitCost:
+        groups = [group for index in counted for group in self.graph.kind_of(index).groups]
+        return UnitCost(
+            compute_ns={
+                step.name: sum(
+                    cost.step_compute_ns(self.graph, step, index, device, self.dtype) for index in counted
+                )
+                for step in self.steps
+            },
+            kv_bytes=sum(memory.kv_bytes(self.spans[index]) for index in counted),
+            activation_bytes=max(memory.most_held(self.spans[index]) for index in members),
+            resident_bytes=sum(memory.resident_bytes(group, group.slices, device) for group in groups),
+            groups=tuple(self._group(group, device) for group in groups if streams and self._may_wait(group, device)),
+        )
+
+    def _may_wait(self, group: WeightGroup, device: Device) -> bool:
+        if group.slices > 1 and self.experts_stay:
+            return False
+        return group.streamable or device.kind == "cpu"
+
+    def _group(self, group: WeightGroup, device: Device) -> GroupCost:
+        homes = ["disk"] if device.kind == "cpu" else ["cpu", "disk"]
+        return GroupCost(
+            group=group,
+            freed_bytes=memory.resident_bytes(group, 1, device),
+            slab_bytes=group.slice_slab_bytes,
+            copy_ns={
+                (home, step.name): cost.slice_copy_ns(
+                    self.hardware, group, home, device.name, tokens=step.tokens * self.graph.batch_size
+                )
+                for home in homes
+                for step in self.steps
+            },
+            prefetched=cost.is_prefetched(group, device.name),
+            needs_slot=device.kind != "cpu" or group.slices > 1,
+        )

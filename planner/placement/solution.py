@@ -1,0 +1,80 @@
+"""Finds the best placement and says what is proven of it."""
+
+from __future__ import annotations
+
+from planner import cost, memory
+from planner.errors import InfeasibleError
+from planner.graph import LayerGraph
+from planner.hardware import Hardware
+from planner.placement import counts as counting
+from planner.placement.problem import Problem, build
+from planner.placement.realise import realise
+from planner.plan import Placement, Slots, Solver
+from planner.units import format_bytes
+from planner.workload import Workload
+
+
+def find(
+    graph: LayerGraph, hardware: Hardware, workload: Workload, *, experts_stay: bool = False
+) -> tuple[tuple[Placement, ...], tuple[Slots, ...], Solver]:
+    """Return the placement of least cost with its slots, and its proof.
+
+    The count model ignores the order of layers, so its bound holds for every placement, contiguous or not. Where
+    blocks are of several classes its counts may need more hops than it counted: then chains that visit the devices
+    in two natural orders are searched as well, and what is left between the best of them and the bound is the gap.
+
+    Raises:
+        InfeasibleError: nothing fits. NoSolutionInTimeError: cut off before anything was found.
+    """
+    problem = build(graph, hardware, workload, experts_stay=experts_stay)
+    counts = counting.solve(problem)
+    if counts is None:
+        raise _infeasible(problem)
+    candidates = [realise(problem, counts)]
+    best = min(cost.objective_ns(graph, hardware, workload, entry) for entry in candidates)
+    if best > counts.bound_ns and len(problem.blocks) > 1:
+        names = [device.name for device in hardware.devices]
+        for order in (names, names[-1:] + names[:-1]):
+            found = counting.solve(problem, order=order)
+            if found is not None:
+                candidates.append(realise(problem, found, order=order))
+    scored = sorted((cost.objective_ns(graph, hardware, workload, entry), i) for i, entry in enumerate(candidates))
+    objective, index = scored[0]
+    placements = candidates[index]
+    slots = memory.needed_slots(graph, hardware, placements)
+    solver = Solver(
+        status="optimal" if objective <= counts.bound_ns else "feasible",
+        objective_ns=objective,
+        bound_ns=min(counts.bound_ns, objective),
+        cost_model=cost.COST_MODEL,
+    )
+    return placements, slots, solver
+
+
+def _infeasible(problem: Problem) -> InfeasibleError:
+    """Return the error that names the memory whose growth alone would help most cheaply, and by how much."""
+    found = [counting.shortfall(problem, pool.name) for pool in problem.hardware.pools]
+    known = [entry for entry in found if entry is not None]
+    if not known:
+        total = sum(pool.usable_bytes for pool in problem.hardware.pools)
+        need = problem.graph.weight_bytes
+        return InfeasibleError(
+            device="cpu",
+            needed_bytes=need,
+            available_bytes=total,
+            smallest_fix="add memory to more than one device, or shorten the prompt",
+            message=f"the model ({format_bytes(need)} of weights) fits nowhere, and more of any one memory alone does "
+            "not help: add memory to more than one device, or shorten the prompt",
+        )
+    best = min(known, key=lambda entry: (entry.missing_bytes, entry.pool))
+    pool = problem.hardware.pool(best.pool)
+    needed = pool.capacity_bytes + best.missing_bytes
+    option = {"cpu": "--ram", "disk": "--disk"}.get(best.pool, f"--gpus or --max-memory {best.pool}=")
+    fix = f"add {format_bytes(best.missing_bytes)} to {best.pool} ({option}), or use a shorter prompt or smaller batch"
+    return InfeasibleError(
+        device=best.pool,
+        needed_bytes=needed,
+        available_bytes=pool.capacity_bytes,
+        smallest_fix=fix,
+        message=f"{best.pool} needs {format_bytes(needed)} and has {format_bytes(pool.capacity_bytes)}; {fix}",
+    )

@@ -1,0 +1,327 @@
+"""Plan, Timeline → one HTML file that opens offline: the answer first, then figures, tables and assumptions."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+from planner.plan import KINDS_OF_MEMORY, Plan, write_text
+from planner.units import format_bytes, format_ns
+from reports import figures, time_figures
+from reports.placement_rows import PlacementRow, placement_rows
+from reports.style import (
+    CSS,
+    LIMIT_COLOUR,
+    NEUTRAL_COLOUR,
+    SCRIPT,
+    kind_colour,
+    kind_words,
+    place_colours,
+)
+from simulate.timeline import Timeline
+
+# Nothing may be fetched: the browser itself refuses what this policy does not name.
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+# plotly.js loads an icon font only for maps; everything that the page draws with is inside it.
+_NO_PREDICTION = "This plan carries no prediction: its placements were given, not found by the planner."
+_NO_SOLVER = "No solver was run for this plan, so nothing is proven about how good it is."
+_NO_TIMELINE = "The timeline is empty: the call was not simulated."
+
+
+def write_report(plan: Plan, timeline: Timeline, path: str | Path) -> None:
+    """Write the report on `plan` to `path`, all or nothing.
+
+    Raises:
+        InputError: the path cannot be written; what was there before is still there.
+    """
+    write_text(path, page_html(plan, timeline))
+
+
+def page_html(plan: Plan, timeline: Timeline) -> str:
+    """Return the report as the text of one HTML file, about 5 MB, nearly all of it plotly.js."""
+    drawn = _figures(plan, timeline)
+    title = f"Load plan of {plan.model.id}"
+    parts = [
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{_text(title)}</title><style>{CSS}</style></head><body><main>",
+        _headline(plan),
+        _numbers(plan, timeline),
+        *(_figure_section(plan, key, drawn.get(key)) for key in _FIGURES),
+        _device_table(plan),
+        _placement_table(plan),
+        _assumptions(plan),
+        _solver(plan),
+        _versions(plan),
+        "</main>",
+        f"<script>{get_plotlyjs()}</script>",
+        f"<script>const FIGURES = {_figures_json(drawn)};{SCRIPT}</script></body></html>\n",
+    ]
+    return "\n".join(parts)
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+# key: (heading, what it shows, what is said where there is nothing to draw)
+_FIGURES = {
+    "placement": (
+        "Where every weight waits and every layer runs",
+        "Colour is where the weights wait. A cell that has not the colour of its layer in the top row is streamed; "
+        "of experts that are partly resident, the lower part of the cell stays. Point at a cell for its bytes.",
+        "",
+    ),
+    "peaks": (
+        "Memory at the predicted peak",
+        "Every bar has its own scale and ends at its memory's capacity. Darker to lighter: "
+        "weights, KV cache, activations.",
+        _NO_PREDICTION,
+    ),
+    "memory": (
+        "Memory over time",
+        "The full colour is what never changes (weights, slots, workspace, context); above it KV cache and "
+        "activations. Dotted: between steps that were simulated.",
+        _NO_TIMELINE,
+    ),
+    "lanes": (
+        "What every lane does",
+        "Lanes work at the same time. A copy has the colour of the place that it copies from.",
+        _NO_TIMELINE,
+    ),
+}
+
+
+def _figures(plan: Plan, timeline: Timeline) -> dict[str, Any]:
+    drawn = {"placement": figures.placement_map(plan)}
+    if plan.prediction is not None:
+        drawn["peaks"] = figures.memory_by_device(plan)
+    if timeline.memory and timeline.step_ns:
+        drawn["memory"] = time_figures.memory_over_time(plan, timeline)
+    if timeline.intervals and timeline.step_ns:
+        drawn["lanes"] = time_figures.step_lanes(plan, timeline)
+    return drawn
+
+
+def _figures_json(drawn: dict[str, Any]) -> str:
+    """Return the figures as a script's JSON: without a template, and with nothing that could end the script."""
+    data = {}
+    for key, figure in drawn.items():
+        content = figure.to_plotly_json()
+        content["layout"].pop("template", None)
+        data[f"plot-{key}"] = {"data": content["data"], "layout": content["layout"]}
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _headline(plan: Plan) -> str:
+    model, work = plan.model, plan.workload
+    gpus = [f"{gpu.product}" for gpu in plan.hardware.gpus]
+    counted = [f"{gpus.count(name)} × {name}" for name in dict.fromkeys(gpus)] or ["no GPU"]
+    memories = ", ".join(f"{pool.name} {format_bytes(pool.capacity_bytes)}" for pool in plan.hardware.pools)
+    made = f", {work.new_tokens:,} new" if work.caller == "generate" else " in one forward pass"
+    return (
+        f"<header><h1>{_text(model.id)}</h1>"
+        f"<p>{model.num_parameters / 1e9:,.2f} billion parameters in {_text(model.weight_dtype)}, "
+        f"{format_bytes(model.weight_bytes)} · {_text(', '.join(counted))} · "
+        f"batch {work.batch_size:,}, {work.prompt_tokens:,} prompt tokens{made}</p>"
+        f'<p class="soft">{_text(memories)}</p></header>'
+    )
+
+
+def _numbers(plan: Plan, timeline: Timeline) -> str:
+    """Return the answer in a few big numbers: does it fit, how fast, and what is proven."""
+    cards = [_fit_card(plan), *_time_cards(plan, timeline), _proof_card(plan)]
+    items = "".join(
+        f'<div><dt>{_text(name)}</dt><dd class="{tone}">{_text(value)}<small>{_text(note)}</small></dd></div>'
+        for name, value, note, tone in cards
+    )
+    notes = "" if plan.prediction else f'<p class="bad" role="note">{_NO_PREDICTION}</p>'
+    return f'<dl class="numbers" aria-label="The answer">{items}</dl>{notes}'
+
+
+_Card = tuple[str, str, str, str]
+
+
+def _fit_card(plan: Plan) -> _Card:
+    if plan.prediction is None:
+        return ("fits", "not predicted", "no prediction in the plan", "")
+    over = [pool.name for pool in plan.hardware.pools
+            if plan.prediction.peak_bytes.get(pool.name, 0) > pool.usable_bytes]  # fmt: skip
+    if over:
+        return ("fits", "no", f"too much for {', '.join(over)}", "bad")
+    gpus = {gpu.pool for gpu in plan.hardware.gpus} or {pool.name for pool in plan.hardware.pools}
+    spare, name = min(
+        (pool.usable_bytes - plan.prediction.peak_bytes.get(pool.name, 0), pool.name)
+        for pool in plan.hardware.pools
+        if pool.name in gpus
+    )
+    return ("fits", "yes, everywhere", f"least room: {format_bytes(spare)} on {name}", "good")
+
+
+def _time_cards(plan: Plan, timeline: Timeline) -> list[_Card]:
+    """Return prefill, decode, rate and load cards; without a prediction, those that the timeline knows."""
+    work = plan.workload
+    whole = f"{work.batch_size * work.prompt_tokens:,} tokens"
+    if plan.prediction is not None:
+        seen = plan.prediction
+        cards = [("prefill", format_ns(seen.prefill_ns), whole, "")]
+        if seen.decode_ns_per_token:
+            cards.append(("decode", f"{format_ns(seen.decode_ns_per_token)}", "per token, mean of all steps", ""))
+        cards.append(("throughput", f"{seen.tokens_per_s:,.3g} tokens/s", f"whole call {format_ns(seen.total_ns)}", ""))
+        cards.append(("loading", format_ns(seen.load_ns), "once, before the first call", ""))
+        return cards
+    if not timeline.step_ns:
+        return [("prefill", "not predicted", "nothing was simulated", "")]
+    cards = [("prefill, simulated", format_ns(timeline.prefill_ns), whole, "")]
+    if timeline.decode_ns_per_token:
+        cards.append(("decode, simulated", format_ns(timeline.decode_ns_per_token), "per token, mean of all steps", ""))
+    return cards
+
+
+def _proof_card(plan: Plan) -> _Card:
+    if plan.solver is None:
+        return ("proof", "none", "no solver was run", "")
+    if plan.solver.status == "optimal":
+        return ("proof", "optimal", f"under cost model {plan.solver.cost_model}", "good")
+    return ("proof", f"gap {plan.solver.gap:.1%}", "at most so far above the best", "")
+
+
+def _figure_section(plan: Plan, key: str, figure: Any | None) -> str:
+    heading, caption, absent = _FIGURES[key]
+    if figure is None:
+        return f'<section aria-labelledby="h-{key}"><h2 id="h-{key}">{heading}</h2><p>{absent}</p></section>'
+    return (
+        f'<section aria-labelledby="h-{key}"><h2 id="h-{key}">{heading}</h2><figure>'
+        f"<figcaption>{caption}</figcaption>{_key(plan, key)}"
+        f'<div class="plot" id="plot-{key}" role="img" aria-label="{_text(_in_words(plan, key, heading))}" '
+        f'style="min-height:{figure.layout.height}px"></div></figure></section>'
+    )
+
+
+def _in_words(plan: Plan, key: str, heading: str) -> str:
+    """Return what a figure shows, for readers who cannot see it."""
+    if key == "placement":
+        return f"{heading}. " + "; ".join(row.words() for row in placement_rows(plan))
+    if key == "peaks" and plan.prediction is not None:
+        peaks = plan.prediction.peak_bytes
+        return f"{heading}. " + "; ".join(
+            f"{pool.name}: {format_bytes(peaks.get(pool.name, 0))} of {format_bytes(pool.capacity_bytes)}"
+            for pool in plan.hardware.pools
+        )
+    return f"{heading}. The numbers are in the tables below."
+
+
+def _key(plan: Plan, key: str) -> str:
+    """Return the legend of a figure: places by colour, or kinds of memory by shade."""
+    limit = f'<li><i class="dash" style="border-color:{LIMIT_COLOUR}"></i>capacity</li>'
+    if key == "peaks":
+        items = [(kind_words(kind), kind_colour(kind, NEUTRAL_COLOUR)) for kind in KINDS_OF_MEMORY]
+    else:
+        used = {name for placement in plan.placements for name in (placement.home, placement.run_on)}
+        items = [(name, colour) for name, colour in place_colours(plan.hardware).items() if name in used]
+    swatches = "".join(f'<li><i style="background:{colour}"></i>{_text(name)}</li>' for name, colour in items)
+    return f'<ul class="key" aria-label="Key">{swatches}{limit if key in ("peaks", "memory") else ""}</ul>'
+
+
+def _table(heads: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]], caption: str) -> str:
+    """Return a table that scrolls by itself; `heads` are (words, class), cells are HTML, the first of a row its head."""
+    top = "".join(f'<th scope="col" class="{name}">{_text(words)}</th>' for words, name in heads)
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f'<th scope="row">{cell}</th>' if number == 0 else f'<td class="{heads[number][1]}">{cell}</td>'
+            for number, cell in enumerate(row)
+        )
+        + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="wide" tabindex="0" role="region" aria-label="{_text(caption)}"><table>'
+        f"<caption>{_text(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _device_table(plan: Plan) -> str:
+    heads = [("memory", ""), ("fits", ""), ("peak", "n"), ("usable", "n"), ("room left", "n")]
+    heads += [(kind_words(kind), "n") for kind in KINDS_OF_MEMORY] + [("device", "")]
+    rows = []
+    for pool in plan.hardware.pools:
+        products = ", ".join(device.product for device in plan.hardware.devices if device.pool == pool.name)
+        parts = plan.prediction.peak_breakdown.get(pool.name, {}) if plan.prediction else {}
+        if plan.prediction is None:
+            cells = ["not predicted", "–", format_bytes(pool.usable_bytes), "–"] + ["–"] * len(KINDS_OF_MEMORY)
+        else:
+            peak = plan.prediction.peak_bytes.get(pool.name, 0)
+            fits = '<span class="good">yes</span>' if peak <= pool.usable_bytes else '<b class="bad">no</b>'
+            cells = [fits, format_bytes(peak), format_bytes(pool.usable_bytes), format_bytes(pool.usable_bytes - peak)]
+            cells += [format_bytes(parts[kind]) if parts.get(kind) else "–" for kind in KINDS_OF_MEMORY]
+        rows.append([_text(pool.name), *cells, _text(products)])
+    caption = "Predicted peak of device-used bytes, context included, against what may be used; GB = 10⁹ bytes"
+    return f"<section><h2>Devices</h2>{_table(heads, rows, caption)}</section>"
+
+
+def _placement_table(plan: Plan) -> str:
+    heads = [("layers", "layers"), ("group", ""), ("waits in", "place"), ("runs on", "place"), ("resident", "place"),
+             ("bytes", "n")]  # fmt: skip
+    rows = [_placement_cells(row) for row in placement_rows(plan)]
+    caption = "Alike placements in one row, in the order of execution; bytes are those of the whole row"
+    return f"<section><h2>Placements</h2>{_table(heads, rows, caption)}</section>"
+
+
+def _placement_cells(row: PlacementRow) -> list[str]:
+    waits = row.home if row.memory in ("device", "disk") else f"{row.home}, {row.memory}"
+    return [
+        _text(row.layers()),
+        _text(row.group),
+        _text(waits),
+        _text(row.run_on),
+        _text(row.resident_words()),
+        format_bytes(row.nbytes),
+    ]
+
+
+def _assumptions(plan: Plan) -> str:
+    listed = dict.fromkeys((*plan.assumptions, *plan.hardware.assumptions))
+    items = "".join(f"<li>{_text(assumption)}</li>" for assumption in listed)
+    body = f'<ul class="plain">{items}</ul>' if items else "<p>None were made.</p>"
+    return f"<section><h2>Assumptions</h2>{body}</section>"
+
+
+def _facts(pairs: Iterable[tuple[str, str]]) -> str:
+    items = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in pairs)
+    return f'<dl class="facts">{items}</dl>'
+
+
+def _solver(plan: Plan) -> str:
+    solver = plan.solver
+    if solver is None:
+        return f"<section><h2>Solver</h2><p>{_NO_SOLVER}</p></section>"
+    proven = "proven: no placement costs less" if solver.status == "optimal" else "found; a better one may exist"
+    pairs = [
+        ("status", f"{solver.status} ({proven} under this cost model)"),
+        ("objective", format_ns(solver.objective_ns)),
+        ("bound", f"{format_ns(solver.bound_ns)} (gap {solver.gap:.2%})"),
+        ("cost model", solver.cost_model),
+    ]
+    return f"<section><h2>Solver</h2>{_facts(pairs)}</section>"
+
+
+def _versions(plan: Plan) -> str:
+    model = plan.model
+    pairs = [
+        ("model", f"{model.id} ({model.source}: {model.note})" if model.note else f"{model.id} ({model.source})"),
+        ("revision", model.revision or "not known"),
+        ("config", model.config_digest or "given as a module"),
+        ("attention", plan.execution.attention),
+        ("experts", plan.execution.experts or "none"),
+        *sorted(model.versions.items()),
+        ("plan schema", str(plan.schema_version)),
+    ]
+    return f"<section><h2>Model and versions</h2>{_facts(pairs)}</section>"

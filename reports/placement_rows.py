@@ -1,0 +1,94 @@
+"""Plan → the rows of its placement table: alike placements together, neighbouring layers as ranges."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from planner.memory import waiting_slices, with_groups
+from planner.plan import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementRow:
+    """Placements of one group that wait and run in the same places.
+
+    names: their layers, in order of execution. positions: where those stand among all layers.
+    resident: slices that stay on `run_on`, of `slices`. nbytes: of all of them together.
+    """
+
+    names: tuple[str, ...]
+    positions: tuple[int, ...]
+    group: str
+    home: str
+    memory: str
+    run_on: str
+    resident: int
+    slices: int
+    nbytes: int
+
+    def layers(self) -> str:
+        """Return the layers, neighbours as ranges: "model.layers.0–13, 15, model.norm"."""
+        return ", ".join(layer_ranges(self.names))
+
+    def resident_words(self) -> str:
+        """Return how much stays where it is computed with: "all", "none, streamed" or "5 of 8"."""
+        if self.resident == self.slices:
+            return "all"
+        return f"{self.resident} of {self.slices}" if self.resident else "none, streamed"
+
+    def words(self) -> str:
+        """Return the row as one line: "model.layers.0–13 · self_attn · cuda:0"."""
+        place = self.run_on if self.resident == self.slices else f"{self.home} → {self.run_on}"
+        partly = f" ({self.resident_words()} resident)" if 0 < self.resident < self.slices else ""
+        return f"{self.layers()} · {self.group} · {place}{partly}"
+
+
+def placement_rows(plan: Plan) -> list[PlacementRow]:
+    """Return the rows, ordered by their first layer and, within it, as the plan lists its groups."""
+    index = {layer.name: position for position, layer in enumerate(plan.graph.layers)}
+    alike: dict[tuple[str, str, str, str, int, int], list[tuple[int, str, int]]] = {}
+    for placement, group in with_groups(plan.graph, plan.placements):
+        resident = group.slices - waiting_slices(placement, group)
+        key = (placement.group, placement.home, placement.memory, placement.run_on, resident, group.slices)
+        alike.setdefault(key, []).append((index[placement.layer], placement.layer, placement.nbytes))
+    rows = []
+    for (group_name, home, memory, run_on, resident, slices), members in alike.items():
+        members.sort()
+        rows.append(
+            PlacementRow(
+                names=tuple(name for _, name, _ in members),
+                positions=tuple(position for position, _, _ in members),
+                group=group_name,
+                home=home,
+                memory=memory,
+                run_on=run_on,
+                resident=resident,
+                slices=slices,
+                nbytes=sum(nbytes for _, _, nbytes in members),
+            )
+        )
+    return sorted(rows, key=lambda row: row.positions[0])
+
+
+def layer_ranges(names: Sequence[str]) -> list[str]:
+    """Return the names with runs of numbers folded; a stem is said once: ["model.layers.0–13", "15", "model.norm"]."""
+    result: list[str] = []
+    stem_before: str | None = None
+    first = last = 0
+    for name in names:
+        match = re.fullmatch(r"(.*\.)(\d+)", name)
+        if match is None:
+            result.append(name or "(the model itself)")
+            stem_before = None
+            continue
+        stem, number = match[1], int(match[2])
+        if stem == stem_before and number == last + 1:
+            last = number
+            prefix = result[-1][: len(stem)] if result[-1].startswith(stem) else ""
+            result[-1] = f"{prefix}{first}–{last}"
+            continue
+        result.append(str(number) if stem == stem_before else name)
+        stem_before, first, last = stem, number, number
+    return result
