@@ -12,6 +12,9 @@ import torch
 from torch.nn.functional import linear
 
 ROUTED_EXPERTS = "loadplan_routed"
+# transformers' grouped matmul under a name of ours: `generate` swaps "grouped_mm" for "batched_mm" while decoding on
+# a GPU, which gathers experts' weights per token and takes gigabytes that no plan counted.
+GROUPED_EXPERTS = "loadplan_grouped"
 SOURCE_ATTRIBUTE = "_loadplan_experts"
 
 
@@ -78,9 +81,10 @@ def _one_expert(module: Any, states: torch.Tensor, weights: dict[str, torch.Tens
 
 
 def register() -> None:
-    """Make `routed_experts` known to transformers under its name. Harmless when repeated."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    """Make the implementations known to transformers under their names. Harmless when repeated."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
+    ALL_EXPERTS_FUNCTIONS.register(GROUPED_EXPERTS, grouped_mm_experts_forward)
     ALL_EXPERTS_FUNCTIONS.register(ROUTED_EXPERTS, routed_experts)
 
 

@@ -15,10 +15,11 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from planner.hardware import MemoryPool
 from planner.memory import waiting_slices, with_groups
 from planner.plan import KINDS_OF_MEMORY, Placement, Plan
 from planner.units import format_bytes
-from reports.style import LIMIT_COLOUR, NEUTRAL_COLOUR, kind_colour, kind_words, place_colours
+from reports.style import LIMIT_COLOUR, NEUTRAL_COLOUR, ink_on, kind_colour, kind_words, place_colours
 
 FONT_FAMILY = 'system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif'
 LAYERS_WITH_GAPS = 60
@@ -197,6 +198,7 @@ def _add_run_strip(figure: Any, plan: Plan, row: int, colours: dict[str, str]) -
             textposition="inside",
             insidetextanchor="middle",
             textangle=0,
+            insidetextfont={"color": ink_on(colours[device])},
             showlegend=False,
             marker={"color": colours[device], "line": {"width": 0}},
             hovertemplate=f"{plain(first)}<br>… {plain(last)}<br>{count} layers run on {plain(device)}<extra></extra>",
@@ -225,18 +227,14 @@ def memory_by_device(plan: Plan) -> Any:
     pools = plan.hardware.pools
     colours = place_colours(plan.hardware)
     figure = make_subplots(rows=len(pools), cols=1, vertical_spacing=0.0)
-    labels, shapes = [], []
+    labels: list[dict[str, Any]] = []
+    shapes: list[dict[str, Any]] = []
     for row, pool in enumerate(pools, start=1):
         parts = plan.prediction.peak_breakdown.get(pool.name, {}) if plan.prediction else {}
         peak = plan.prediction.peak_bytes.get(pool.name, 0) if plan.prediction else None
         _add_parts(figure, row, pool.name, parts, colours[pool.name])
         axis = "" if row == 1 else str(row)
-        limit = {"xref": f"x{axis}", "yref": f"y{axis}", "type": "rect", "y0": -0.55, "y1": 0.55}
-        if pool.reserved_bytes:
-            shapes.append({**limit, "x0": pool.usable_bytes, "x1": pool.capacity_bytes, "name": "reserved",
-                           "fillcolor": NEUTRAL_COLOUR, "opacity": 0.25, "line": {"width": 0}})  # fmt: skip
-        shapes.append({**limit, "type": "line", "x0": pool.capacity_bytes, "x1": pool.capacity_bytes, "name": "capacity",
-                       "line": {"color": LIMIT_COLOUR, "width": 2, "dash": "dash"}})  # fmt: skip
+        shapes += _capacity_shapes(pool, axis)
         labels.append(
             label(
                 f"<b>{plain(pool.name)}</b> · {_of_capacity(peak, pool.capacity_bytes)}",
@@ -265,6 +263,17 @@ def memory_by_device(plan: Plan) -> Any:
     return figure
 
 
+def _capacity_shapes(pool: MemoryPool, axis: str) -> list[dict[str, Any]]:
+    """Return the shapes of one memory: its track, the part that is reserved for others, and the capacity line."""
+    at = {"xref": f"x{axis}", "yref": f"y{axis}", "y0": -0.45, "y1": 0.45, "type": "rect", "line": {"width": 0}}
+    end = pool.capacity_bytes
+    track = {**at, "name": "track", "layer": "below", "x0": 0, "x1": end, "fillcolor": NEUTRAL_COLOUR, "opacity": 0.1}
+    reserved = {**track, "name": "reserved", "x0": pool.usable_bytes, "opacity": 0.3}
+    line = {"color": LIMIT_COLOUR, "width": 2.5, "dash": "dash"}
+    limit = {**at, "name": "capacity", "type": "line", "x0": end, "x1": end, "y0": -0.55, "y1": 0.55, "line": line}
+    return [track, *([reserved] if pool.reserved_bytes else []), limit]
+
+
 def _add_parts(figure: Any, row: int, place: str, parts: dict[str, int], colour: str) -> None:
     """Stack the kinds of memory of one place, in the order in which `Plan` lists them."""
     for kind in (*KINDS_OF_MEMORY, *sorted(set(parts) - set(KINDS_OF_MEMORY))):
@@ -283,6 +292,7 @@ def _add_parts(figure: Any, row: int, place: str, parts: dict[str, int], colour:
             textposition="inside",
             insidetextanchor="middle",
             textangle=0,
+            insidetextfont={"color": ink_on(kind_colour(kind, colour))},
             showlegend=False,
             marker={"color": kind_colour(kind, colour), "line": {"width": 0}},
             hovertemplate=f"{plain(place)}: {words}<extra></extra>",

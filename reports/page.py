@@ -13,11 +13,11 @@ from plotly.offline import get_plotlyjs
 from planner.plan import KINDS_OF_MEMORY, Plan, write_text
 from planner.units import format_bytes, format_ns
 from reports import figures, time_figures
-from reports.placement_rows import PlacementRow, placement_rows
+from reports.placement_rows import placement_rows
 from reports.style import (
     CSS,
+    GPU_COLOURS,
     LIMIT_COLOUR,
-    NEUTRAL_COLOUR,
     SCRIPT,
     kind_colour,
     kind_words,
@@ -75,7 +75,7 @@ _FIGURES = {
     "placement": (
         "Where every weight waits and every layer runs",
         "Colour is where the weights wait. A cell that has not the colour of its layer in the top row is streamed; "
-        "of experts that are partly resident, the lower part of the cell stays. Point at a cell for its bytes.",
+        "of experts that are partly resident, the lower part of the cell stays. Point at or tap a cell for its bytes.",
         "",
     ),
     "peaks": (
@@ -86,13 +86,14 @@ _FIGURES = {
     ),
     "memory": (
         "Memory over time",
-        "The full colour is what never changes (weights, slots, workspace, context); above it KV cache and "
+        "The darker part is what never changes (weights, slots, workspace, context); above it KV cache and "
         "activations. Dotted: between steps that were simulated.",
         _NO_TIMELINE,
     ),
     "lanes": (
         "What every lane does",
-        "Lanes work at the same time. A copy has the colour of the place that it copies from.",
+        "Lanes work at the same time. A copy has the colour of the place that it copies from. Drag to look closer, "
+        "double-click to go back.",
         _NO_TIMELINE,
     ),
 }
@@ -152,17 +153,15 @@ _Card = tuple[str, str, str, str]
 def _fit_card(plan: Plan) -> _Card:
     if plan.prediction is None:
         return ("fits", "not predicted", "no prediction in the plan", "")
-    over = [pool.name for pool in plan.hardware.pools
-            if plan.prediction.peak_bytes.get(pool.name, 0) > pool.usable_bytes]  # fmt: skip
-    if over:
-        return ("fits", "no", f"too much for {', '.join(over)}", "bad")
+    peaks = plan.prediction.peak_bytes
+    over = [(peaks.get(pool.name, 0) - pool.usable_bytes, pool.name) for pool in plan.hardware.pools]
+    short = [(lacking, name) for lacking, name in over if lacking > 0]
+    if short:
+        lacking, name = max(short)
+        return ("fits", "no", f"{len(short)} of {len(over)} too small; {name} lacks {format_bytes(lacking)}", "bad")
     gpus = {gpu.pool for gpu in plan.hardware.gpus} or {pool.name for pool in plan.hardware.pools}
-    spare, name = min(
-        (pool.usable_bytes - plan.prediction.peak_bytes.get(pool.name, 0), pool.name)
-        for pool in plan.hardware.pools
-        if pool.name in gpus
-    )
-    return ("fits", "yes, everywhere", f"least room: {format_bytes(spare)} on {name}", "good")
+    spare, name = min((-lacking, name) for lacking, name in over if name in gpus)
+    return ("fits", "yes", f"least room: {format_bytes(spare)} on {name}", "good")
 
 
 def _time_cards(plan: Plan, timeline: Timeline) -> list[_Card]:
@@ -174,7 +173,9 @@ def _time_cards(plan: Plan, timeline: Timeline) -> list[_Card]:
         cards = [("prefill", format_ns(seen.prefill_ns), whole, "")]
         if seen.decode_ns_per_token:
             cards.append(("decode", f"{format_ns(seen.decode_ns_per_token)}", "per token, mean of all steps", ""))
-        cards.append(("throughput", f"{seen.tokens_per_s:,.3g} tokens/s", f"whole call {format_ns(seen.total_ns)}", ""))
+        rate = seen.tokens_per_s
+        digits = 0 if rate >= 100 else 1 if rate >= 10 else 2
+        cards.append(("tokens/s", f"{rate:,.{digits}f}", f"whole call {format_ns(seen.total_ns)}", ""))
         cards.append(("loading", format_ns(seen.load_ns), "once, before the first call", ""))
         return cards
     if not timeline.step_ns:
@@ -222,7 +223,7 @@ def _key(plan: Plan, key: str) -> str:
     """Return the legend of a figure: places by colour, or kinds of memory by shade."""
     limit = f'<li><i class="dash" style="border-color:{LIMIT_COLOUR}"></i>capacity</li>'
     if key == "peaks":
-        items = [(kind_words(kind), kind_colour(kind, NEUTRAL_COLOUR)) for kind in KINDS_OF_MEMORY]
+        items = [(kind_words(kind), kind_colour(kind, GPU_COLOURS[0])) for kind in KINDS_OF_MEMORY]
     else:
         used = {name for placement in plan.placements for name in (placement.home, placement.run_on)}
         items = [(name, colour) for name, colour in place_colours(plan.hardware).items() if name in used]
@@ -236,21 +237,21 @@ def _table(heads: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]], capt
     body = "".join(
         "<tr>"
         + "".join(
-            f'<th scope="row">{cell}</th>' if number == 0 else f'<td class="{heads[number][1]}">{cell}</td>'
+            f'<th scope="row" class="{heads[0][1]}">{cell}</th>' if number == 0 else f'<td class="{heads[number][1]}">{cell}</td>'
             for number, cell in enumerate(row)
         )
         + "</tr>"
         for row in rows
     )
     return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{_text(caption)}"><table>'
-        f"<caption>{_text(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<p class="soft">{_text(caption)}</p><div class="wide" tabindex="0" role="region" '
+        f'aria-label="{_text(caption)}"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 
 
 def _device_table(plan: Plan) -> str:
     heads = [("memory", ""), ("fits", ""), ("peak", "n"), ("usable", "n"), ("room left", "n")]
-    heads += [(kind_words(kind), "n") for kind in KINDS_OF_MEMORY] + [("device", "")]
+    heads += [(kind_words(kind), "n") for kind in KINDS_OF_MEMORY] + [("device", "place")]
     rows = []
     for pool in plan.hardware.pools:
         products = ", ".join(device.product for device in plan.hardware.devices if device.pool == pool.name)
@@ -268,23 +269,16 @@ def _device_table(plan: Plan) -> str:
 
 
 def _placement_table(plan: Plan) -> str:
-    heads = [("layers", "layers"), ("group", ""), ("waits in", "place"), ("runs on", "place"), ("resident", "place"),
-             ("bytes", "n")]  # fmt: skip
-    rows = [_placement_cells(row) for row in placement_rows(plan)]
-    caption = "Alike placements in one row, in the order of execution; bytes are those of the whole row"
-    return f"<section><h2>Placements</h2>{_table(heads, rows, caption)}</section>"
-
-
-def _placement_cells(row: PlacementRow) -> list[str]:
-    waits = row.home if row.memory in ("device", "disk") else f"{row.home}, {row.memory}"
-    return [
-        _text(row.layers()),
-        _text(row.group),
-        _text(waits),
-        _text(row.run_on),
-        _text(row.resident_words()),
-        format_bytes(row.nbytes),
+    heads = [("layers", "layers"), ("group", ""), ("place", ""), ("bytes", "n")]
+    rows = [
+        [_text(row.layers()), _text(row.group), _text(row.place()), format_bytes(row.nbytes)]
+        for row in placement_rows(plan)
     ]
+    caption = (
+        "Alike placements in one row, in the order of execution, with their bytes together; "
+        "an arrow goes from where weights wait to where they are used"
+    )
+    return f"<section><h2>Placements</h2>{_table(heads, rows, caption)}</section>"
 
 
 def _assumptions(plan: Plan) -> str:

@@ -32,17 +32,17 @@ class PlacementRow:
         """Return the layers, neighbours as ranges: "model.layers.0–13, 15, model.norm"."""
         return ", ".join(layer_ranges(self.names))
 
-    def resident_words(self) -> str:
-        """Return how much stays where it is computed with: "all", "none, streamed" or "5 of 8"."""
+    def place(self) -> str:
+        """Return where it waits and runs: "cuda:0", "disk → cuda:0", "cpu (pinned) → cuda:0, 5 of 8 stay"."""
         if self.resident == self.slices:
-            return "all"
-        return f"{self.resident} of {self.slices}" if self.resident else "none, streamed"
+            return self.run_on
+        home = self.home if self.memory in ("device", "disk") else f"{self.home} ({self.memory})"
+        partly = f", {self.resident} of {self.slices} stay" if self.resident else ""
+        return f"{home} → {self.run_on}{partly}"
 
     def words(self) -> str:
         """Return the row as one line: "model.layers.0–13 · self_attn · cuda:0"."""
-        place = self.run_on if self.resident == self.slices else f"{self.home} → {self.run_on}"
-        partly = f" ({self.resident_words()} resident)" if 0 < self.resident < self.slices else ""
-        return f"{self.layers()} · {self.group} · {place}{partly}"
+        return f"{self.layers()} · {self.group} · {self.place()}"
 
 
 def placement_rows(plan: Plan) -> list[PlacementRow]:

@@ -57,6 +57,14 @@ def mixed(colour: str, towards: str, share: float) -> str:
     return "#" + "".join(f"{part:02x}" for part in parts)
 
 
+def ink_on(colour: str) -> str:
+    """Return black or white, whichever is read better on `colour` ("#rrggbb"; luminance as in WCAG 2)."""
+    channels = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#10151a" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else _WHITE
+
+
 def kind_words(kind: str) -> str:
     """Return a kind of memory as people read it."""
     return KIND_WORDS.get(kind, kind.replace("_", " "))
@@ -89,12 +97,15 @@ figure { margin: 0; } .plot { width: 100%; }
 .key i { display: inline-block; width: 13px; height: 13px; border-radius: 3px; margin-right: 6px;
   vertical-align: -2px; border: 1px solid rgb(128 128 128 / .45); }
 .key i.dash { width: 20px; height: 0; border: 0; border-top: 2px dashed; border-radius: 0; vertical-align: 4px; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; background:
+  linear-gradient(to right, var(--card) 40%, transparent) left / 48px 100% no-repeat local,
+  linear-gradient(to left, var(--card) 40%, transparent) right / 48px 100% no-repeat local,
+  linear-gradient(to right, rgb(128 128 128 / .35), transparent) left / 12px 100% no-repeat,
+  linear-gradient(to left, rgb(128 128 128 / .35), transparent) right / 12px 100% no-repeat; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--soft); font-size: .85rem; padding-bottom: 6px; }
-th, td { text-align: left; padding: 6px 12px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { text-align: left; padding: 6px 10px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.n, th.n { text-align: right; white-space: nowrap; } thead th { color: var(--soft); font-weight: 600; }
-tbody th { font-weight: 600; white-space: nowrap; } td.layers { min-width: 190px; overflow-wrap: anywhere; }
+tbody th { font-weight: 600; white-space: nowrap; } tbody th.layers { white-space: normal; overflow-wrap: anywhere; min-width: 110px; }
 td.place { white-space: nowrap; } ul.plain { margin: 0; padding-left: 20px; font-size: .92rem; }
 ul.plain li { overflow-wrap: anywhere; }
 dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margin: 0; font-size: .92rem; }
@@ -123,7 +134,8 @@ function themed(layout) {
   if (touch) copy.dragmode = false;
   return copy;
 }
-const options = {responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
+// No mode bar: on a phone it covers the labels, and one of its buttons would send the figure to a cloud.
+const options = {responsive: true, displayModeBar: false, displaylogo: false};
 function draw() {
   for (const [id, figure] of Object.entries(FIGURES))
     Plotly.react(id, figure.data, themed(figure.layout), options);

@@ -20,8 +20,8 @@ from simulate.timeline import Interval, MemorySample, Timeline
 # A screen is about this many pixels wide: more points or bars than that cannot be seen.
 MAX_SAMPLES = 1500
 MAX_BARS = 1200
-# On a lane with more bars than this a line between them would hide the bars.
-BARS_WITH_GAPS = 150
+# On a lane with more bars than this their edges would be all that is seen.
+BARS_WITH_EDGES = 150
 
 
 def step_starts(timeline: Timeline) -> list[int]:
@@ -43,7 +43,8 @@ def memory_over_time(plan: Plan, timeline: Timeline) -> Any:
     figure = make_subplots(
         rows=rows, cols=1, shared_xaxes=True, vertical_spacing=38 / height if rows > 1 else 0
     )
-    labels, shapes = [], []
+    labels: list[dict[str, Any]] = []
+    shapes: list[dict[str, Any]] = []
     for row, device in enumerate(devices, start=1):
         axis = "" if row == 1 else str(row)
         limit = capacity[pools.get(device, device)]
@@ -103,7 +104,7 @@ def _add_memory(figure: Any, row: int, timeline: Timeline, samples: list[MemoryS
             x=gaps_x, y=gaps_y, fill="tozeroy", fillcolor=mixed(colour, "#ffffff", 0.65) + "80", hoverinfo="skip",
             line={"color": colour, "width": 1.5, "dash": "dot"}, name="not simulated", row=row, col=1, **common,
         )  # fmt: skip
-    for name, value, fill in (("held", _total, 0.5), ("fixed", _fixed, 0.0)):
+    for name, value, fill in (("held", _total, 0.75), ("fixed", _fixed, 0.4)):
         xs, ys, words = [], [], []
         for block, end in blocks:
             xs += [sample.time_ns / 1e9 for sample in block] + [end / 1e9, None]
@@ -141,25 +142,23 @@ def _sample_words(sample: MemorySample) -> str:
 
 
 def _blocks(timeline: Timeline, samples: list[MemorySample]) -> list[tuple[list[MemorySample], int]]:
-    """Return the samples in stretches of neighbouring simulated steps, each with its end in ns."""
+    """Return the samples in stretches of neighbouring simulated steps, each with its end in ns.
+
+    The last sample of a device holds to the end of the call.
+    """
     starts = step_starts(timeline)
-    blocks: list[tuple[list[MemorySample], int]] = []
-    steps = sorted(timeline.simulated_steps)
-    first_of_block: dict[int, int] = {}
-    for before, step in pairwise([None, *steps]):
-        assert step is not None
-        joined = before is not None and step == before + 1
-        first_of_block[step] = first_of_block[before] if joined and before is not None else step
-    current = None
+    steps = sorted(timeline.simulated_steps) or [0]
+    openings = [step for step in steps if step == steps[0] or step - 1 not in timeline.simulated_steps]
+    begins = [starts[min(step, len(starts) - 1)] for step in openings]
+    ends = [
+        starts[min(max(step for step in steps if step < after) + 1, len(starts) - 1)]
+        for after in [*openings[1:], steps[-1] + 1]
+    ]
+    parts: list[list[MemorySample]] = [[] for _ in openings]
     for sample in samples:
-        step = max(0, min(bisect_right(starts, sample.time_ns) - 1, len(timeline.step_ns) - 1))
-        known = [candidate for candidate in steps if candidate <= step]
-        block = first_of_block[known[-1]] if known else None
-        if not blocks or block != current:
-            blocks.append(([], 0))
-            current = block
-        end = max(sample.time_ns, starts[min(known[-1] + 1, len(starts) - 1)] if known else sample.time_ns)
-        blocks[-1] = ([*blocks[-1][0], sample], end)
+        parts[max(0, bisect_right(begins, sample.time_ns) - 1)].append(sample)
+    blocks = [(part, max(end, part[-1].time_ns)) for part, end in zip(parts, ends, strict=True) if part]
+    blocks[-1] = (blocks[-1][0], max(blocks[-1][1], starts[-1]))
     return blocks
 
 
@@ -169,8 +168,7 @@ def _zoom_menu(timeline: Timeline, rows: int) -> list[dict[str, Any]]:
     if len(timeline.step_ns) < 2:
         return []
     views = [("whole call", 0, starts[-1])]
-    for step in drawn_steps(timeline):
-        views.append((step_words(step), starts[step], starts[step + 1]))
+    views += [(step_words(step), starts[step], starts[step + 1]) for step in drawn_steps(timeline)]
     axes = ["xaxis" if row == 1 else f"xaxis{row}" for row in range(1, rows + 1)]
     buttons = [
         {"label": name, "method": "relayout",
@@ -211,7 +209,7 @@ def step_lanes(plan: Plan, timeline: Timeline, steps: Sequence[int] | None = Non
     Where a step has more than `MAX_BARS` intervals, those with hardly a gap between them are drawn as one bar.
     """
     chosen = tuple(drawn_steps(timeline) if steps is None else steps)
-    lanes = timeline.lanes()
+    lanes = ordered_lanes(plan, timeline.lanes())
     starts = step_starts(timeline)
     rows = max(len(chosen), 1)
     panel = 24 * len(lanes) + 12
@@ -222,7 +220,7 @@ def step_lanes(plan: Plan, timeline: Timeline, steps: Sequence[int] | None = Non
         axis = "" if row == 1 else str(row)
         bars = merged([interval for interval in timeline.intervals if interval.step == step], MAX_BARS)
         for lane in lanes:
-            colour = _lane_colour(lane, colours)
+            colour = colours.get(_ends(lane)[0], NEUTRAL_COLOUR)
             _add_lane(figure, row, lane, [bar for bar in bars if bar.lane == lane], colour, starts[step])
         words = f"<b>{step_words(step)}</b> · {format_ns(timeline.step_ns[step])}"
         if any(bar.count > 1 for bar in bars):
@@ -286,14 +284,31 @@ def _joined(bars: list[Bar], resolution_ns: int) -> list[Bar]:
     return result
 
 
-def _lane_colour(lane: str, colours: dict[str, str]) -> str:
-    """Return the colour of the place that a lane starts with: "cpu→cuda:0 copy" has the CPU's."""
-    place = lane.split("→")[0].rsplit(" ", 1)[0] if "→" not in lane else lane.split("→")[0]
-    return colours.get(place, NEUTRAL_COLOUR)
+def _ends(lane: str) -> tuple[str, str]:
+    """Return where a lane starts and ends: "cpu→cuda:0 copy" is ("cpu", "cuda:0"), "cpu compute" twice "cpu"."""
+    source, _, target = lane.rsplit(" ", 1)[0].partition("→")
+    return source, target or source
+
+
+def ordered_lanes(plan: Plan, lanes: Sequence[str]) -> list[str]:
+    """Return the lanes as data flow: from the disk, into and on the CPU, then GPU by GPU, copies before compute."""
+    places = [*(name for name in place_colours(plan.hardware) if name not in _gpu_names(plan)), *_gpu_names(plan)]
+    known = {place: position for position, place in enumerate(places)}
+
+    def key(lane: str) -> tuple[int, bool, str]:
+        source, target = _ends(lane)
+        return known.get(target, len(known)), source == target, lane
+
+    return sorted(lanes, key=key)
+
+
+def _gpu_names(plan: Plan) -> list[str]:
+    return [gpu.name for gpu in plan.hardware.gpus]
 
 
 def _add_lane(figure: Any, row: int, lane: str, bars: list[Bar], colour: str, origin_ns: int) -> None:
     """Draw the bars of one lane; an empty lane keeps its row, so that panels can be compared."""
+    edge = mixed(colour, "#000000", 0.4)
     figure.add_trace(
         go.Bar(
             x=[(bar.end_ns - bar.start_ns) / 1e9 for bar in bars],
@@ -304,10 +319,7 @@ def _add_lane(figure: Any, row: int, lane: str, bars: list[Bar], colour: str, or
             showlegend=False,
             text=[_bar_words(bar) for bar in bars],
             textposition="none",
-            marker={
-                "color": colour,
-                "line": {"width": 0.6 if len(bars) < BARS_WITH_GAPS else 0, "color": "#ffffff"},
-            },
+            marker={"color": colour, "line": {"width": 0.6 if len(bars) < BARS_WITH_EDGES else 0, "color": edge}},
             hovertemplate=f"{plain(lane)}<br>%{{text}}<extra></extra>",
         ),
         row=row,

@@ -24,7 +24,7 @@ from planner.errors import NoSolutionInTimeError
 from planner.placement.problem import GroupCost, Problem, Unit, UnitCost
 
 # CP-SAT's own deterministic clock, so that a cut-off search is cut off at the same place everywhere.
-DETERMINISTIC_LIMIT = 20.0
+DETERMINISTIC_LIMIT = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

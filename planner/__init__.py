@@ -1,0 +1,69 @@
+"""Decides where every weight of a model waits and where every layer runs. Names load on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from planner.api import plan_model, predict
+    from planner.errors import (
+        InfeasibleError,
+        InputError,
+        NoSolutionInTimeError,
+        PlanError,
+        PlanFormatError,
+        PlanMismatchError,
+        TraceError,
+    )
+    from planner.graph import LayerGraph
+    from planner.hardware import Hardware
+    from planner.plan import Plan
+    from planner.verify import Violation, verify_plan
+    from planner.workload import Workload
+
+_HOMES = {
+    "Hardware": "planner.hardware",
+    "InfeasibleError": "planner.errors",
+    "InputError": "planner.errors",
+    "LayerGraph": "planner.graph",
+    "NoSolutionInTimeError": "planner.errors",
+    "Plan": "planner.plan",
+    "PlanError": "planner.errors",
+    "PlanFormatError": "planner.errors",
+    "PlanMismatchError": "planner.errors",
+    "TraceError": "planner.errors",
+    "Violation": "planner.verify",
+    "Workload": "planner.workload",
+    "plan_model": "planner.api",
+    "predict": "planner.api",
+    "verify_plan": "planner.verify",
+}
+
+__all__ = [
+    "Hardware",
+    "InfeasibleError",
+    "InputError",
+    "LayerGraph",
+    "NoSolutionInTimeError",
+    "Plan",
+    "PlanError",
+    "PlanFormatError",
+    "PlanMismatchError",
+    "TraceError",
+    "Violation",
+    "Workload",
+    "plan_model",
+    "predict",
+    "verify_plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'planner' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,215 @@
+"""A Plan → the Timeline of one call: prefill, then decode steps with a growing cache.
+
+The first steps and the last ones are simulated one by one; those between are interpolated, because a step's work is
+affine in the context length. Experts are taken at their expected number per pass, spread evenly.
+"""
+
+from __future__ import annotations
+
+from planner import cost
+from planner.errors import PlanFormatError
+from planner.graph import Pass, Span
+from planner.memory import Usage, static_usage
+from planner.plan import Plan
+from planner.steps import LayerRun, Part, layer_runs, prefetch_order
+from simulate.engine import Engine
+from simulate.timeline import Interval, MemorySample, Timeline
+
+# Steps simulated at either end; a call of at most twice as many is simulated whole.
+STEPS_AT_EACH_END = 4
+
+
+def run(plan: Plan) -> Timeline:
+    """Simulate the plan's workload on its hardware, nothing else needed.
+
+    Raises:
+        PlanFormatError: the plan's graph has no pass for its workload.
+    """
+    return _Simulation(plan).run()
+
+
+class _Simulation:
+    def __init__(self, plan: Plan):
+        if not plan.graph.passes:
+            raise PlanFormatError("the plan's graph holds no pass to simulate")
+        self.plan, self.graph, self.hardware = plan, plan.graph, plan.hardware
+        self.dtype = cost.weight_dtype(plan.graph)
+        self.runs = layer_runs(plan.graph, plan.placements)
+        self.static = static_usage(plan.graph, plan.hardware, plan.placements, plan.slots)
+        self.engine = Engine()
+        self.samples: list[MemorySample] = []
+        self.copied: dict[str, list[int]] = {}
+        self.queue: dict[str, list[Part]] = {}
+        self.spans = {entry.name: entry.per_layer() for entry in plan.graph.passes}
+
+    def run(self) -> Timeline:
+        steps = self.plan.workload.decode_steps
+        simulated = sorted(
+            {0, *range(1, min(steps, STEPS_AT_EACH_END) + 1), *range(max(1, steps - STEPS_AT_EACH_END + 1), steps + 1)}
+        )
+        now, ends = 0, {}
+        for usage_device, usage in self.static.items():
+            self._sample(0, usage_device, usage)
+        for step in simulated:
+            started = now
+            now = self._step(step, now)
+            ends[step] = now - started
+        durations = _interpolate(ends, steps)
+        intervals = sorted(self.engine.intervals, key=_order)
+        memory = sorted(self.samples, key=lambda sample: sample.time_ns)
+        return Timeline(
+            intervals=tuple(intervals),
+            memory=tuple(memory),
+            simulated_steps=tuple(simulated),
+            step_ns=tuple(durations),
+        )
+
+    def _step(self, step: int, now: int) -> int:
+        first, last, weight = self._passes(step)
+        cached: dict[str, int] = dict.fromkeys(self.static, 0)
+        for run in self.runs:
+            cached[run.device] += _between(first[run.index].kv_before_bytes, last[run.index].kv_before_bytes, weight)
+        if step == 0:
+            self._begin_prefetch()
+        for run in self.runs:
+            span, other = first[run.index], last[run.index]
+            if run.hop_from is not None:
+                now = self._hop(run, span, now, step)
+            held = _between(span.held_bytes + span.peak_bytes, other.held_bytes + other.peak_bytes, weight)
+            self._sample(now, run.device, self.static[run.device], cached[run.device], held)
+            now = self._layer(run, span, other, weight, now, step)
+            cached[run.device] += _between(
+                span.kv_after_bytes - span.kv_before_bytes, other.kv_after_bytes - other.kv_before_bytes, weight
+            )
+            self._sample(now, run.device, self.static[run.device], cached[run.device], 0)
+        return now
+
+    def _passes(self, step: int) -> tuple[tuple[Span, ...], tuple[Span, ...], float]:
+        if step == 0:
+            return self.spans["prefill"], self.spans["prefill"], 0.0
+        first = self.spans["decode_first"]
+        last = self.spans.get("decode_last", first)
+        steps = self.plan.workload.decode_steps
+        return first, last, (step - 1) / (steps - 1) if steps > 1 else 0.0
+
+    def _layer(self, run: LayerRun, span: Span, other: Span, weight: float, now: int, step: int) -> int:
+        device = self.hardware.device(run.device)
+        kind = self.graph.kind_of(run.index)
+        tokens = self._tokens(step)
+        whole = _between(
+            cost.compute_ns(kind, span, device, tokens=tokens, dtype=self.dtype),
+            cost.compute_ns(kind, other, device, tokens=tokens, dtype=self.dtype),
+            weight,
+        )
+        pending = 0
+        for part in run.parts:
+            own = round(whole * part.share)
+            if part.waiting and not part.prefetched:
+                now = self._run(run, "", pending, now, step)
+                now = self._fetch(run, part, tokens, now, step)
+                now = self._run(run, part.group.name, own, now, step)
+                pending = 0
+            elif part.prefetched:
+                ready = self.copied[run.device].pop(0)
+                now = self._run(run, part.group.name, pending + own, max(now, ready), step)
+                self._prefetch(run.device, now, step)
+                pending = 0
+            else:
+                pending += own
+        return self._run(run, "", pending, now, step)
+
+    def _run(self, run: LayerRun, part: str, duration: int, after: int, step: int) -> int:
+        label = f"{run.name} {part}".strip()
+        lanes = (f"{run.device} compute",)
+        return self.engine.issue("run", label, lanes=lanes, duration_ns=duration, after=after, step=step)
+
+    def _hop(self, run: LayerRun, span: Span, now: int, step: int) -> int:
+        assert run.hop_from is not None
+        link = self.hardware.link(run.hop_from, run.device)
+        duration = link.latency_ns + span.input_bytes * 10**9 // link.bytes_per_s
+        lanes = (f"{run.hop_from}→{run.device} copy",)
+        return self.engine.issue("hop", f"→ {run.name}", lanes=lanes, duration_ns=duration, after=now, step=step)
+
+    def _fetch(self, run: LayerRun, part: Part, tokens: int, now: int, step: int) -> int:
+        """Copy what the router asked for, or read what the CPU is about to use; return when it is there."""
+        home = part.placement.home
+        each = cost.slice_copy_ns(self.hardware, part.group, home, run.device, tokens=tokens)
+        return self.engine.issue(
+            "read" if home == "disk" else "copy",
+            f"{run.name} {part.group.name}",
+            lanes=_lanes(home, run.device),
+            duration_ns=each * part.waiting,
+            after=now,
+            step=step,
+        )
+
+    def _tokens(self, step: int) -> int:
+        entry: Pass = self.graph.passes[0] if step == 0 else self.graph.passes[1]
+        return entry.tokens * self.graph.batch_size
+
+    def _begin_prefetch(self) -> None:
+        """Fill every slot: nothing is copied before the call begins."""
+        for entry in self.plan.slots:
+            self.queue[entry.device] = list(prefetch_order(self.runs, entry.device))
+            self.copied[entry.device] = []
+            for _ in range(entry.count):
+                self._prefetch(entry.device, 0, 0)
+
+    def _prefetch(self, device: str, slot_free: int, step: int) -> None:
+        """Copy the next group in the known, circular order into a slot that is free from the given instant."""
+        if not self.queue.get(device):
+            return
+        part = self.queue[device].pop(0)
+        self.queue[device].append(part)
+        home = part.placement.home
+        end = self.engine.issue(
+            "copy",
+            f"{part.placement.layer} {part.group.name}",
+            lanes=_lanes(home, device),
+            duration_ns=cost.copy_ns(self.hardware, home, device, part.group.slice_slab_bytes),
+            after=slot_free,
+            step=step,
+        )
+        self.copied[device].append(end)
+
+    def _sample(self, now: int, device: str, usage: Usage, kv_cache: int = 0, activations: int = 0) -> None:
+        self.samples.append(
+            MemorySample(
+                time_ns=now,
+                device=device,
+                weights=usage.weights,
+                kv_cache=kv_cache,
+                activations=activations,
+                slots=usage.slots,
+                workspace=usage.workspace,
+                context=usage.context,
+            )
+        )
+
+
+def _lanes(home: str, device: str) -> tuple[str, ...]:
+    if home == "disk":
+        return ("disk→cpu read",) if device == "cpu" else ("disk→cpu read", f"cpu→{device} copy")
+    return (f"{home}→{device} copy",)
+
+
+def _between(first: int, last: int, weight: float) -> int:
+    return first + round((last - first) * weight)
+
+
+def _interpolate(simulated: dict[int, int], steps: int) -> list[int]:
+    """Return every step's duration; those not simulated lie on the line between their simulated neighbours."""
+    known = sorted(simulated)
+    result = []
+    for step in range(steps + 1):
+        if step in simulated:
+            result.append(simulated[step])
+            continue
+        below = max(k for k in known if k < step)
+        above = min(k for k in known if k > step)
+        result.append(_between(simulated[below], simulated[above], (step - below) / (above - below)))
+    return result
+
+
+def _order(interval: Interval) -> tuple[int, int, str, str]:
+    return interval.start_ns, interval.end_ns, interval.lane, interval.label
