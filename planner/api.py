@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner import cache, memory
@@ -17,7 +17,7 @@ from planner.errors import InputError, PlanFormatError
 from planner.graph import LayerGraph
 from planner.hardware import Hardware
 from planner.models import ModelSource, load_config, resolve_model
-from planner.plan import SCHEMA_VERSION, Execution, ModelInfo, Plan, Prediction
+from planner.plan import SCHEMA_VERSION, Execution, ModelInfo, Placement, Plan, Prediction
 from planner.serial import decode, encode
 from planner.workload import DEFAULT_NEW_TOKENS, DEFAULT_PROMPT_TOKENS, Workload
 
@@ -97,16 +97,16 @@ def _best(
 ) -> Plan:
     from planner.placement.solution import find
 
-    graph, execution = tracer.trace(routed=True)
+    fits_whole = tracer.weight_bytes() <= sum(pool.usable_bytes for pool in hardware.pools if pool.name != "disk")
+    may_group = dtype == "bfloat16" and fits_whole
+    graph, execution = tracer.trace(routed=not may_group)
     report("placing")
     placements, slots, solver = find(graph, hardware, workload)
-    sliced = [p for p in placements if p.resident_slices is not None]
-    if execution.experts is not None and dtype == "bfloat16" and all(p.home == p.run_on for p in sliced):
-        # Every expert stays where it computes: transformers' own grouped matmul is the faster way then.
-        report("tracing with all experts resident")
-        other, grouped = tracer.trace(routed=False)
-        found = find(other, hardware, workload, experts_stay=True)
-        graph, execution, (placements, slots, solver) = other, grouped, found
+    if execution.experts == "loadplan_grouped" and not _experts_stay(placements):
+        # Grouped matmul needs every expert where it computes; the best placement streams some, so run them by route.
+        report("tracing routed experts")
+        graph, execution = tracer.trace(routed=True)
+        placements, slots, solver = find(graph, hardware, workload)
     plan = Plan(
         schema_version=SCHEMA_VERSION,
         model=ModelInfo(
@@ -132,6 +132,10 @@ def _best(
     )
     report("simulating")
     return _replace(plan, prediction=predict(plan))
+
+
+def _experts_stay(placements: Sequence[Placement]) -> bool:
+    return all(p.home == p.run_on for p in placements if p.resident_slices is not None)
 
 
 def predict(plan: Plan) -> Prediction:
@@ -176,6 +180,24 @@ class _Tracer:
         self.source, self.module, self.workload, self.dtype = source, module, workload, dtype
         self.trust_remote_code, self.use_cache, self.report = trust_remote_code, use_cache, report
 
+    def weight_bytes(self) -> int:
+        """Return the bytes of the model's weights, ties once."""
+        name = cache.key("weights", {"config": self.source.config_digest, "dtype": self.dtype})
+        kept = cache.read(name) if self.use_cache else None
+        if kept is not None and kept.isdigit():
+            return int(kept)
+        total = sum(p.numel() * p.element_size() for p in self.built().parameters())
+        if self.use_cache:
+            cache.write(name, str(total))
+        return total
+
+    def built(self) -> Any:
+        """Return the model, built on meta where it was not given."""
+        if self.module is None:
+            self.report("building the model on meta")
+            self.module = build_on_meta(self.source, self.dtype, trust_remote_code=self.trust_remote_code)
+        return self.module
+
     def trace(self, *, routed: bool) -> tuple[LayerGraph, Execution]:
         parts = {"config": self.source.config_digest, "workload": self.workload, "dtype": self.dtype, "routed": routed}
         name = cache.key("graph", parts)
@@ -192,20 +214,17 @@ class _Tracer:
         return graph, execution
 
     def _trace(self, *, routed: bool) -> tuple[LayerGraph, Execution]:
-        if self.module is None:
-            self.report("building the model on meta")
-            self.module = build_on_meta(self.source, self.dtype, trust_remote_code=self.trust_remote_code)
+        model = self.built()
         self.report("tracing")
         from planner import execution as implementations
         from planner.trace import check_carried, trace
 
-        check_carried(self.module)
+        check_carried(model)
         experts = None
-        if implementations.experts_modules(self.module):
+        if implementations.experts_modules(model):
             experts = implementations.ROUTED_EXPERTS if routed else implementations.GROUPED_EXPERTS
-        graph = trace(self.module, self.workload, experts=experts)
-        attention = str(self.module.config._attn_implementation)
-        return graph, Execution(attention=attention, experts=experts)
+        graph = trace(model, self.workload, experts=experts)
+        return graph, Execution(attention=str(model.config._attn_implementation), experts=experts)
 
 
 def build_on_meta(source: ModelSource, dtype: str, *, trust_remote_code: bool = False) -> torch.nn.Module:

@@ -265,12 +265,36 @@ def memory_by_device(plan: Plan) -> Any:
 
 def _capacity_shapes(pool: MemoryPool, axis: str) -> list[dict[str, Any]]:
     """Return the shapes of one memory: its track, the part that is reserved for others, and the capacity line."""
-    at = {"xref": f"x{axis}", "yref": f"y{axis}", "y0": -0.45, "y1": 0.45, "type": "rect", "line": {"width": 0}}
+    at = {
+        "xref": f"x{axis}",
+        "yref": f"y{axis}",
+        "y0": -0.45,
+        "y1": 0.45,
+        "type": "rect",
+        "line": {"width": 0},
+    }
     end = pool.capacity_bytes
-    track = {**at, "name": "track", "layer": "below", "x0": 0, "x1": end, "fillcolor": NEUTRAL_COLOUR, "opacity": 0.1}
+    track = {
+        **at,
+        "name": "track",
+        "layer": "below",
+        "x0": 0,
+        "x1": end,
+        "fillcolor": NEUTRAL_COLOUR,
+        "opacity": 0.1,
+    }
     reserved = {**track, "name": "reserved", "x0": pool.usable_bytes, "opacity": 0.3}
     line = {"color": LIMIT_COLOUR, "width": 2.5, "dash": "dash"}
-    limit = {**at, "name": "capacity", "type": "line", "x0": end, "x1": end, "y0": -0.55, "y1": 0.55, "line": line}
+    limit = {
+        **at,
+        "name": "capacity",
+        "type": "line",
+        "x0": end,
+        "x1": end,
+        "y0": -0.55,
+        "y1": 0.55,
+        "line": line,
+    }
     return [track, *([reserved] if pool.reserved_bytes else []), limit]
 
 

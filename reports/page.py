@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from simulate.timeline import Timeline
 
 # Nothing may be fetched: the browser itself refuses what this policy does not name.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-# plotly.js loads an icon font only for maps; everything that the page draws with is inside it.
 _NO_PREDICTION = "This plan carries no prediction: its placements were given, not found by the planner."
 _NO_SOLVER = "No solver was run for this plan, so nothing is proven about how good it is."
 _NO_TIMELINE = "The timeline is empty: the call was not simulated."
@@ -80,8 +80,8 @@ _FIGURES = {
     ),
     "peaks": (
         "Memory at the predicted peak",
-        "Every bar has its own scale and ends at its memory's capacity. Darker to lighter: "
-        "weights, KV cache, activations.",
+        "Every bar has its own scale; the dashed line is the capacity, and what is grey before it belongs to others. "
+        "Shades of a place's colour are the kinds of memory there.",
         _NO_PREDICTION,
     ),
     "memory": (
@@ -118,21 +118,32 @@ def _figures_json(drawn: dict[str, Any]) -> str:
         content["layout"].pop("template", None)
         data[f"plot-{key}"] = {"data": content["data"], "layout": content["layout"]}
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return (
+        text.replace("<", "\\u003c")
+        .replace(">", "\\u003e")
+        .replace("\u2028", "\\u2028")
+        .replace("\u2029", "\\u2029")
+    )
 
 
 def _headline(plan: Plan) -> str:
     model, work = plan.model, plan.workload
     gpus = [f"{gpu.product}" for gpu in plan.hardware.gpus]
     counted = [f"{gpus.count(name)} × {name}" for name in dict.fromkeys(gpus)] or ["no GPU"]
-    memories = ", ".join(f"{pool.name} {format_bytes(pool.capacity_bytes)}" for pool in plan.hardware.pools)
+    memories = []
+    for capacity_bytes, same in groupby(plan.hardware.pools, key=lambda pool: pool.capacity_bytes):
+        names = [pool.name for pool in same]
+        each = " each" if len(names) > 1 else ""
+        memories.append(
+            f"{' to '.join(dict.fromkeys((names[0], names[-1])))} {format_bytes(capacity_bytes)}{each}"
+        )
     made = f", {work.new_tokens:,} new" if work.caller == "generate" else " in one forward pass"
     return (
         f"<header><h1>{_text(model.id)}</h1>"
         f"<p>{model.num_parameters / 1e9:,.2f} billion parameters in {_text(model.weight_dtype)}, "
         f"{format_bytes(model.weight_bytes)} · {_text(', '.join(counted))} · "
         f"batch {work.batch_size:,}, {work.prompt_tokens:,} prompt tokens{made}</p>"
-        f'<p class="soft">{_text(memories)}</p></header>'
+        f'<p class="soft">{_text(", ".join(memories))}</p></header>'
     )
 
 
@@ -158,7 +169,12 @@ def _fit_card(plan: Plan) -> _Card:
     short = [(lacking, name) for lacking, name in over if lacking > 0]
     if short:
         lacking, name = max(short)
-        return ("fits", "no", f"{len(short)} of {len(over)} too small; {name} lacks {format_bytes(lacking)}", "bad")
+        return (
+            "fits",
+            "no",
+            f"{len(short)} of {len(over)} too small; {name} lacks {format_bytes(lacking)}",
+            "bad",
+        )
     gpus = {gpu.pool for gpu in plan.hardware.gpus} or {pool.name for pool in plan.hardware.pools}
     spare, name = min((-lacking, name) for lacking, name in over if name in gpus)
     return ("fits", "yes", f"least room: {format_bytes(spare)} on {name}", "good")
@@ -172,7 +188,9 @@ def _time_cards(plan: Plan, timeline: Timeline) -> list[_Card]:
         seen = plan.prediction
         cards = [("prefill", format_ns(seen.prefill_ns), whole, "")]
         if seen.decode_ns_per_token:
-            cards.append(("decode", f"{format_ns(seen.decode_ns_per_token)}", "per token, mean of all steps", ""))
+            cards.append(
+                ("decode", f"{format_ns(seen.decode_ns_per_token)}", "per token, mean of all steps", "")
+            )
         rate = seen.tokens_per_s
         digits = 0 if rate >= 100 else 1 if rate >= 10 else 2
         cards.append(("tokens/s", f"{rate:,.{digits}f}", f"whole call {format_ns(seen.total_ns)}", ""))
@@ -182,7 +200,9 @@ def _time_cards(plan: Plan, timeline: Timeline) -> list[_Card]:
         return [("prefill", "not predicted", "nothing was simulated", "")]
     cards = [("prefill, simulated", format_ns(timeline.prefill_ns), whole, "")]
     if timeline.decode_ns_per_token:
-        cards.append(("decode, simulated", format_ns(timeline.decode_ns_per_token), "per token, mean of all steps", ""))
+        cards.append(
+            ("decode, simulated", format_ns(timeline.decode_ns_per_token), "per token, mean of all steps", "")
+        )
     return cards
 
 
@@ -237,7 +257,9 @@ def _table(heads: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]], capt
     body = "".join(
         "<tr>"
         + "".join(
-            f'<th scope="row" class="{heads[0][1]}">{cell}</th>' if number == 0 else f'<td class="{heads[number][1]}">{cell}</td>'
+            f'<th scope="row" class="{heads[0][1]}">{cell}</th>'
+            if number == 0
+            else f'<td class="{heads[number][1]}">{cell}</td>'
             for number, cell in enumerate(row)
         )
         + "</tr>"
@@ -257,14 +279,23 @@ def _device_table(plan: Plan) -> str:
         products = ", ".join(device.product for device in plan.hardware.devices if device.pool == pool.name)
         parts = plan.prediction.peak_breakdown.get(pool.name, {}) if plan.prediction else {}
         if plan.prediction is None:
-            cells = ["not predicted", "–", format_bytes(pool.usable_bytes), "–"] + ["–"] * len(KINDS_OF_MEMORY)
+            cells = ["not predicted", "–", format_bytes(pool.usable_bytes), "–"] + ["–"] * len(
+                KINDS_OF_MEMORY
+            )
         else:
             peak = plan.prediction.peak_bytes.get(pool.name, 0)
             fits = '<span class="good">yes</span>' if peak <= pool.usable_bytes else '<b class="bad">no</b>'
-            cells = [fits, format_bytes(peak), format_bytes(pool.usable_bytes), format_bytes(pool.usable_bytes - peak)]
+            cells = [
+                fits,
+                format_bytes(peak),
+                format_bytes(pool.usable_bytes),
+                format_bytes(pool.usable_bytes - peak),
+            ]
             cells += [format_bytes(parts[kind]) if parts.get(kind) else "–" for kind in KINDS_OF_MEMORY]
         rows.append([_text(pool.name), *cells, _text(products)])
-    caption = "Predicted peak of device-used bytes, context included, against what may be used; GB = 10⁹ bytes"
+    caption = (
+        "Predicted peak of device-used bytes, context included, against what may be used; GB = 10⁹ bytes"
+    )
     return f"<section><h2>Devices</h2>{_table(heads, rows, caption)}</section>"
 
 
@@ -297,7 +328,9 @@ def _solver(plan: Plan) -> str:
     solver = plan.solver
     if solver is None:
         return f"<section><h2>Solver</h2><p>{_NO_SOLVER}</p></section>"
-    proven = "proven: no placement costs less" if solver.status == "optimal" else "found; a better one may exist"
+    proven = (
+        "proven: no placement costs less" if solver.status == "optimal" else "found; a better one may exist"
+    )
     pairs = [
         ("status", f"{solver.status} ({proven} under this cost model)"),
         ("objective", format_ns(solver.objective_ns)),
@@ -310,7 +343,10 @@ def _solver(plan: Plan) -> str:
 def _versions(plan: Plan) -> str:
     model = plan.model
     pairs = [
-        ("model", f"{model.id} ({model.source}: {model.note})" if model.note else f"{model.id} ({model.source})"),
+        (
+            "model",
+            f"{model.id} ({model.source}: {model.note})" if model.note else f"{model.id} ({model.source})",
+        ),
         ("revision", model.revision or "not known"),
         ("config", model.config_digest or "given as a module"),
         ("attention", plan.execution.attention),

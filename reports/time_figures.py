@@ -292,7 +292,10 @@ def _ends(lane: str) -> tuple[str, str]:
 
 def ordered_lanes(plan: Plan, lanes: Sequence[str]) -> list[str]:
     """Return the lanes as data flow: from the disk, into and on the CPU, then GPU by GPU, copies before compute."""
-    places = [*(name for name in place_colours(plan.hardware) if name not in _gpu_names(plan)), *_gpu_names(plan)]
+    places = [
+        *(name for name in place_colours(plan.hardware) if name not in _gpu_names(plan)),
+        *_gpu_names(plan),
+    ]
     known = {place: position for position, place in enumerate(places)}
 
     def key(lane: str) -> tuple[int, bool, str]:
@@ -319,7 +322,10 @@ def _add_lane(figure: Any, row: int, lane: str, bars: list[Bar], colour: str, or
             showlegend=False,
             text=[_bar_words(bar) for bar in bars],
             textposition="none",
-            marker={"color": colour, "line": {"width": 0.6 if len(bars) < BARS_WITH_EDGES else 0, "color": edge}},
+            marker={
+                "color": colour,
+                "line": {"width": 0.6 if len(bars) < BARS_WITH_EDGES else 0, "color": edge},
+            },
             hovertemplate=f"{plain(lane)}<br>%{{text}}<extra></extra>",
         ),
         row=row,
