@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from planner.graph import LayerGraph, LayerKind, Span, WeightGroup
 from planner.hardware import Device, Hardware
@@ -72,22 +73,30 @@ class Usage:
 
 
 def needed_slots(graph: LayerGraph, hardware: Hardware, placements: Sequence[Placement]) -> tuple[Slots, ...]:
-    """Return the slots that a placement needs: on each device that streams, two of its largest streamed slice.
+    """Return the slots that a placement needs: on each device that streams, two of its largest streamed group, and
+    two of its largest streamed expert.
 
     Whole groups that the CPU computes with straight from the mapped file need none.
     """
-    largest: dict[str, int] = {}
+    largest: dict[tuple[str, Literal["groups", "experts"]], int] = {}
     for placement, group in with_groups(graph, placements):
-        if placement.home == placement.run_on or waiting_slices(placement, group) == 0:
+        if waiting_slices(placement, group) == 0:
             continue
         if placement.run_on == "cpu" and group.slices == 1:
             continue
-        largest[placement.run_on] = max(largest.get(placement.run_on, 0), group.slice_slab_bytes)
+        key = (placement.run_on, slot_kind(group))
+        largest[key] = max(largest.get(key, 0), group.slice_slab_bytes)
     return tuple(
-        Slots(device=device.name, count=SLOT_COUNT, slot_bytes=largest[device.name])
+        Slots(device=device.name, count=SLOT_COUNT, slot_bytes=nbytes, holds=holds)
         for device in hardware.devices
-        if device.name in largest
+        for (name, holds), nbytes in sorted(largest.items(), reverse=True)
+        if name == device.name
     )
+
+
+def slot_kind(group: WeightGroup) -> Literal["groups", "experts"]:
+    """Return which slots of a device a group passes through."""
+    return "experts" if group.slices > 1 else "groups"
 
 
 def with_groups(graph: LayerGraph, placements: Iterable[Placement]) -> Iterable[tuple[Placement, WeightGroup]]:
@@ -110,19 +119,23 @@ def static_usage(
     """Return what each memory ("disk" too) holds through the whole run: weights, slots, workspace, context."""
     weights: dict[str, int] = {pool.name: 0 for pool in hardware.pools}
     tied = _tied_bytes(graph, placements)
-    staged: set[str] = set()
+    staged: set[tuple[str, str]] = set()
     for placement, group in with_groups(graph, placements):
         device = hardware.device(placement.run_on)
         waiting = waiting_slices(placement, group)
         weights[placement.run_on] += resident_bytes(group, group.slices - waiting, device)
         weights[placement.home] += group.slice_slab_bytes * waiting
         if placement.home == "disk" and waiting and device.kind != "cpu":
-            staged.add(device.name)
+            staged.add((device.name, slot_kind(group)))
     for name, saved in tied.items():
         weights[name] -= saved
-    slot_bytes = {entry.device: entry.count * allocation_bytes(entry.slot_bytes, hardware.device(entry.device))
-                  for entry in slots}  # fmt: skip
-    staging = sum(slot_bytes.get(name, 0) for name in staged)
+    slot_bytes: dict[str, int] = {}
+    staging = 0
+    for entry in slots:
+        nbytes = entry.count * allocation_bytes(entry.slot_bytes, hardware.device(entry.device))
+        slot_bytes[entry.device] = slot_bytes.get(entry.device, 0) + nbytes
+        if (entry.device, entry.holds) in staged:
+            staging += nbytes
     used = {placement.run_on for placement in placements}
     result = {}
     for name, nbytes in weights.items():

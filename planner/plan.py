@@ -69,11 +69,15 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slots:
-    """Static buffers on `device` that streamed groups pass through, each of `slot_bytes`."""
+    """Static buffers on `device` that streamed weights pass through, each of `slot_bytes`.
+
+    holds: whole groups, which are prefetched in their known order, or single experts, which a router asks for.
+    """
 
     device: str
     count: int
     slot_bytes: int
+    holds: Literal["groups", "experts"] = "groups"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,8 +134,8 @@ class Plan:
         devices = {placement.layer: placement.run_on for placement in self.placements}
         return tuple(devices[layer.name] for layer in self.graph.layers)
 
-    def slots_on(self, device: str) -> Slots | None:
-        return next((slots for slots in self.slots if slots.device == device), None)
+    def slots_on(self, device: str, holds: str) -> Slots | None:
+        return next((slots for slots in self.slots if (slots.device, slots.holds) == (device, holds)), None)
 
     def to_json(self) -> str:
         """Return the canonical JSON of this plan, ending in a newline."""

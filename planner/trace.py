@@ -480,21 +480,18 @@ def weight_groups(layer: torch.nn.Module) -> tuple[WeightGroup, ...]:
         tensors = tuple(_tensor(name, value, layer) for name, value in _named_tensors(layer))
         return (WeightGroup(name="weights", slices=1, used_slices=1, streamable=False, tensors=tensors),)
     experts = implementations.experts_modules(layer)
-    owners: dict[str, str] = {}
+    owners: list[str] = list(experts)
     for child_name, child in layer.named_children():
-        inside = [path for path in experts if path == child_name or path.startswith(child_name + ".")]
-        for path in inside:
-            owners[path] = path
-        rest = f"{child_name}.other" if inside else child_name
-        owners[child_name] = owners.get(child_name, rest)
-        for grandchild, module in child.named_children():
-            path = f"{child_name}.{grandchild}"
-            if inside and path not in owners and any(p.dim() > 1 for p in module.parameters()):
-                owners[path] = path
+        if not any(path == child_name or path.startswith(child_name + ".") for path in experts):
+            owners.append(child_name)
+            continue
+        # What stands beside experts (shared experts, a router) are groups of their own.
+        paths = [f"{child_name}.{grandchild}" for grandchild, _ in child.named_children()]
+        owners += [path for path in paths if path not in experts]
     members: dict[str, list[Tensor]] = {}
     for name, value in _named_tensors(layer):
-        owner = max((path for path in owners if name.startswith(path + ".")), key=len, default=None)
-        members.setdefault(owners[owner] if owner is not None else "rest", []).append(_tensor(name, value, layer))
+        owner = max((path for path in owners if name.startswith(path + ".")), key=len, default="rest")
+        members.setdefault(owner, []).append(_tensor(name, value, layer))
     groups: list[WeightGroup] = []
     small = [tensor for tensor in members.pop("rest", [])]
     expert_bytes = {

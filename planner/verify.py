@@ -70,7 +70,7 @@ def _check_placements(plan: Plan) -> list[Violation]:
 def _check_slots(plan: Plan) -> list[Violation]:
     found = []
     for needed in memory.needed_slots(plan.graph, plan.hardware, plan.placements):
-        have = plan.slots_on(needed.device)
+        have = plan.slots_on(needed.device, needed.holds)
         if have is None or have.slot_bytes < needed.slot_bytes or have.count < needed.count:
             found.append(
                 Violation(

@@ -1,6 +1,7 @@
-"""Plan, Timeline → Plotly figures of places: where the weights wait, and what each memory holds at its peak.
+"""Plan, Timeline → Plotly figures of places: where weights wait, and what each memory holds at its peak.
 
-Every figure gives a place the same colour. Labels stand above what they name, so that a phone's width is all drawing.
+Every figure gives a place the same colour. Labels stand above what they name, so that a phone's width is all
+drawing.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ def placement_map(plan: Plan) -> Any:
                 customdata=[cell.words for cell in mine],
                 name=plain(place),
                 marker={"color": colours[place], "line": {"width": 0}},
-                hovertemplate="%{customdata[0]}<br>%{customdata[1]}: %{customdata[2]}<br>%{customdata[3]}<extra></extra>",
+                hovertemplate="%{customdata[0]}<br>%{customdata[1]}: %{customdata[2]}<br>"
+                "%{customdata[3]}<extra></extra>",
             )
     _add_run_strip(figure, plan, len(rows), colours)
     labels = [label("runs on", y=len(rows) + 0.62)]
@@ -108,14 +110,15 @@ def placement_map(plan: Plan) -> Any:
     )
     figure.update_xaxes(
         title={"text": "layer, in the order of execution", "standoff": 6}, tickvals=positions, ticktext=words,
-        range=[-0.6, len(plan.graph.layers) - 0.4], showgrid=False, zeroline=False, ticks="outside", tickangle=0,
+        range=[-0.6, len(plan.graph.layers) - 0.4], showgrid=False, zeroline=False, ticks="outside",
+        tickangle=0,
     )  # fmt: skip
     figure.update_yaxes(visible=False, range=[-0.05, len(rows) + 1.05], fixedrange=True)
     return figure
 
 
 def group_rows(plan: Plan) -> list[str]:
-    """Return the rows of the placement map, top first: group names in order of appearance, leaves' and rest last."""
+    """Return the rows of the placement map, top first: groups as they appear, leaves' and rest last."""
     names = list(dict.fromkeys(placement.group for placement in plan.placements))
     last = [name for name in ("rest", "weights") if name in names]
     rows = [name for name in names if name not in last]
@@ -201,13 +204,14 @@ def _add_run_strip(figure: Any, plan: Plan, row: int, colours: dict[str, str]) -
             insidetextfont={"color": ink_on(colours[device])},
             showlegend=False,
             marker={"color": colours[device], "line": {"width": 0}},
-            hovertemplate=f"{plain(first)}<br>… {plain(last)}<br>{count} layers run on {plain(device)}<extra></extra>",
+            hovertemplate=f"{plain(first)}<br>… {plain(last)}<br>{count} layers run on {plain(device)}"
+            "<extra></extra>",
         )
         start += count
 
 
 def _layer_ticks(plan: Plan) -> tuple[list[int], list[str]]:
-    """Return where ticks stand and what they say: about eight of the numbers that layers bear in their names."""
+    """Return where ticks stand and what they say: about eight of the numbers in layers' names."""
     numbered = []
     for position, layer in enumerate(plan.graph.layers):
         match = re.search(r"\.(\d+)$", layer.name)
@@ -221,8 +225,8 @@ def _layer_ticks(plan: Plan) -> tuple[list[int], list[str]]:
 def memory_by_device(plan: Plan) -> Any:
     """Return one bar for each memory: bytes by kind at the predicted peak, against its capacity.
 
-    Bars have an axis each, so that a GPU is not dwarfed by a disk. Without a prediction the figure holds only the
-    capacities.
+    Bars have an axis each, so that a GPU is not dwarfed by a disk. Without a prediction the figure holds
+    only the capacities.
     """
     pools = plan.hardware.pools
     colours = place_colours(plan.hardware)
@@ -264,7 +268,7 @@ def memory_by_device(plan: Plan) -> Any:
 
 
 def _capacity_shapes(pool: MemoryPool, axis: str) -> list[dict[str, Any]]:
-    """Return the shapes of one memory: its track, the part that is reserved for others, and the capacity line."""
+    """Return the shapes of one memory: its track, what is reserved for others, and the capacity line."""
     at = {
         "xref": f"x{axis}",
         "yref": f"y{axis}",

@@ -1,5 +1,6 @@
-"""Plan, Timeline → one HTML file that opens offline: the answer first, then figures, tables and assumptions."""
+"""Plan, Timeline → one HTML file that opens offline: the answer first, then figures, then tables."""
 
+# ruff: noqa: RUF001 - the dash of an empty cell and the sign before a GPU's name are meant
 from __future__ import annotations
 
 import html
@@ -63,7 +64,8 @@ def page_html(plan: Plan, timeline: Timeline) -> str:
         f"<script>{get_plotlyjs()}</script>",
         f"<script>const FIGURES = {_figures_json(drawn)};{SCRIPT}</script></body></html>\n",
     ]
-    return "\n".join(parts)
+    # A name from the command line may hold bytes that are no UTF-8; the report shows them as "?".
+    return "\n".join(parts).encode("utf-8", "replace").decode("utf-8")
 
 
 def _text(value: object) -> str:
@@ -74,14 +76,15 @@ def _text(value: object) -> str:
 _FIGURES = {
     "placement": (
         "Where every weight waits and every layer runs",
-        "Colour is where the weights wait. A cell that has not the colour of its layer in the top row is streamed; "
-        "of experts that are partly resident, the lower part of the cell stays. Point at or tap a cell for its bytes.",
+        "Colour is where the weights wait. A cell that has not the colour of its layer in the top row is "
+        "streamed; of experts that are partly resident, the lower part of the cell stays. Point at or tap a "
+        "cell for its bytes.",
         "",
     ),
     "peaks": (
         "Memory at the predicted peak",
-        "Every bar has its own scale; the dashed line is the capacity, and what is grey before it belongs to others. "
-        "Shades of a place's colour are the kinds of memory there.",
+        "Every bar has its own scale; the dashed line is the capacity, and what is grey before it belongs to "
+        "others. Shades of a place's colour are the kinds of memory there.",
         _NO_PREDICTION,
     ),
     "memory": (
@@ -92,8 +95,8 @@ _FIGURES = {
     ),
     "lanes": (
         "What every lane does",
-        "Lanes work at the same time. A copy has the colour of the place that it copies from. Drag to look closer, "
-        "double-click to go back.",
+        "Lanes work at the same time. A copy has the colour of the place that it copies from. Drag to look "
+        "closer, double-click to go back.",
         _NO_TIMELINE,
     ),
 }
@@ -111,7 +114,7 @@ def _figures(plan: Plan, timeline: Timeline) -> dict[str, Any]:
 
 
 def _figures_json(drawn: dict[str, Any]) -> str:
-    """Return the figures as a script's JSON: without a template, and with nothing that could end the script."""
+    """Return the figures as a script's JSON, with nothing in it that could end the script."""
     data = {}
     for key, figure in drawn.items():
         content = figure.to_plotly_json()
@@ -128,7 +131,7 @@ def _figures_json(drawn: dict[str, Any]) -> str:
 
 def _headline(plan: Plan) -> str:
     model, work = plan.model, plan.workload
-    gpus = [f"{gpu.product}" for gpu in plan.hardware.gpus]
+    gpus = [gpu.product for gpu in plan.hardware.gpus]
     counted = [f"{gpus.count(name)} × {name}" for name in dict.fromkeys(gpus)] or ["no GPU"]
     memories = []
     for capacity_bytes, same in groupby(plan.hardware.pools, key=lambda pool: pool.capacity_bytes):
@@ -252,7 +255,7 @@ def _key(plan: Plan, key: str) -> str:
 
 
 def _table(heads: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]], caption: str) -> str:
-    """Return a table that scrolls by itself; `heads` are (words, class), cells are HTML, the first of a row its head."""
+    """Return a table that scrolls by itself. `heads` are (words, class); cells are HTML."""
     top = "".join(f'<th scope="col" class="{name}">{_text(words)}</th>' for words, name in heads)
     body = "".join(
         "<tr>"
@@ -267,7 +270,8 @@ def _table(heads: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]], capt
     )
     return (
         f'<p class="soft">{_text(caption)}</p><div class="wide" tabindex="0" role="region" '
-        f'aria-label="{_text(caption)}"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'aria-label="{_text(caption)}"><table><thead><tr>{top}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 

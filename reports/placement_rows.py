@@ -1,5 +1,6 @@
 """Plan → the rows of its placement table: alike placements together, neighbouring layers as ranges."""
 
+# ruff: noqa: RUF001, RUF002 - ranges are written with an en dash
 from __future__ import annotations
 
 import re
@@ -33,7 +34,7 @@ class PlacementRow:
         return ", ".join(layer_ranges(self.names))
 
     def place(self) -> str:
-        """Return where it waits and runs: "cuda:0", "disk → cuda:0", "cpu (pinned) → cuda:0, 5 of 8 stay"."""
+        """Return where it waits and runs: "cuda:0", or "cpu (pinned) → cuda:0, 5 of 8 stay"."""
         if self.resident == self.slices:
             return self.run_on
         home = self.home if self.memory in ("device", "disk") else f"{self.home} ({self.memory})"
@@ -73,7 +74,7 @@ def placement_rows(plan: Plan) -> list[PlacementRow]:
 
 
 def layer_ranges(names: Sequence[str]) -> list[str]:
-    """Return the names with runs of numbers folded; a stem is said once: ["model.layers.0–13", "15", "model.norm"]."""
+    """Return names with runs of numbers folded: ["model.layers.0–13", "15", "model.norm"]."""
     result: list[str] = []
     stem_before: str | None = None
     first = last = 0

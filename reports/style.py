@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from planner.hardware import Hardware
 
-# Chosen by search together with the CPU's and the disk's: any two places differ by at least 24 (CIE76) seen normally
-# and under protanopia and deuteranopia, by 12 under tritanopia (Machado et al. 2009); the limit, a dashed line, by 18.
-# Beyond eight GPUs colours repeat, and labels tell them apart.
+# Chosen by search together with the CPU's and the disk's: any two places differ by at least 24 (CIE76) seen
+# normally and under protanopia and deuteranopia, by 12 under tritanopia (Machado et al. 2009); the limit, a
+# dashed line, by 18. Beyond eight GPUs colours repeat, and labels tell them apart.
 GPU_COLOURS = ("#4f6092", "#60a971", "#bbbaee", "#276843", "#807cde", "#afd4c3", "#5d3bce", "#8dde7c")
 CPU_COLOUR = "#dd9f2e"
 DISK_COLOUR = "#868c95"
@@ -73,8 +73,8 @@ def kind_words(kind: str) -> str:
 CSS = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #ffffff; --ink: #1c232b; --soft: #4d5864;
   --line: #dde1e6; --good: #1f6b45; --bad: #ac2f0c; --grid: #e4e8ec; }
-@media (prefers-color-scheme: dark) { :root { --page: #12161b; --card: #1b2128; --ink: #e9edf1; --soft: #aab4bf;
-  --line: #323b45; --good: #7fd0a3; --bad: #ff9c7a; --grid: #313a44; } }
+@media (prefers-color-scheme: dark) { :root { --page: #12161b; --card: #1b2128; --ink: #e9edf1;
+  --soft: #aab4bf; --line: #323b45; --good: #7fd0a3; --bad: #ff9c7a; --grid: #313a44; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.5;
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
@@ -84,9 +84,10 @@ h2 { font-size: 1.15rem; margin: 0 0 4px; }
 p { margin: 0 0 8px; } .soft, figcaption { color: var(--soft); font-size: .9rem; overflow-wrap: anywhere; }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px;
   margin-top: 18px; }
-.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 18px 0 0;
-  padding: 0; }
-.numbers > div { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 14px; }
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px;
+  margin: 18px 0 0; padding: 0; }
+.numbers > div { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  padding: 12px 14px; }
 .numbers dt { color: var(--soft); font-size: .85rem; }
 .numbers dd { margin: 0; font-size: 1.45rem; font-weight: 650; line-height: 1.25; overflow-wrap: anywhere; }
 .numbers small { display: block; color: var(--soft); font-size: .8rem; font-weight: 400; }
@@ -96,19 +97,23 @@ figure { margin: 0; } .plot { width: 100%; }
   font-size: .85rem; }
 .key i { display: inline-block; width: 13px; height: 13px; border-radius: 3px; margin-right: 6px;
   vertical-align: -2px; border: 1px solid rgb(128 128 128 / .45); }
-.key i.dash { width: 20px; height: 0; border: 0; border-top: 2px dashed; border-radius: 0; vertical-align: 4px; }
+.key i.dash { width: 20px; height: 0; border: 0; border-top: 2px dashed; border-radius: 0;
+  vertical-align: 4px; }
 .wide { overflow-x: auto; background:
   linear-gradient(to right, var(--card) 40%, transparent) left / 48px 100% no-repeat local,
   linear-gradient(to left, var(--card) 40%, transparent) right / 48px 100% no-repeat local,
   linear-gradient(to right, rgb(128 128 128 / .35), transparent) left / 12px 100% no-repeat,
   linear-gradient(to left, rgb(128 128 128 / .35), transparent) right / 12px 100% no-repeat; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 6px 10px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { text-align: left; padding: 6px 10px 6px 0; border-bottom: 1px solid var(--line);
+  vertical-align: top; }
 td.n, th.n { text-align: right; white-space: nowrap; } thead th { color: var(--soft); font-weight: 600; }
-tbody th { font-weight: 600; white-space: nowrap; } tbody th.layers { white-space: normal; overflow-wrap: anywhere; min-width: 110px; }
+tbody th { font-weight: 600; white-space: nowrap; }
+tbody th.layers { white-space: normal; overflow-wrap: anywhere; min-width: 110px; }
 td.place { white-space: nowrap; } ul.plain { margin: 0; padding-left: 20px; font-size: .92rem; }
 ul.plain li { overflow-wrap: anywhere; }
-dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margin: 0; font-size: .92rem; }
+dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margin: 0;
+  font-size: .92rem; }
 dl.facts dt { color: var(--soft); } dl.facts dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 560px) { main { padding: 18px 12px 32px; } section { padding: 14px 12px; }
   .numbers { grid-template-columns: 1fr 1fr; gap: 8px; } .numbers dd { font-size: 1.2rem; } }

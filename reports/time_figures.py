@@ -1,4 +1,4 @@
-"""Plan, Timeline → Plotly figures of time: what each memory holds during the call, and what each lane does."""
+"""Plan, Timeline → Plotly figures of time: what each memory holds during the call, what each lane does."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def memory_over_time(plan: Plan, timeline: Timeline) -> Any:
         samples = thinned([sample for sample in timeline.memory if sample.device == device], MAX_SAMPLES)
         peak = max(sample.total_bytes for sample in samples)
         _add_memory(figure, row, timeline, samples, colours[device])
-        shapes.append({"type": "line", "xref": "x domain" if row == 1 else f"x{axis} domain", "yref": f"y{axis}",
-                       "x0": 0, "x1": 1, "y0": limit, "y1": limit, "name": "capacity",
+        shapes.append({"type": "line", "xref": f"x{axis} domain", "yref": f"y{axis}", "x0": 0, "x1": 1,
+                       "y0": limit, "y1": limit, "name": "capacity",
                        "line": {"color": LIMIT_COLOUR, "width": 1.5, "dash": "dash"}})  # fmt: skip
         words = f"<b>{plain(device)}</b> · at most {format_bytes(peak)} of {format_bytes(limit)}"
         labels.append(label(words, yref=f"y{axis} domain", y=1.03))
@@ -72,9 +72,7 @@ def memory_over_time(plan: Plan, timeline: Timeline) -> Any:
 
 
 def thinned(samples: Sequence[MemorySample], limit: int) -> list[MemorySample]:
-    """Return at most about `limit` of the samples, with the least and the most of every stretch left out: no peak is
-    lost.
-    """
+    """Return about `limit` of the samples: the least and most of every stretch, so that no peak is lost."""
     if len(samples) <= limit:
         return list(samples)
     size = -(-len(samples) * 2 // limit)
@@ -101,8 +99,9 @@ def _add_memory(figure: Any, row: int, timeline: Timeline, samples: list[MemoryS
         gaps_y += [block[-1].total_bytes, after[0].total_bytes, None]
     if gaps_x:
         figure.add_scatter(
-            x=gaps_x, y=gaps_y, fill="tozeroy", fillcolor=mixed(colour, "#ffffff", 0.65) + "80", hoverinfo="skip",
-            line={"color": colour, "width": 1.5, "dash": "dot"}, name="not simulated", row=row, col=1, **common,
+            x=gaps_x, y=gaps_y, fill="tozeroy", fillcolor=mixed(colour, "#ffffff", 0.65) + "80",
+            line={"color": colour, "width": 1.5, "dash": "dot"}, name="not simulated", hoverinfo="skip",
+            row=row, col=1, **common,
         )  # fmt: skip
     for name, value, fill in (("held", _total, 0.75), ("fixed", _fixed, 0.4)):
         xs, ys, words = [], [], []
@@ -163,7 +162,7 @@ def _blocks(timeline: Timeline, samples: list[MemorySample]) -> list[tuple[list[
 
 
 def _zoom_menu(timeline: Timeline, rows: int) -> list[dict[str, Any]]:
-    """Return buttons that show the whole call, the prefill or one decode step; none where there is one step."""
+    """Return buttons that show the whole call, the prefill or one decode step; none for one step."""
     starts = step_starts(timeline)
     if len(timeline.step_ns) < 2:
         return []
@@ -177,12 +176,13 @@ def _zoom_menu(timeline: Timeline, rows: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
     return [
         {"type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom",
-         "pad": {"b": 24, "l": 0}, "buttons": buttons, "font": {"color": "#1c232b", "size": 11}, "showactive": True}
+         "pad": {"b": 24, "l": 0}, "buttons": buttons, "showactive": True,
+         "font": {"color": "#1c232b", "size": 11}}
     ]  # fmt: skip
 
 
 def drawn_steps(timeline: Timeline) -> tuple[int, ...]:
-    """Return the steps that the report draws: the prefill and the first decode step, where they were simulated."""
+    """Return the steps that are drawn: the prefill and the first decode step, where they were simulated."""
     known = sorted({interval.step for interval in timeline.intervals})
     return tuple([step for step in known if step == 0] + [step for step in known if step > 0][:1])
 
@@ -193,7 +193,7 @@ def step_words(step: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
-    """One or more neighbouring intervals of a lane, drawn as one. `busy_ns` excludes what was idle between them."""
+    """Neighbouring intervals of a lane, drawn as one. `busy_ns` excludes what was idle between them."""
 
     lane: str
     start_ns: int
@@ -204,9 +204,9 @@ class Bar:
 
 
 def step_lanes(plan: Plan, timeline: Timeline, steps: Sequence[int] | None = None) -> Any:
-    """Return one panel for each step of `steps` (else `drawn_steps`): what every lane does, from the step's start.
+    """Return a panel for each step of `steps` (else `drawn_steps`): what every lane does, from its start.
 
-    Where a step has more than `MAX_BARS` intervals, those with hardly a gap between them are drawn as one bar.
+    Where a step has more than `MAX_BARS` intervals, those with hardly a gap between them are one bar.
     """
     chosen = tuple(drawn_steps(timeline) if steps is None else steps)
     lanes = ordered_lanes(plan, timeline.lanes())
@@ -241,8 +241,8 @@ def step_lanes(plan: Plan, timeline: Timeline, steps: Sequence[int] | None = Non
 def merged(intervals: Sequence[Interval], limit: int) -> list[Bar]:
     """Return the intervals of one step as bars, at most `limit` of them unless there are more lanes.
 
-    Neighbours of a lane are merged where the gap between them is below a resolution, which starts at a thousandth
-    of the step and doubles until the bars are few enough.
+    Neighbours of a lane are merged where the gap between them is below a resolution, which starts at a
+    thousandth of the step and doubles until the bars are few enough.
     """
     bars = [
         Bar(lane=i.lane, start_ns=i.start_ns, end_ns=i.end_ns, busy_ns=i.duration_ns, count=1, label=i.label)
@@ -260,7 +260,7 @@ def merged(intervals: Sequence[Interval], limit: int) -> list[Bar]:
 
 
 def _joined(bars: list[Bar], resolution_ns: int) -> list[Bar]:
-    """Return the bars with neighbours joined: those of a lane whose gap and whose shorter one are below resolution."""
+    """Return the bars, neighbours joined where their gap and the shorter one are below the resolution."""
     result: list[Bar] = []
     for bar in bars:
         last = result[-1] if result else None
@@ -285,13 +285,13 @@ def _joined(bars: list[Bar], resolution_ns: int) -> list[Bar]:
 
 
 def _ends(lane: str) -> tuple[str, str]:
-    """Return where a lane starts and ends: "cpu→cuda:0 copy" is ("cpu", "cuda:0"), "cpu compute" twice "cpu"."""
+    """Return where a lane starts and ends: "cpu→cuda:0 copy" is ("cpu", "cuda:0")."""
     source, _, target = lane.rsplit(" ", 1)[0].partition("→")
     return source, target or source
 
 
 def ordered_lanes(plan: Plan, lanes: Sequence[str]) -> list[str]:
-    """Return the lanes as data flow: from the disk, into and on the CPU, then GPU by GPU, copies before compute."""
+    """Return the lanes as data flow: what ends on the CPU, then GPU by GPU, copies before compute."""
     places = [
         *(name for name in place_colours(plan.hardware) if name not in _gpu_names(plan)),
         *_gpu_names(plan),

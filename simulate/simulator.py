@@ -150,6 +150,8 @@ class _Simulation:
     def _begin_prefetch(self) -> None:
         """Fill every slot: nothing is copied before the call begins."""
         for entry in self.plan.slots:
+            if entry.holds != "groups":
+                continue
             self.queue[entry.device] = list(prefetch_order(self.runs, entry.device))
             self.copied[entry.device] = []
             for _ in range(entry.count):

@@ -82,8 +82,8 @@ class _Model:
         self.ends: dict[tuple[str, str], Any] = {}
         self.held: dict[str, list[Any]] = {pool.name: [] for pool in problem.hardware.pools}
         self.activations: dict[str, Any] = {}
-        self.slots: dict[str, Any] = {}
-        self.staging: dict[str, Any] = {}
+        self.slots: dict[tuple[str, str], Any] = {}
+        self.staging: dict[tuple[str, str], Any] = {}
         self.used = {name: self.model.new_bool_var(f"used {name}") for name in self.devices}
         self.growth = self.model.new_int_var(0, 2**50 if grow else 0, "growth")
         self._variables()
@@ -120,15 +120,17 @@ class _Model:
                 self.held[name].append(-problem.tied_bytes * both)
 
     def _device_buffers(self) -> None:
+        top = 2**45
         for name in self.devices:
-            top = 2**45
             self.activations[name] = self.model.new_int_var(0, top, f"activations {name}")
-            self.slots[name] = self.model.new_int_var(0, top, f"slots {name}")
-            self.staging[name] = self.model.new_int_var(0, top, f"staging {name}")
             context, workspace = memory.fixed_bytes(self.problem.hardware.device(name))
-            self.held[name] += [self.activations[name], self.slots[name], (context + workspace) * self.used[name]]
-            # Disk → GPU goes through host memory, in pieces as large as that GPU's slots.
-            self.held["cpu"].append(self.staging[name])
+            self.held[name] += [self.activations[name], (context + workspace) * self.used[name]]
+            for holds in ("groups", "experts"):
+                self.slots[name, holds] = self.model.new_int_var(0, top, f"slots {name} {holds}")
+                self.staging[name, holds] = self.model.new_int_var(0, top, f"staging {name} {holds}")
+                self.held[name].append(self.slots[name, holds])
+                # Disk → GPU goes through host memory, in pieces as large as that GPU's slots.
+                self.held["cpu"].append(self.staging[name, holds])
 
     def _block_on(self, unit: Unit, name: str, costs: UnitCost) -> None:
         model, here = self.model, self.layers[unit.name, name]
@@ -163,9 +165,10 @@ class _Model:
         if entry.needs_slot:
             device = self.problem.hardware.device(name)
             size = memory.SLOT_COUNT * memory.allocation_bytes(entry.slab_bytes, device)
-            model.add(self.slots[name] >= size * streams)
+            key = (name, memory.slot_kind(group))
+            model.add(self.slots[key] >= size * streams)
             if device.kind != "cpu":
-                model.add(self.staging[name] >= self.slots[name]).only_enforce_if(from_disk)
+                model.add(self.staging[key] >= self.slots[key]).only_enforce_if(from_disk)
 
     def _end_on(self, end: Unit, name: str, costs: UnitCost) -> None:
         here = self.ends[end.name, name]
