@@ -255,6 +255,11 @@ def build_on_meta(source: ModelSource, dtype: str, *, trust_remote_code: bool = 
     return model
 
 
+def describe(model: Any) -> ModelSource:
+    """Return where a name, folder or config comes from, without loading anything heavy."""
+    return _source(model, hub=False, revision=None, trust_remote_code=False)[0]
+
+
 def _source(model: Any, *, hub: bool, revision: str | None, trust_remote_code: bool) -> tuple[ModelSource, Any]:
     """Return where the model comes from, and the model itself if it was given as one."""
     if isinstance(model, str):

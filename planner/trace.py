@@ -134,8 +134,9 @@ class _Recorder:
         work = self.workload
         ids = torch.ones(work.batch_size, work.prompt_tokens, dtype=torch.long)
         if work.caller == "forward":
+            mask = torch.ones_like(ids)
             with self._tracing():
-                self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+                self.model(input_ids=ids, attention_mask=mask, use_cache=False)
             return
         self._generate(ids, min(work.new_tokens, 3), None)
         if work.new_tokens <= 3:
@@ -159,10 +160,11 @@ class _Recorder:
         if cache is None:
             self._cache_bytes.clear()
         del cache
+        mask = torch.ones_like(ids)
         with self._tracing():
             self.model.generate(
                 ids,
-                attention_mask=torch.ones_like(ids),
+                attention_mask=mask,
                 max_new_tokens=new_tokens,
                 do_sample=self.workload.sampling == "sample",
                 num_beams=1,

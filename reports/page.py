@@ -213,8 +213,13 @@ def _proof_card(plan: Plan) -> _Card:
     if plan.solver is None:
         return ("proof", "none", "no solver was run", "")
     if plan.solver.status == "optimal":
-        return ("proof", "optimal", f"under cost model {plan.solver.cost_model}", "good")
-    return ("proof", f"gap {plan.solver.gap:.1%}", "at most so far above the best", "")
+        return ("proof", "optimal", "no placement costs less under the cost model named below", "good")
+    return (
+        "proof",
+        f"gap {plan.solver.gap:.1%}",
+        "at most this far above the best under the cost model named below",
+        "",
+    )
 
 
 def _figure_section(plan: Plan, key: str, figure: Any | None) -> str:
@@ -276,7 +281,7 @@ def _table(heads: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]], capt
 
 
 def _device_table(plan: Plan) -> str:
-    heads = [("memory", ""), ("fits", ""), ("peak", "n"), ("usable", "n"), ("room left", "n")]
+    heads = [("memory", ""), ("fits", "place"), ("peak", "n"), ("usable", "n"), ("room left", "n")]
     heads += [(kind_words(kind), "n") for kind in KINDS_OF_MEMORY] + [("device", "place")]
     rows = []
     for pool in plan.hardware.pools:

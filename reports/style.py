@@ -110,7 +110,8 @@ th, td { text-align: left; padding: 6px 10px 6px 0; border-bottom: 1px solid var
 td.n, th.n { text-align: right; white-space: nowrap; } thead th { color: var(--soft); font-weight: 600; }
 tbody th { font-weight: 600; white-space: nowrap; }
 tbody th.layers { white-space: normal; overflow-wrap: anywhere; min-width: 110px; }
-td.place { white-space: nowrap; } ul.plain { margin: 0; padding-left: 20px; font-size: .92rem; }
+td.place { white-space: nowrap; } [role=note] { margin-top: 14px; }
+ul.plain { margin: 0; padding-left: 20px; font-size: .92rem; }
 ul.plain li { overflow-wrap: anywhere; }
 dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margin: 0;
   font-size: .92rem; }

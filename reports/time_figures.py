@@ -21,7 +21,7 @@ from simulate.timeline import Interval, MemorySample, Timeline
 MAX_SAMPLES = 1500
 MAX_BARS = 1200
 # On a lane with more bars than this their edges would be all that is seen.
-BARS_WITH_EDGES = 150
+BARS_WITH_EDGES = 80
 
 
 def step_starts(timeline: Timeline) -> list[int]:
@@ -30,14 +30,16 @@ def step_starts(timeline: Timeline) -> list[int]:
 
 
 def memory_over_time(plan: Plan, timeline: Timeline) -> Any:
-    """Return one panel for each device that the timeline samples: bytes held against capacity, over the call.
+    """Return one panel for each memory that is ever used: bytes held against capacity, over the call.
 
     Steps that were not simulated are drawn dotted, straight from the last one before to the first one after.
     """
     colours = place_colours(plan.hardware)
     pools = {device.name: device.pool for device in plan.hardware.devices}
     capacity = {pool.name: pool.capacity_bytes for pool in plan.hardware.pools}
-    devices = [name for name in colours if any(sample.device == name for sample in timeline.memory)]
+    # A memory that never holds anything (a disk that nothing waits on) would be an empty panel.
+    used = {sample.device for sample in timeline.memory if sample.total_bytes}
+    devices = [name for name in colours if name in used]
     rows = max(len(devices), 1)
     height = 56 + 112 * rows
     figure = make_subplots(

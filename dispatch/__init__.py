@@ -1,0 +1,9 @@
+"""Runs a model as a Plan says. Needs torch; not ortools, pandas or plotly."""
+
+from __future__ import annotations
+
+from dispatch.attach import apply, remove
+from dispatch.checkpoint import Checkpoint
+from dispatch.measure import Measurement, measure
+
+__all__ = ["Checkpoint", "Measurement", "apply", "measure", "remove"]

@@ -1,0 +1,377 @@
+"""Makes a model run as a Plan says: `apply`, and `remove`, which gives back a plain model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dispatch import hooks, place
+from dispatch.checkpoint import Checkpoint
+from dispatch.experts import StreamedExperts
+from dispatch.match import check_matches
+from dispatch.slots import SlotRing
+from dispatch.stream import GroupStream, StreamedGroup
+from dispatch.weights import Weights, write_offload
+from planner import execution as implementations
+from planner.errors import InputError, PlanMismatchError
+from planner.graph import WeightGroup
+from planner.memory import waiting_slices, with_groups
+from planner.plan import Placement, Plan
+from planner.steps import layer_runs
+
+_ATTRIBUTE = "_loadplan_dispatch"
+# Reads of the checkpoint in flight at once while loading.
+_READERS = 4
+
+
+def apply(
+    model: Any,
+    plan: Plan,
+    checkpoint: str | Path | None = None,
+    *,
+    devices: Mapping[str, torch.device | str] | None = None,
+    offload_dir: str | Path | None = None,
+) -> torch.nn.Module:
+    """Put every weight of `model` where the plan says, and make it run so; return the model.
+
+    model: on meta (filled from `checkpoint`), already loaded, or a name, folder or config to build it from.
+    devices: real devices for the plan's names, {"cuda:0": "cuda:3"}; each is itself unless named.
+    offload_dir: where a loaded model's weights go that are to wait on disk, if no checkpoint holds them.
+
+    Everything that can be refused is refused before the model is changed.
+
+    Raises:
+        InputError: a device or file is missing or damaged. PlanMismatchError: the plan is for another model.
+    """
+    module, checkpoint = _as_module(model, plan, checkpoint)
+    if getattr(module, _ATTRIBUTE, None) is not None:
+        raise InputError("this model is dispatched already; call dispatch.remove(model) first")
+    check_matches(module, plan)
+    targets = _targets(plan, devices or {})
+    opened = Checkpoint.open(checkpoint) if checkpoint is not None else None
+    offloaded = opened is None and not any(p.is_meta for p in module.parameters())
+    if offloaded:
+        opened = _offload(module, plan, offload_dir)
+    weights = Weights(module, opened, offloaded=offloaded)
+    state = _Dispatch(module, plan, targets, weights)
+    state.check()
+    state.attach()
+    setattr(module, _ATTRIBUTE, state)
+    return module
+
+
+def remove(model: torch.nn.Module) -> torch.nn.Module:
+    """Undo `apply`: no hooks, every weight in memory and tied as it was; return the model.
+
+    A model that ran on one device stays there; one that was spread over several comes to the CPU.
+
+    Raises:
+        InputError: the model is not dispatched, or a file that its weights wait in is gone.
+    """
+    state: _Dispatch | None = getattr(model, _ATTRIBUTE, None)
+    if state is None:
+        raise InputError("this model is not dispatched")
+    state.detach()
+    delattr(model, _ATTRIBUTE)
+    return model
+
+
+class _Dispatch:
+    """What `apply` did to one model."""
+
+    def __init__(self, model: torch.nn.Module, plan: Plan, targets: dict[str, torch.device], weights: Weights):
+        self.model, self.plan, self.targets, self.weights = model, plan, targets, weights
+        self.placed = [(p, g, [f"{p.layer}.{t.name}" for t in g.tensors]) for p, g in with_groups(plan.graph, plan.placements)]
+        self.rings: dict[tuple[str, str], SlotRing] = {}
+        self.groups: list[StreamedGroup] = []
+        self.experts: list[tuple[torch.nn.Module, StreamedExperts]] = []
+        self.mapped: list[str] = []
+        self.hooked: list[torch.nn.Module] = []
+        self.tied: dict[tuple[str, torch.device], torch.nn.Parameter] = {}
+        self.moved: dict[int, tuple[Any, Any]] = {}
+        self.before: dict[str, Any] = {}
+        self.warned = False
+
+    def check(self) -> None:
+        """Refuse what cannot be done, while nothing has been changed."""
+        if any(p.is_meta for p in self.model.parameters()):
+            return
+        if self.weights.checkpoint is None and any(p.home == "disk" for p, _, _ in self.placed):
+            raise InputError(
+                "the plan lets weights wait on disk: give the checkpoint that holds them, or an offload_dir to write "
+                "them to"
+            )
+
+    def attach(self) -> None:
+        self._set_implementations()
+        for entry in self.plan.slots:
+            staging = any(p.home == "disk" and p.run_on == entry.device for p, _, _ in self.placed)
+            ring = SlotRing(self.targets[entry.device], entry.count, entry.slot_bytes, staging=staging)
+            self.rings[entry.device, entry.holds] = ring
+        streamed: dict[str, list[StreamedGroup]] = {}
+        hosted: dict[tuple[str, str], StreamedGroup] = {}
+        with ThreadPoolExecutor(_READERS) as pool:
+            resident = list(pool.map(self._load_resident, self.placed))
+        for (placement, group, names), loaded in zip(self.placed, resident, strict=True):
+            device = self.targets[placement.run_on]
+            if loaded is not None:
+                for name, tensor in loaded.items():
+                    self._put(name, tensor, device)
+            elif group.slices > 1:
+                self._stream_experts(placement, group, names, device)
+            else:
+                hosted[placement.layer, placement.group] = self._stream_group(placement, names, device)
+        self._place_loose()
+        # The order of copies is that of the plan's steps, not that in which groups were listed.
+        for run in layer_runs(self.plan.graph, self.plan.placements):
+            for part in run.parts:
+                item = hosted.get((part.placement.layer, part.placement.group))
+                if item is not None:
+                    streamed.setdefault(run.device, []).append(item)
+        self._hook(streamed)
+
+    def _load_resident(self, entry: tuple[Placement, WeightGroup, list[str]]) -> dict[str, torch.Tensor] | None:
+        """Return a group's tensors where they stay, or None for a group that is streamed."""
+        placement, group, names = entry
+        device = self.targets[placement.run_on]
+        if waiting_slices(placement, group) == 0:
+            return {name: self.weights.load(name).to(device) for name in names}
+        if placement.run_on == "cpu" and group.slices == 1:
+            self.mapped += names
+            return {name: self.weights.map(name) for name in names}
+        return None
+
+    def _put(self, name: str, tensor: torch.Tensor, device: torch.device) -> None:
+        module, leaf = place.owner(self.model, name)
+        if leaf in module._buffers:
+            place.put(module, leaf, tensor)
+            return
+        current = module._parameters[leaf]
+        first = self.plan.graph.tied_to_earlier().get(name, name)
+        shared = self.tied.get((first, device))
+        if shared is None:
+            # A parameter that is in place already stays the very same object.
+            in_place = current is not None and not current.is_meta and current.device == tensor.device
+            in_place = in_place and current is not None and current.data_ptr() == tensor.data_ptr()
+            shared = current if in_place and current is not None else place.as_parameter(tensor)
+            self.tied[first, device] = shared
+        module._parameters[leaf] = shared
+
+    def _stream_group(self, placement: Placement, names: list[str], device: torch.device) -> StreamedGroup:
+        on_disk = placement.home == "disk"
+        owners = {name: place.owner(self.model, name) for name in names}
+        buffers = [name for name, (module, leaf) in owners.items() if leaf in module._buffers]
+        for name in buffers:
+            self._put(name, self.weights.load(name).to(device), device)
+            del owners[name]
+        store = self.weights.store(list(owners), on_disk=on_disk, pinned=device.type == "cuda")
+        group = StreamedGroup(f"{placement.layer}.{placement.group}", owners, store)
+        self.groups.append(group)
+        return group
+
+    def _stream_experts(
+        self, placement: Placement, group: WeightGroup, names: list[str], device: torch.device
+    ) -> None:
+        module = self.model.get_submodule(f"{placement.layer}.{placement.group}")
+        kept = placement.resident_slices or 0
+        leaves = {name: name.removeprefix(f"{placement.layer}.{placement.group}.") for name in names}
+        resident = [
+            {leaves[name]: view for name, view in self.weights.expert(names, expert, device).items()}
+            for expert in range(kept)
+        ]
+        waiting = [
+            self.weights.store(
+                names, on_disk=placement.home == "disk", pinned=device.type == "cuda", expert=expert
+            ).renamed(leaves)
+            for expert in range(kept, group.slices)
+        ]
+        owners = {leaf: (module, leaf) for leaf in leaves.values()}
+        ring = self.rings[placement.run_on, "experts"]
+        source = StreamedExperts(ring, owners, resident, waiting)
+        setattr(module, implementations.SOURCE_ATTRIBUTE, source)
+        self.experts.append((module, source))
+
+    def _place_loose(self) -> None:
+        device = self.targets[self.plan.run_on()[0]]
+        for tensor in self.plan.graph.loose:
+            place.put(*place.owner(self.model, tensor.name), self.weights.load(tensor.name).to(device))
+
+    def _hook(self, streamed: dict[str, list[StreamedGroup]]) -> None:
+        several = len({self.targets[name] for name in self.plan.run_on()}) > 1
+        if several:
+            for layer, name in zip(self.plan.graph.layers, self.plan.run_on(), strict=True):
+                self._attach(layer.name, before=_mover(self.targets[name], self.moved))
+        for device, groups in streamed.items():
+            stream = GroupStream(self.rings[device, "groups"], groups)
+            for group in groups:
+                self._attach(group.name, before=_acquirer(stream, group), after=_releaser(stream, group))
+            stream.prefetch()
+        if several or self.groups or self.experts or self.mapped:
+            hooks.attach(self.model, before=self._begin_call, after=self.moved.clear)
+            self.hooked.append(self.model)
+
+    def _attach(self, path: str, *, before: hooks.Before, after: hooks.After | None = None) -> None:
+        module = self.model.get_submodule(path)
+        hooks.attach(module, before=before, after=after)
+        self.hooked.append(module)
+
+    def _begin_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self.weights.checkpoint is not None and self._reads_files():
+            self.weights.checkpoint.check_unchanged()
+        self.moved.clear()
+        self._warn_if_larger(args, kwargs)
+        return args, kwargs
+
+    def _reads_files(self) -> bool:
+        return any(placement.home == "disk" for placement, _, _ in self.placed)
+
+    def _warn_if_larger(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if self.warned or not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+            return
+        work, cache = self.plan.workload, kwargs.get("past_key_values")
+        context = ids.shape[1] + (cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0)
+        longest = work.prompt_tokens + (work.new_tokens if work.caller == "generate" else 0)
+        if ids.shape[0] > work.batch_size or context > longest:
+            self.warned = True
+            warnings.warn(
+                f"this call has a batch of {ids.shape[0]} and {context} tokens of context; the plan is for "
+                f"{work.batch_size} and {longest}: it may run out of memory. Plan again with a larger workload",
+                stacklevel=2,
+            )
+
+    def _set_implementations(self) -> None:
+        model: Any = self.model
+        execution = self.plan.execution
+        if model.config._attn_implementation != execution.attention:
+            self.before["attention"] = model.config._attn_implementation
+            model.set_attn_implementation(execution.attention)
+        if execution.experts is not None:
+            implementations.register()
+            self.before["experts"] = model.get_experts_implementation()
+            model.set_experts_implementation(execution.experts)
+
+    def detach(self) -> None:
+        for module in self.hooked:
+            hooks.detach(module)
+        for group in self.groups:
+            group.restore()
+        for module, source in self.experts:
+            source.restore()
+            delattr(module, implementations.SOURCE_ATTRIBUTE)
+        for name in self.mapped:
+            owner = place.owner(self.model, name)
+            place.put(*owner, place.get(*owner).clone())
+        found = {tensor.device for _, tensor in place.named_tensors(self.model)}
+        for name, tensor in list(place.named_tensors(self.model)) if len(found) > 1 else []:
+            place.put(*place.owner(self.model, name), tensor.detach().to("cpu"))
+        self._tie()
+        model: Any = self.model
+        if "attention" in self.before:
+            model.set_attn_implementation(self.before["attention"])
+        if "experts" in self.before:
+            model.set_experts_implementation(self.before["experts"])
+
+    def _tie(self) -> None:
+        for names in self.plan.graph.ties:
+            first, *others = names
+            module, leaf = place.owner(self.model, first)
+            for other in others:
+                target, other_leaf = place.owner(self.model, other)
+                target._parameters[other_leaf] = module._parameters[leaf]
+
+
+def _mover(device: torch.device, moved: dict[int, tuple[Any, Any]]) -> hooks.Before:
+    """Return a hook that brings a layer's arguments to its device; what several layers take is moved once a call."""
+
+    def bring(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return hooks.move(value, device) if not isinstance(value, (tuple, list, dict)) else _each(value, bring)
+        if value.device == device:
+            return value
+        key = hash((id(value), device))
+        known = moved.get(key)
+        if known is None or known[0] is not value:
+            known = moved[key] = (value, value.to(device))
+        return known[1]
+
+    def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return tuple(bring(value) for value in args), {key: bring(value) for key, value in kwargs.items()}
+
+    return before
+
+
+def _each(value: Any, change: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: change(item) for key, item in value.items()}
+    if hasattr(value, "_fields"):
+        return type(value)(*(change(item) for item in value))
+    return type(value)(change(item) for item in value)
+
+
+def _acquirer(stream: GroupStream, group: StreamedGroup) -> hooks.Before:
+    def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        stream.acquire(group)
+        return args, kwargs
+
+    return before
+
+
+def _releaser(stream: GroupStream, group: StreamedGroup) -> hooks.After:
+    return lambda: stream.release(group)
+
+
+def _as_module(
+    model: Any, plan: Plan, checkpoint: str | Path | None
+) -> tuple[torch.nn.Module, str | Path | None]:
+    """Return the model to dispatch, built on meta from a name, folder or config, and where its weights are."""
+    if isinstance(model, torch.nn.Module):
+        return model, checkpoint
+    # The planner knows how a name becomes a model; it is only needed where a name was given.
+    from planner.api import build_on_meta, describe
+
+    source = describe(model)
+    if plan.model.config_digest and source.config_digest != plan.model.config_digest and source.source != "config":
+        raise PlanMismatchError(f"the plan is for {plan.model.id}, and {source.id} has another config; plan again")
+    built = build_on_meta(source, plan.model.weight_dtype).eval()
+    if checkpoint is None:
+        checkpoint = source.folder
+    if checkpoint is not None and (Path(checkpoint) / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        built.generation_config = GenerationConfig.from_pretrained(checkpoint)
+    return built, checkpoint
+
+
+def _targets(plan: Plan, devices: Mapping[str, torch.device | str]) -> dict[str, torch.device]:
+    names = [device.name for device in plan.hardware.devices]
+    unknown = [name for name in devices if name not in names]
+    if unknown:
+        raise InputError(f"devices names {unknown[0]!r}; the plan has {', '.join(names)}")
+    targets = {}
+    for name in sorted(set(plan.run_on())):
+        device = torch.device(devices.get(name, name))
+        if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+            raise InputError(
+                f"the plan runs layers on {name}, and this machine has no {device}; plan with its own GPUs (--gpus), or "
+                "say which device to use: apply(..., devices={...})"
+            )
+        targets[name] = device
+    return targets
+
+
+def _offload(model: torch.nn.Module, plan: Plan, folder: str | Path | None) -> Checkpoint | None:
+    """Write the disk homes of a loaded model to `folder`, when one is given."""
+    names = [
+        f"{placement.layer}.{tensor.name}"
+        for placement, group in with_groups(plan.graph, plan.placements)
+        if placement.home == "disk" and waiting_slices(placement, group)
+        for tensor in group.tensors
+        if tensor.persistent
+    ]
+    return write_offload(model, names, folder) if folder is not None and names else None

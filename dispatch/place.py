@@ -1,0 +1,45 @@
+"""A tensor's place in a module: reading what is there, and putting something else."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+
+
+def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every parameter and buffer under each of its names, tied ones too."""
+    return itertools.chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    )
+
+
+def owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    """Return (module, leaf name) of a full tensor name."""
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def get(module: torch.nn.Module, leaf: str) -> torch.Tensor:
+    """Return the parameter or buffer called `leaf`, detached from autograd."""
+    found = module._parameters.get(leaf)
+    if found is None:
+        found = module._buffers[leaf]
+    assert found is not None
+    return found.detach()
+
+
+def put(module: torch.nn.Module, leaf: str, tensor: torch.Tensor) -> None:
+    """Make `tensor` the parameter or buffer called `leaf`, whichever it is."""
+    if leaf in module._parameters:
+        module._parameters[leaf] = as_parameter(tensor)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def as_parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
+    """Return `tensor` as a parameter that takes no gradient; a parameter is returned as it is."""
+    if isinstance(tensor, torch.nn.Parameter):
+        return tensor
+    return torch.nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,123 @@
+"""Where weights wait: in host memory or in the checkpoint's own files. A store fills slabs; it never computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from dispatch.checkpoint import Checkpoint
+from dispatch.sources import TensorSource
+from planner.graph import SLAB_ALIGNMENT_BYTES
+from planner.units import round_up
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One tensor's place in a slab."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the tensors of a group, or of one slice of it, lie in a slab: each from an aligned start."""
+
+    pieces: tuple[Piece, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, tensors: Sequence[tuple[str, tuple[int, ...], torch.dtype]]) -> Layout:
+        pieces, offset = [], 0
+        for name, shape, dtype in tensors:
+            pieces.append(Piece(name, shape, dtype, offset))
+            offset += round_up(math.prod(shape) * dtype.itemsize, SLAB_ALIGNMENT_BYTES)
+        return cls(tuple(pieces), offset)
+
+    def renamed(self, names: dict[str, str]) -> Layout:
+        """Return the same layout with other names."""
+        return Layout(tuple(Piece(names[p.name], p.shape, p.dtype, p.offset_bytes) for p in self.pieces), self.nbytes)
+
+    def views(self, slab: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return {tensor name: its view} into `slab`, uint8 of at least `nbytes`."""
+        result = {}
+        for piece in self.pieces:
+            count = math.prod(piece.shape) * piece.dtype.itemsize
+            flat = slab[piece.offset_bytes : piece.offset_bytes + count]
+            result[piece.name] = flat.view(piece.dtype).view(piece.shape)
+        return result
+
+
+class Store(Protocol):
+    """A group's weights, or one slice's, where they wait."""
+
+    layout: Layout
+
+    def renamed(self, names: dict[str, str]) -> Store:
+        """Return the same store with its tensors under other names."""
+
+    def copy_to(self, slab: torch.Tensor, staging: torch.Tensor | None) -> None:
+        """Put the weights into `slab` on any device, on the current stream; `staging` is host memory to go through."""
+
+    def to_host(self) -> dict[str, torch.Tensor]:
+        """Return the weights as tensors in host memory that outlive the store."""
+
+
+def new_slab(nbytes: int, device: torch.device, *, pinned: bool = False) -> torch.Tensor:
+    """Return an uninitialised slab of `nbytes` on `device`; host memory may be pinned."""
+    return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+
+
+class HostStore:
+    """Weights in one slab of host memory, pinned where a GPU is to fetch them."""
+
+    def __init__(self, layout: Layout, slab: torch.Tensor):
+        self.layout, self.slab = layout, slab
+
+    def renamed(self, names: dict[str, str]) -> HostStore:
+        return HostStore(self.layout.renamed(names), self.slab)
+
+    def copy_to(self, slab: torch.Tensor, staging: torch.Tensor | None) -> None:
+        slab[: self.layout.nbytes].copy_(self.slab[: self.layout.nbytes], non_blocking=True)
+
+    def to_host(self) -> dict[str, torch.Tensor]:
+        return {name: view.clone() for name, view in self.layout.views(self.slab).items()}
+
+
+class DiskStore:
+    """Weights in the checkpoint's files, read each time they are needed. `expert` picks one slice of each tensor."""
+
+    def __init__(
+        self, layout: Layout, checkpoint: Checkpoint, sources: Sequence[TensorSource], expert: int | None = None
+    ):
+        self.layout, self.checkpoint, self.sources, self.expert = layout, checkpoint, tuple(sources), expert
+
+    def renamed(self, names: dict[str, str]) -> DiskStore:
+        return DiskStore(self.layout.renamed(names), self.checkpoint, self.sources, self.expert)
+
+    def fill(self, slab: torch.Tensor) -> None:
+        """Read into `slab`, which is host memory."""
+        for source, view in zip(self.sources, self.layout.views(slab).values(), strict=True):
+            if self.expert is None:
+                source.fill(self.checkpoint, view)
+            else:
+                source.fill_slice(self.checkpoint, self.expert, view)
+
+    def copy_to(self, slab: torch.Tensor, staging: torch.Tensor | None) -> None:
+        if slab.device.type == "cpu":
+            self.fill(slab)
+            return
+        assert staging is not None
+        self.fill(staging)
+        slab[: self.layout.nbytes].copy_(staging[: self.layout.nbytes], non_blocking=True)
+
+    def to_host(self) -> dict[str, torch.Tensor]:
+        slab = new_slab(self.layout.nbytes, torch.device("cpu"))
+        self.fill(slab)
+        return self.layout.views(slab)

@@ -1,0 +1,89 @@
+"""Whole groups on their way through a device's slots, in the order that the plan's steps give them."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+
+from dispatch import place
+from dispatch.slots import SlotRing
+from dispatch.stores import Store
+
+
+class StreamedGroup:
+    """A group whose weights wait elsewhere: which parameters become views of a slot while its module runs."""
+
+    def __init__(self, name: str, owners: dict[str, tuple[torch.nn.Module, str]], store: Store):
+        self.name, self.store, self._owners = name, store, owners
+        self._away = {name: place.as_parameter(place.get(*owner).to("meta")) for name, owner in owners.items()}
+        self._present: dict[int, dict[str, torch.nn.Parameter]] = {}
+        self.leave()
+
+    def arrive(self, slot: int, slab: torch.Tensor) -> None:
+        """Make the parameters views of a slot. The views are made once a slot, then kept."""
+        if slot not in self._present:
+            views = self.store.layout.views(slab).items()
+            self._present[slot] = {name: place.as_parameter(view) for name, view in views}
+        self._set(self._present[slot])
+
+    def leave(self) -> None:
+        """Put the parameters back on meta."""
+        self._set(self._away)
+
+    def restore(self) -> None:
+        """Give the parameters weights of their own in host memory."""
+        self._set({name: place.as_parameter(tensor) for name, tensor in self.store.to_host().items()})
+
+    def _set(self, parameters: dict[str, torch.nn.Parameter]) -> None:
+        for name, (module, leaf) in self._owners.items():
+            module._parameters[leaf] = parameters[name]
+
+
+class GroupStream:
+    """Prefetches the groups of one device in a circle. `acquire` and `release` come from the hooks of their modules.
+
+    If a group is asked for that is not next (a pass was broken off, or a model runs its modules in an unusual order),
+    what was prefetched is dropped and the circle goes on from there.
+    """
+
+    def __init__(self, ring: SlotRing, groups: list[StreamedGroup]):
+        self.ring, self.groups = ring, groups
+        self._position = {group.name: index for index, group in enumerate(groups)}
+        self._pending: deque[tuple[int, int]] = deque()
+        self._free: deque[int] = deque(range(len(ring)))
+        self._held: dict[int, int] = {}
+        self._next = 0
+
+    def prefetch(self) -> None:
+        """Begin as many copies as there are free slots."""
+        while self._free and len(self._pending) + len(self._held) < len(self.groups):
+            slot, index = self._free.popleft(), self._next
+            with self.ring.context():
+                self.ring.copy(slot, self.groups[index].store)
+            self._pending.append((index, slot))
+            self._next = (index + 1) % len(self.groups)
+
+    def acquire(self, group: StreamedGroup) -> None:
+        """Bring a group's weights to the device for the module that is about to run."""
+        index = self._position[group.name]
+        if not self._pending or self._pending[0][0] != index:
+            self._restart(index)
+        self.prefetch()
+        _, slot = self._pending.popleft()
+        self._held[index] = slot
+        group.arrive(slot, self.ring.use(slot))
+
+    def release(self, group: StreamedGroup) -> None:
+        """Free the slot of a group whose module has run, and go on prefetching into it."""
+        slot = self._held.pop(self._position[group.name])
+        group.leave()
+        self.ring.release(slot)
+        self._free.append(slot)
+        self.prefetch()
+
+    def _restart(self, index: int) -> None:
+        for _, slot in self._pending:
+            self._free.append(slot)
+        self._pending.clear()
+        self._next = index

@@ -1,0 +1,170 @@
+"""Every tensor of a model, wherever it comes from: the model itself, a checkpoint, or a rule that computes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dispatch import place
+from dispatch.checkpoint import Checkpoint
+from dispatch.sources import Piece, TensorSource, resolve_sources
+from dispatch.stores import DiskStore, HostStore, Layout, Store, new_slab
+from planner.errors import InputError, TraceError
+
+_CPU = torch.device("cpu")
+
+
+class Weights:
+    """The tensors of one model. Nothing of the model is changed here.
+
+    offloaded: the checkpoint was written by `write_offload` and holds only what waits on disk, under its own names.
+    """
+
+    def __init__(self, model: torch.nn.Module, checkpoint: Checkpoint | None, *, offloaded: bool = False):
+        self.model, self.checkpoint = model, checkpoint
+        self.on_meta = any(parameter.is_meta for parameter in model.parameters())
+        if self.on_meta and checkpoint is None:
+            raise InputError("the model is on meta: give the checkpoint that its weights are to come from")
+        self.sources: dict[str, TensorSource] = {}
+        if checkpoint is not None and offloaded:
+            self.sources = {name: _whole(checkpoint, name) for name in checkpoint.names()}
+        elif checkpoint is not None:
+            self.sources = resolve_sources(model, checkpoint)
+        self.computed = recomputed_buffers(model)
+
+    def load(self, name: str) -> torch.Tensor:
+        """Return a tensor in memory: the model's own where it has one, else read from the checkpoint."""
+        current = place.get(*place.owner(self.model, name))
+        if not current.is_meta:
+            return current
+        if name in self.computed:
+            return self.computed[name]
+        tensor = torch.empty(current.shape, dtype=current.dtype)
+        self.sources[name].fill(self._checkpoint(), tensor)
+        return tensor
+
+    def map(self, name: str) -> torch.Tensor:
+        """Return a tensor as a view of the checkpoint's mapped file.
+
+        Raises:
+            InputError: the file does not hold exactly this tensor (another dtype, or pieces).
+        """
+        if name in self.computed:
+            return self.computed[name]
+        entry = self.sources[name].whole_entry()
+        if entry is None:
+            raise InputError(
+                f"{name} is planned to be used straight from the checkpoint's file, which holds it in another dtype or "
+                "in pieces; plan with the checkpoint's own dtype, or with more RAM"
+            )
+        return self._checkpoint().map(entry)
+
+    def store(self, names: list[str], *, on_disk: bool, pinned: bool, expert: int | None = None) -> Store:
+        """Return where the named tensors wait; with `expert`, that slice of each."""
+        tensors = [(name, place.get(*place.owner(self.model, name))) for name in names]
+        layout = Layout.of(
+            [(name, tuple(t.shape if expert is None else t.shape[1:]), t.dtype) for name, t in tensors]
+        )
+        if on_disk:
+            return DiskStore(layout, self._checkpoint(), [self.sources[name] for name in names], expert)
+        slab = new_slab(layout.nbytes, _CPU, pinned=pinned)
+        for name, view in layout.views(slab).items():
+            self._fill(name, view, expert)
+        return HostStore(layout, slab)
+
+    def expert(self, names: list[str], expert: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """Return one slice of each of the named tensors, in a slab on `device`."""
+        store = self.store(names, on_disk=False, pinned=False, expert=expert)
+        assert isinstance(store, HostStore)
+        slab = store.slab if device.type == "cpu" else store.slab.to(device)
+        return store.layout.views(slab)
+
+    def _fill(self, name: str, view: torch.Tensor, expert: int | None) -> None:
+        current = place.get(*place.owner(self.model, name))
+        if not current.is_meta:
+            view.copy_(current if expert is None else current[expert])
+        elif name in self.computed:
+            view.copy_(self.computed[name])
+        elif expert is None:
+            self.sources[name].fill(self._checkpoint(), view)
+        else:
+            self.sources[name].fill_slice(self._checkpoint(), expert, view)
+
+    def _checkpoint(self) -> Checkpoint:
+        assert self.checkpoint is not None
+        return self.checkpoint
+
+
+def _whole(checkpoint: Checkpoint, name: str) -> TensorSource:
+    entry = checkpoint[name]
+    return TensorSource(name=name, shape=entry.shape, dtype=entry.dtype, pieces=(Piece(entry=entry, index=()),))
+
+
+def recomputed_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return {name: value} of non-persistent buffers on meta: no checkpoint holds them, so the model's own rule
+    (`_init_weights` of transformers) computes them anew. The model is left as it was.
+
+    Raises:
+        TraceError: the rule leaves a buffer as it was.
+    """
+    found: dict[str, torch.Tensor] = {}
+    initialise: Any = getattr(model, "_init_weights", None)
+    for path, module in model.named_modules():
+        leaves = [
+            leaf for leaf in module._non_persistent_buffers_set
+            if (buffer := module._buffers.get(leaf)) is not None and buffer.is_meta
+        ]  # fmt: skip
+        if not leaves:
+            continue
+        before = {leaf: module._buffers[leaf] for leaf in leaves}
+        try:
+            for leaf, buffer in before.items():
+                assert buffer is not None
+                module._buffers[leaf] = _poisoned(buffer)
+            if initialise is not None:
+                with torch.no_grad():
+                    initialise(module)
+            for leaf in sorted(leaves):
+                value = module._buffers[leaf]
+                assert value is not None
+                name = f"{path}.{leaf}" if path else leaf
+                if bool((value == _poisoned(value)).all()) or (value.is_floating_point() and bool(value.isnan().any())):
+                    raise TraceError(
+                        f"{name} is in no checkpoint and {type(model).__name__} does not say how to compute it; "
+                        "load the model first, then dispatch it"
+                    )
+                found[name] = value
+        finally:
+            module._buffers.update(before)
+    return found
+
+
+def _poisoned(like: torch.Tensor) -> torch.Tensor:
+    if like.is_floating_point():
+        return torch.full(like.shape, float("nan"), dtype=like.dtype)
+    return torch.full(like.shape, torch.iinfo(like.dtype).min, dtype=like.dtype) if like.dtype != torch.bool else (
+        torch.zeros(like.shape, dtype=torch.bool)
+    )
+
+
+def write_offload(model: torch.nn.Module, names: list[str], folder: str | Path) -> Checkpoint:
+    """Write the named tensors of a loaded model to `folder` as one safetensors file, and open it.
+
+    Raises:
+        InputError: the folder cannot be written, or holds such a file already.
+    """
+    from safetensors.torch import save_file
+
+    target = Path(folder) / "loadplan-offload.safetensors"
+    if target.exists():
+        raise InputError(f"{target} exists: give another offload_dir, or remove it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {name: place.get(*place.owner(model, name)).contiguous() for name in names}
+        save_file(tensors, target.with_suffix(".partial"))
+        target.with_suffix(".partial").replace(target)
+    except OSError as exc:
+        raise InputError(f"cannot write {target}: {exc.strerror or exc}") from exc
+    return Checkpoint.open(target)

@@ -1,0 +1,100 @@
+"""Text for a terminal of 80 columns: wrapping, tables, colour, and how numbers are said."""
+
+# ruff: noqa: RUF001, RUF002 - ranges are written with an en dash
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+WIDTH = 80
+_STYLES = {"bold": "1", "dim": "2", "good": "1;32", "bad": "1;31"}
+
+
+class Page:
+    """Lines of text, none wider than WIDTH; a line has one style or none, so colour never changes a width."""
+
+    def __init__(self, *, color: bool) -> None:
+        self._color = color
+        self._lines: list[str] = []
+
+    def line(self, text: str = "", style: str | None = None) -> None:
+        """Add one line, which must fit; what could steer a terminal is replaced."""
+        plain = "".join(character if character.isprintable() else "?" for character in text.rstrip())
+        assert len(plain) <= WIDTH, plain
+        self._lines.append(
+            f"\x1b[{_STYLES[style]}m{plain}\x1b[0m" if self._color and style and plain else plain
+        )
+
+    def paragraph(
+        self, text: str, *, first: str = "", rest: str | None = None, style: str | None = None
+    ) -> None:
+        """Add wrapped text: `first` begins its first line, `rest` (spaces of that width) the others."""
+        rest = " " * len(first) if rest is None else rest
+        for number, row in enumerate(fold(text, WIDTH - max(len(first), len(rest))) or [""]):
+            self.line((first if number == 0 else rest) + row, style)
+
+    def heading(self, text: str) -> None:
+        self.line()
+        self.line(text, "bold")
+
+    def text(self) -> str:
+        return "\n".join(self._lines) + "\n"
+
+
+def fold(text: str, width: int) -> list[str]:
+    """Return `text` in lines of at most `width`, cut at spaces, else behind . / _ or -, else anywhere."""
+    clean = "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
+    lines = []
+    for line in textwrap.wrap(clean, width, break_long_words=False, break_on_hyphens=False):
+        while len(line) > width:
+            cut = max(line.rfind(mark, 0, width) for mark in "./_-") + 1 or width
+            lines.append(line[:cut])
+            line = line[cut:]
+        lines.append(line)
+    return lines
+
+
+def column_widths(rows: Iterable[Sequence[str]], *, fixed: Sequence[int], total: int, gap: int) -> list[int]:
+    """Return each column's width so that all fit in `total`: the widest shrink, `fixed` ones do not."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    room = total - gap * (len(widths) - 1)
+    able = [index for index in range(len(widths)) if index not in fixed]
+    while sum(widths) > room:
+        widest = max(able, key=lambda index: (widths[index], -index))
+        if widths[widest] <= 1:
+            break
+        widths[widest] -= 1
+    return widths
+
+
+def ranges(numbers: Sequence[int]) -> list[str]:
+    """Return ascending numbers as texts, neighbours joined: [0, 1, 2, 5] → ["0–2", "5"]."""
+    breaks = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(numbers)) if b != a + 1), len(numbers)]
+    runs = [numbers[start:end] for start, end in pairwise(breaks) if start < end]
+    return [f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+
+
+def device_list(names: Sequence[str]) -> str:
+    """Return names of devices, neighbours by number joined: "cuda:0–7, cpu and disk"."""
+    numbered: dict[str, list[int]] = {}
+    for name in names:
+        match = re.fullmatch(r"(.*:)(\d+)", name)
+        stem, number = (match[1], int(match[2])) if match else (name, -1)
+        numbered.setdefault(stem, []).append(number)
+    words = [
+        stem if numbers == [-1] else f"{stem}{part}"
+        for stem, numbers in numbered.items()
+        for part in ranges(sorted(numbers))
+    ]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else "nothing"
+
+
+def parameters_words(count: int) -> str:
+    """Return a number of parameters in words: "46.7 billion", "124 million"."""
+    for unit, word in ((10**12, "trillion"), (10**9, "billion"), (10**6, "million"), (10**3, "thousand")):
+        if count >= unit:
+            value = count / unit
+            return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {word}"
+    return str(count)

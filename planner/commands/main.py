@@ -1,0 +1,99 @@
+"""The `plan` command: finds the subcommand, and turns what goes wrong into one message and an exit code.
+
+Nothing heavy is imported before it is needed: `plan --help` and a cached answer load neither torch nor
+transformers, ortools, pandas or plotly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from planner.commands import options
+from planner.errors import InputError, PlanError
+
+# Modules of planner.commands, whose `run(argv)` does the work; where none is named, "plan" does.
+COMMANDS = ("models", "gpus", "show", "verify")
+# What shells report for a process that SIGINT or SIGPIPE ended.
+INTERRUPTED = 130
+PIPE_CLOSED = 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `plan` with the arguments given (else those of the process) and return its exit code.
+
+    0: done. 1: a fault of our own. 2 to 6: the `exit_code` of the PlanError met. 130: interrupted.
+    141: nobody reads stdout any more.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _command(words)
+    except SystemExit as exc:  # --help and --version
+        return exc.code if isinstance(exc.code, int) else 0
+    except KeyboardInterrupt:
+        print("plan: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        _silence_stdout()
+        return PIPE_CLOSED
+    except Exception as exc:
+        return _fail(exc, words)
+
+
+def _command(words: list[str]) -> int:
+    name = "plan"
+    if words and not words[0].startswith("-"):
+        name, *words = words
+        if name not in COMMANDS:
+            raise InputError(
+                f"there is no command {name!r}: to plan a model write plan --model {name}; "
+                f"the commands are {', '.join(COMMANDS)}"
+            )
+    run: Callable[[Sequence[str]], int] = importlib.import_module(f"planner.commands.{name}").run
+    return run(words)
+
+
+def _fail(exc: Exception, words: Sequence[str]) -> int:
+    """Tell what went wrong, on stderr or with --json as the one document on stdout; return the exit code."""
+    if "--debug" in words:
+        traceback.print_exception(exc)
+    if isinstance(exc, PlanError):
+        told, code = exc.as_dict(), exc.exit_code
+    else:
+        message = f"a fault of plan itself: {type(exc).__name__}: {exc}"
+        told, code = {"error": type(exc).__name__, "message": message, "exit_code": 1}, 1
+    message = " ".join(str(told["message"]).split())
+    if code == 1 and "--debug" not in words:
+        message += " (--debug shows where)"
+    if "--json" in words:
+        try:
+            options.say_json(json.dumps({**told, "message": message}, indent=1, default=str))
+            return code
+        except BrokenPipeError:
+            _silence_stdout()
+            return PIPE_CLOSED
+        except InputError:
+            pass
+    shown = "".join(character if character.isprintable() else "?" for character in message)
+    print(f"plan: error: {shown}", file=sys.stderr)
+    _silence_stdout(only_if_broken=True)
+    return code
+
+
+def _silence_stdout(*, only_if_broken: bool = False) -> None:
+    """Let the interpreter's last flush go nowhere, so that it does not complain of a stdout that is gone."""
+    with contextlib.suppress(OSError, ValueError):
+        if only_if_broken:
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+                return
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""What the commands share: a parser whose mistakes are InputErrors, checks of output paths, stdout."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from planner.errors import InputError
+from planner.units import parse_bytes
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises InputError instead of printing its usage and leaving."""
+
+    def __init__(self, *, prog: str, description: str, epilog: str | None = None) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
+
+
+def add_output_options(parser: argparse._ActionsContainer) -> None:
+    """Add the options that every command has."""
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document on stdout, errors included"
+    )
+    parser.add_argument("--debug", action="store_true", help="print a traceback when something goes wrong")
+
+
+def add_color_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--color",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="colour the output; auto: on a terminal, unless NO_COLOR is set (default: auto)",
+    )
+
+
+def join_negatives(argv: Sequence[str]) -> list[str]:
+    """Return `argv` with "--ram -1GB" as "--ram=-1GB": argparse takes a leading dash for an option."""
+    joined: list[str] = []
+    for word in argv:
+        after_option = bool(joined) and re.fullmatch(r"--[a-z-]+", joined[-1]) is not None
+        if after_option and re.match(r"-\.?\d", word):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def count(text: str) -> int:
+    """Return the whole number of at least 1 that `text` is; a type for argparse."""
+    if re.fullmatch(r"\s*0*[1-9][0-9]{0,11}\s*", text) is None:
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number, 1 or more (at most 12 digits); got {text!r}"
+        )
+    return int(text)
+
+
+def parse_max_memory(values: Sequence[str]) -> dict[str, str]:
+    """Return {"cuda:0": "20GiB", "cpu": "64GB"} for ["cuda:0=20GiB,cpu=64GB"]; a bare number is that GPU.
+
+    Raises:
+        InputError: not NAME=SIZE, a size that cannot be read or is zero, or a name that comes twice.
+    """
+    caps: dict[str, str] = {}
+    for part in ",".join(values).split(",") if values else []:
+        name, equals, size = (word.strip() for word in part.partition("="))
+        if not name or not equals or not size:
+            raise InputError(f"--max-memory {part.strip()!r}: write NAME=SIZE, such as cuda:0=20GiB,cpu=64GB")
+        name = f"cuda:{int(name)}" if name.isascii() and name.isdigit() else name
+        if name in caps:
+            raise InputError(f"--max-memory names {name} twice ({caps[name]} and {size}); keep one")
+        if parse_bytes(size, what=f"--max-memory of {name}") == 0:
+            raise InputError(
+                f"--max-memory {name}={size}: must not be zero; to do without a GPU name fewer in --gpus, "
+                "to do without the disk say --disk 0"
+            )
+        caps[name] = size
+    return caps
+
+
+def output_path(option: str, text: str | None, *, inputs: Sequence[str] = ()) -> Path | None:
+    """Return where `option` is to write, links followed, once it is sure that a file can be made there.
+
+    Raises:
+        InputError: the folder is missing or cannot be written, the path is no regular file, or is one of
+            `inputs`.
+    """
+    if text is None:
+        return None
+    if text in ("", "-"):
+        raise InputError(f"{option} {text!r} is not a file; give a path, or --json to print the plan")
+    try:
+        path = Path(text).resolve()
+        if path.is_dir():
+            raise InputError(f"cannot write {option} {text}: it is a folder; give the path of a file")
+        if path.exists():
+            _check_replaceable(option, text, path, inputs)
+        if not path.parent.is_dir():
+            raise InputError(
+                f"cannot write {option} {text}: there is no folder {path.parent}; create it first"
+            )
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except (OSError, ValueError, RuntimeError) as exc:
+        reason = getattr(exc, "strerror", None) or str(exc)
+        raise InputError(f"cannot write {option} {text}: {reason}") from exc
+    return path
+
+
+def _check_replaceable(option: str, text: str, path: Path, inputs: Sequence[str]) -> None:
+    if not path.is_file():
+        raise InputError(f"cannot write {option} {text}: it is not a regular file")
+    if not os.access(path, os.W_OK):
+        raise InputError(f"cannot write {option} {text}: the file there is read-only")
+    for other in inputs:
+        if Path(other).exists() and path.samefile(other):
+            raise InputError(f"{option} {text} would overwrite what is read; choose another path")
+
+
+def different_paths(out: Path | None, report: Path | None) -> None:
+    """Raise InputError where both outputs would be written to one file."""
+    if out is not None and out == report:
+        raise InputError(f"--out and --report are both {out}; give two paths")
+
+
+def wants_color(choice: str) -> bool:
+    """Return whether to colour stdout: as asked, or on a capable terminal where NO_COLOR is not set."""
+    if choice != "auto":
+        return choice == "always"
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def say(text: str) -> None:
+    """Write a command's result to stdout; characters that its encoding lacks become "?".
+
+    Raises:
+        InputError: stdout cannot be written. BrokenPipeError: nobody reads it any more.
+    """
+    _write(text, errors="replace")
+
+
+def say_json(text: str) -> None:
+    """Write a JSON document to stdout, in UTF-8 whatever the locale.
+
+    Raises:
+        InputError: stdout cannot be written. BrokenPipeError: nobody reads it any more.
+    """
+    _write(text, encoding="utf-8")
+
+
+def _write(text: str, **encoding: str) -> None:
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    try:
+        if reconfigure is not None:
+            reconfigure(**encoding)
+        sys.stdout.write(text if text.endswith("\n") else text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        raise InputError(f"cannot write to stdout: {exc.strerror or exc}") from exc

@@ -1,0 +1,237 @@
+"""Plan → text for a terminal of 80 columns: the answer, then where, how much, how fast, and why."""
+
+# ruff: noqa: RUF001 - the dash of an empty cell and the sign of multiplication are meant
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from planner import memory
+from planner.commands.layout import WIDTH, Page, column_widths, device_list, parameters_words
+from planner.commands.placement_table import placement_rows, table_lines
+from planner.plan import KINDS_OF_MEMORY, Plan, Prediction
+from planner.units import GB, MB, format_bytes, format_ns
+
+_LABEL = 9
+_HEADINGS = {
+    "kv_cache": ("kv", "cache"),
+    "activations": ("activ-", "ations"),
+    "workspace": ("work-", "space"),
+}
+
+
+def render(plan: Plan, *, color: bool = False, notes: Sequence[str] = ()) -> str:
+    """Return the plan as text, no line wider than 80 columns; `notes` are further assumptions."""
+    page = Page(color=color)
+    _head(page, plan)
+    _placement(page, plan)
+    if plan.prediction is None:
+        page.heading("Prediction")
+        page.paragraph("None: these placements were given, not found by the planner.", first="  ")
+    else:
+        _memory(page, plan, plan.prediction)
+        _time(page, plan, plan.prediction)
+    _proof(page, plan)
+    page.heading("Assumptions")
+    for note in (*notes, *plan.assumptions):
+        page.paragraph(note, first="  - ", style="dim")
+    return page.text()
+
+
+def _head(page: Page, plan: Plan) -> None:
+    model, work = plan.model, plan.workload
+    page.paragraph(model.id, style="bold")
+    parameters = f"{parameters_words(model.num_parameters)} parameters in {model.weight_dtype}"
+    _labelled(page, "model", f"{parameters}, {format_bytes(model.weight_bytes)}")
+    _labelled(page, "", model.note)
+    _labelled(page, "machine", _machine(plan))
+    asked = f"batch {work.batch_size:,}, prompt {work.prompt_tokens:,} tokens"
+    made = f", {work.new_tokens:,} new tokens" if work.caller == "generate" else ", one forward pass"
+    _labelled(page, "work", asked + made)
+    text, style = _answer(plan)
+    _labelled(page, "answer", text, style)
+
+
+def _labelled(page: Page, label: str, text: str, style: str | None = None) -> None:
+    page.paragraph(text, first=label.ljust(_LABEL), style=style)
+
+
+def _machine(plan: Plan) -> str:
+    words = []
+    for (product, nbytes), gpus in groupby(
+        plan.hardware.gpus, key=lambda gpu: (gpu.product, plan.hardware.pool(gpu.pool).usable_bytes)
+    ):
+        number = len(list(gpus))
+        words.append(f"{number} × {product} ({format_bytes(nbytes)} usable{' each' if number > 1 else ''})")
+    words = words or ["no GPU"]
+    words += [
+        f"{'host RAM' if pool.name == 'cpu' else pool.name} {format_bytes(pool.capacity_bytes)}"
+        for pool in plan.hardware.pools
+        if pool.name in ("cpu", "disk")
+    ]
+    return ", ".join(words)
+
+
+def _answer(plan: Plan) -> tuple[str, str]:
+    used = {p.run_on for p in plan.placements}
+    homes = {p.home for p in plan.placements}
+    where = f"runs on {device_list([device.name for device in plan.hardware.devices if device.name in used])}"
+    if "cpu" in homes - used:
+        where += ", some weights wait in host RAM"
+    if "disk" in homes:
+        where += ", some weights stay on disk"
+    prediction = plan.prediction
+    if prediction is None:
+        return f"{where}; nothing is predicted", "bold"
+    over = {name: nbytes - _usable_bytes(plan, name) for name, nbytes in prediction.peak_bytes.items()}
+    worst = max(over, key=lambda name: over[name])
+    if over[worst] > 0:
+        return f"DOES NOT FIT: {worst} would hold {format_bytes(over[worst])} too much", "bad"
+    return f"fits: {where}; {_speed(plan, prediction)}", "good"
+
+
+def _speed(plan: Plan, prediction: Prediction) -> str:
+    if not prediction.decode_ns_per_token:
+        return f"the prompt takes {format_ns(prediction.prefill_ns)}"
+    return f"{_rate(plan, prediction)}, the first after {format_ns(prediction.prefill_ns)}"
+
+
+def _rate(plan: Plan, prediction: Prediction) -> str:
+    rate = prediction.tokens_per_s
+    text = f"{rate:,.0f}" if rate >= 1000 else f"{rate:.3g}"
+    batch = f" (the batch of {plan.workload.batch_size:,} together)" if plan.workload.batch_size > 1 else ""
+    return f"{text} tokens/s{batch}"
+
+
+def _placement(page: Page, plan: Plan) -> None:
+    page.heading("Where every layer goes")
+    rows = placement_rows(plan)
+    head, *lines = table_lines(rows, WIDTH - 2)
+    page.line(f"  {head}", "dim")
+    for line in lines:
+        page.line(f"  {line}")
+    if any(row.only_counted for row in rows):
+        page.paragraph("Layers that are only counted here are named in the plan (--json, --out).", first="  ")
+    if any(memory.waiting_slices(p, group) for p, group in memory.with_groups(plan.graph, plan.placements)):
+        slots = [
+            f"{device_list([entry.device for entry in same])}: {count} slots of {format_bytes(nbytes)}"
+            for (count, nbytes), same in groupby(
+                plan.slots, key=lambda entry: (entry.count, entry.slot_bytes)
+            )
+        ]
+        through = f" ({'; '.join(slots)})" if slots else ""
+        page.paragraph(
+            f"What is kept elsewhere than it runs is copied there each time it is needed{through}.",
+            first="  ",
+        )
+    for names in plan.graph.ties:
+        page.paragraph(f"Shared, and stored once in each place: {', '.join(names)}.", first="  ")
+
+
+def _usable_bytes(plan: Plan, name: str) -> int:
+    pools = {device.name: device.pool for device in plan.hardware.devices}
+    return plan.hardware.pool(pools.get(name, name)).usable_bytes
+
+
+def _memory(page: Page, plan: Plan, prediction: Prediction) -> None:
+    """Add a table of every memory's peak, alike neighbours in one row; kinds found nowhere are left out."""
+    names = [name for name in _memory_order(plan) if name in prediction.peak_bytes]
+    names = [name for name in names if name != "disk" or prediction.peak_bytes[name]]
+    kinds = [k for k in KINDS_OF_MEMORY if any(prediction.peak_breakdown.get(n, {}).get(k) for n in names)]
+    largest = max((prediction.peak_bytes[name] for name in names), default=0)
+    unit, word = (GB, "GB") if largest >= GB else (MB, "MB")
+    rows = []
+    for cells, same in groupby(names, key=lambda name: _memory_cells(plan, prediction, name, kinds, unit)):
+        alike = list(same)
+        rows.append((device_list(alike) + (" each" if len(alike) > 1 else ""), *cells))
+    heads = [("", ""), ("", "peak"), ("", "usable"), ("", "used"), ("", "free")]
+    heads += [_HEADINGS.get(kind, ("", kind.replace("_", " "))) for kind in kinds]
+    page.heading(f"Memory at the peak, in {word} ({'10^9' if unit == GB else '10^6'} bytes)")
+    top, bottom = zip(*heads, strict=True)
+    widths = column_widths([top, bottom, *rows], fixed=range(1, len(heads)), total=WIDTH - 2, gap=1)
+    spare = WIDTH - 2 - sum(widths) - (len(widths) - 1)
+    gap = " " * (2 if spare >= len(widths) - 1 else 1)
+    for number, row in enumerate((top, bottom, *rows)):
+        cells_text = [row[0][: widths[0]].ljust(widths[0])]
+        cells_text += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        page.line(f"  {gap.join(cells_text)}", "dim" if number < 2 else None)
+    for pool in plan.hardware.pools:
+        if pool.reserved_bytes and pool.name in names:
+            page.paragraph(
+                f"{pool.name}: {format_bytes(pool.capacity_bytes)}, "
+                f"of which {format_bytes(pool.reserved_bytes)} is not planned for.",
+                first="  ",
+            )
+
+
+def _memory_order(plan: Plan) -> list[str]:
+    devices = [device.name for device in plan.hardware.devices]
+    return [*devices, *(pool.name for pool in plan.hardware.pools if pool.name not in devices)]
+
+
+def _memory_cells(
+    plan: Plan, prediction: Prediction, name: str, kinds: Sequence[str], unit: int
+) -> tuple[str, ...]:
+    peak, usable = prediction.peak_bytes[name], _usable_bytes(plan, name)
+    used = f"{100 * peak // usable}%" if usable else "–"
+    breakdown = prediction.peak_breakdown.get(name, {})
+    numbers = [_number(breakdown.get(kind, 0), unit) for kind in kinds]
+    return _number(peak, unit), _number(usable, unit), used, _number(usable - peak, unit), *numbers
+
+
+def _number(nbytes: int, unit: int) -> str:
+    value = nbytes / unit
+    if nbytes == 0:
+        return "–"
+    if 0 < value < 0.005:
+        return "<0.01"
+    return f"{value:,.2f}" if abs(value) < 100 else f"{value:,.1f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _time(page: Page, plan: Plan, prediction: Prediction) -> None:
+    work = plan.workload
+    page.heading("Time, simulated")
+    rows = [("prefill", format_ns(prediction.prefill_ns), f"for {work.prompt_tokens:,} tokens of prompt")]
+    if prediction.decode_ns_per_token:
+        rows.append(
+            (
+                "decode",
+                format_ns(prediction.decode_ns_per_token),
+                f"per token, which is {_rate(plan, prediction)}",
+            )
+        )
+    elif work.caller == "generate":
+        rows.append(("decode", "none", "the one new token comes with the prefill"))
+    made = f"all {work.new_tokens:,} new tokens" if work.caller == "generate" else "one forward pass"
+    minutes = f", {prediction.total_ns / 60e9:,.0f} minutes" if prediction.total_ns >= 120 * 10**9 else ""
+    rows.append(("whole call", format_ns(prediction.total_ns), f"for {made}{minutes}"))
+    rows.append(("loading", format_ns(prediction.load_ns), "once before, to read the weights from disk"))
+    for name, duration, words in rows:
+        page.line(f"  {name:<10}  {duration:>9}  {words}")
+
+
+def _proof(page: Page, plan: Plan) -> None:
+    page.heading("Proof")
+    solver = plan.solver
+    if solver is None:
+        page.paragraph(
+            "None: no solver was run for this plan, so nothing is proven of how good it is.", first="  "
+        )
+        return
+    if solver.status == "optimal":
+        text = "Proven optimal: no placement is faster under the cost model"
+    else:
+        most = f"at most {solver.gap:.1%}" if solver.gap >= 0.001 else "less than 0.1%"
+        text = f"Not proven optimal: another placement may be faster, by {most}, under the cost model"
+    page.paragraph(
+        f"{text}: {solver.cost_model}.", first="  ", style="good" if solver.status == "optimal" else "bold"
+    )
+    if plan.prediction is not None and solver.bound_ns:
+        total = plan.prediction.total_ns
+        apart = total / solver.bound_ns - 1
+        words = f" ({abs(apart):.1%} {'more' if apart > 0 else 'less'})" if abs(apart) >= 0.0005 else ""
+        page.paragraph(
+            f"That model's bound for the whole call is {format_ns(solver.bound_ns)}; the simulator, which "
+            f"times every copy and layer in turn, gives {format_ns(total)}{words}.",
+            first="  ",
+        )
