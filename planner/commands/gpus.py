@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from planner.commands import options
-from planner.hardware import products
+from planner.hardware import BANDWIDTH_FRACTION, MATMUL_FRACTION, products
 from planner.units import GB, GIB
 
 
@@ -33,8 +33,8 @@ def run(argv: Sequence[str]) -> int:
     ]
     lines += [
         "",
-        "TFLOP/s (dense, 16 bit) and GB/s of memory as on the datasheets; plans take 80 % and",
-        "90 % of them.",
+        "TFLOP/s (dense, 16 bit) and GB/s of memory are those of the datasheets; plans",
+        f"take {MATMUL_FRACTION:.0%} and {BANDWIDTH_FRACTION:.0%} of them.",
     ]
     options.say("\n".join(lines))
     return 0

@@ -1,11 +1,11 @@
 """Plan → the rows of "where every layer goes": neighbours that run in one place, exceptions below them."""
 
-# ruff: noqa: RUF001 - the sign of multiplication is meant
+# ruff: noqa: RUF001, RUF002 - ranges are written with an en dash, counts with the sign of multiplication
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from planner.commands.layout import column_widths, fold, ranges
@@ -44,14 +44,25 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class _Part:
+    """One weight group: where it is kept, and how many of its slices stay where they run."""
+
+    group: str
+    home: str
+    resident: int
+    slices: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Layer:
-    """A layer with (group, kept in, bytes) of each of its parts. stem: its name up to its number, or None."""
+    """A layer with its parts. stem: its name up to its number, or None."""
 
     name: str
     stem: str | None
     number: int
     run_on: str
-    parts: tuple[tuple[str, str, int], ...]
+    parts: tuple[_Part, ...]
 
 
 def placement_rows(plan: Plan) -> list[Row]:
@@ -81,10 +92,18 @@ def table_lines(rows: Sequence[Row], width: int) -> list[str]:
 
 
 def _layers(plan: Plan) -> list[_Layer]:
-    parts: dict[str, list[tuple[str, str, int]]] = {layer.name: [] for layer in plan.graph.layers}
+    parts: dict[str, list[_Part]] = {layer.name: [] for layer in plan.graph.layers}
     for placement, group in with_groups(plan.graph, plan.placements):
-        kept = _kept_words(placement, group.slices, waiting_slices(placement, group))
-        parts[placement.layer].append((placement.group, kept, placement.nbytes))
+        waiting = waiting_slices(placement, group)
+        home = f"{placement.home} (pinned)" if placement.memory == "pinned" else placement.home
+        part = _Part(
+            placement.group,
+            home if waiting else placement.run_on,
+            group.slices - waiting,
+            group.slices,
+            placement.nbytes,
+        )
+        parts[placement.layer].append(part)
     found = []
     for layer, run_on in zip(plan.graph.layers, plan.run_on(), strict=True):
         match = re.match(r"((?:.*?\.)??)(\d+)(?=\.|$)", layer.name)
@@ -93,13 +112,15 @@ def _layers(plan: Plan) -> list[_Layer]:
     return found
 
 
-def _kept_words(placement: Placement, slices: int, waiting: int) -> str:
-    if waiting == 0:
-        return placement.run_on
-    home = f"{placement.home} (pinned)" if placement.memory == "pinned" else placement.home
-    return (
-        home if waiting == slices else f"{slices - waiting} of {slices} {placement.run_on}, {waiting} {home}"
-    )
+def _kept_words(parts: Sequence[_Part], run_on: str) -> str:
+    """Return where alike parts are kept: "cuda:0", "5 of 8 cuda:0, 3 cpu", "4–5 of 8 cuda:0, others cpu"."""
+    home, slices = parts[0].home, parts[0].slices
+    least, most = min(part.resident for part in parts), max(part.resident for part in parts)
+    if home == run_on or most == 0:
+        return home
+    if least == most:
+        return f"{most} of {slices} {run_on}, {slices - most} {home}"
+    return f"{least}–{most} of {slices} {run_on}, others {home}"
 
 
 def _run_key(layer: _Layer) -> tuple[str, str | None]:
@@ -107,25 +128,25 @@ def _run_key(layer: _Layer) -> tuple[str, str | None]:
 
 
 def _run_rows(run: Sequence[_Layer]) -> list[Row]:
-    """Return the row of what all layers of a run share, then one for each set of them that differs."""
-    alike: dict[tuple[str, str], list[_Layer]] = {}
+    """Return the row of what all layers of a run share, then one for each set of them that differs.
+
+    Experts that wait in one place are alike whatever their number, which the row tells.
+    """
+    alike: dict[tuple[str, str, int], list[str]] = {}
     for layer in run:
-        for group, kept, _ in layer.parts:
-            alike.setdefault((group, kept), []).append(layer)
-    sets: dict[tuple[tuple[str, ...], str], list[str]] = {}
-    members: dict[tuple[str, ...], list[_Layer]] = {}
-    for (group, kept), layers in alike.items():
-        names = tuple(layer.name for layer in layers)
-        members[names] = layers
-        sets.setdefault((names, kept), []).append(group)
-    everyone = tuple(layer.name for layer in run)
-    order = list(dict.fromkeys(group for group, _ in alike))
-    rows = [
-        _row(members[names], groups, kept, run if names != everyone else None)
-        for (names, kept), groups in sorted(sets.items(), key=lambda item: order.index(item[1][0]))
-    ]
-    rows.sort(key=lambda row: row.exception)
-    return rows if rows and not rows[0].exception else [_head(run), *rows]
+        for part in layer.parts:
+            alike.setdefault((part.group, part.home, part.slices), []).append(layer.name)
+    sets: dict[tuple[tuple[str, ...], str, int], list[str]] = {}
+    for (group, home, slices), names in alike.items():
+        apart = slices if home != run[0].run_on else 1
+        sets.setdefault((tuple(names), home, apart), []).append(group)
+    order = list(dict.fromkeys(group for group, _, _ in alike))
+    rows = []
+    for (names, home, _), groups in sorted(sets.items(), key=lambda item: order.index(item[1][0])):
+        rows.append(_row([layer for layer in run if layer.name in set(names)], groups, home, run))
+    shared = [row for row in rows if not row.exception]
+    shared[1:] = [replace(row, layers=f"the same {row.count}", exception=True) for row in shared[1:]]
+    return [*(shared or [_head(run)]), *(row for row in rows if row.exception)]
 
 
 def _head(run: Sequence[_Layer]) -> Row:
@@ -143,22 +164,31 @@ def _head(run: Sequence[_Layer]) -> Row:
     )
 
 
-def _row(layers: Sequence[_Layer], groups: Sequence[str], kept: str, some_of: Sequence[_Layer] | None) -> Row:
-    nbytes = sum(
-        size for layer in layers for group, where, size in layer.parts if group in groups and where == kept
-    )
-    whole = all(group in groups for layer in layers for group, _, _ in layer.parts)
-    title, only_counted = _title(layers) if some_of is None else _some(layers, len(some_of))
+def _row(layers: Sequence[_Layer], groups: Sequence[str], home: str, run: Sequence[_Layer]) -> Row:
+    chosen = [part for layer in layers for part in layer.parts if part.group in groups and part.home == home]
+    exception = len(layers) < len(run)
+    title, only_counted = _some(layers, len(run)) if exception else _title(layers)
     return Row(
         layers=title,
-        parts="all" if whole else ", ".join(groups),
+        parts=_parts_words(layers, groups),
         run_on=layers[0].run_on,
-        kept=kept,
-        nbytes=nbytes,
+        kept=_kept_words(chosen, layers[0].run_on),
+        nbytes=sum(part.nbytes for part in chosen),
         count=len(layers),
-        exception=some_of is not None,
+        exception=exception,
         only_counted=only_counted,
     )
+
+
+def _parts_words(layers: Sequence[_Layer], groups: Sequence[str]) -> str:
+    others = list(
+        dict.fromkeys(part.group for layer in layers for part in layer.parts if part.group not in groups)
+    )
+    if not others:
+        return "all"
+    if len(groups) > 2 and len(others) == 1:
+        return f"all but {others[0]}"
+    return ", ".join(groups)
 
 
 def _title(layers: Sequence[_Layer]) -> tuple[str, bool]:
@@ -172,11 +202,16 @@ def _title(layers: Sequence[_Layer]) -> tuple[str, bool]:
         return layers[0].name, False
     numbers = ranges(sorted({layer.number for layer in layers}))
     few = len(numbers) <= _MOST_RANGES
-    return f"{stem}{', '.join(numbers) if few else '…'} ×{len(layers)}", not few
+    if few:
+        return f"{stem}{', '.join(numbers)} ×{len(layers)}", False
+    return f"{len(layers)} of {stem}{layers[0].number}–{layers[-1].number}", True
 
 
 def _some(layers: Sequence[_Layer], total: int) -> tuple[str, bool]:
+    """Return how many of a run's layers, and which unless they are most of it: then the others say it."""
     words = f"{len(layers)} of the {total}"
+    if len(layers) * 2 > total:
+        return words, False
     if layers[0].stem is None:
         names = [layer.name for layer in layers]
     else:

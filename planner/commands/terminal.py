@@ -113,13 +113,13 @@ def _placement(page: Page, plan: Plan) -> None:
     if any(row.only_counted for row in rows):
         page.paragraph("Layers that are only counted here are named in the plan (--json, --out).", first="  ")
     if any(memory.waiting_slices(p, group) for p, group in memory.with_groups(plan.graph, plan.placements)):
-        slots = [
-            f"{device_list([entry.device for entry in same])}: {count} slots of {format_bytes(nbytes)}"
-            for (count, nbytes), same in groupby(
-                plan.slots, key=lambda entry: (entry.count, entry.slot_bytes)
-            )
-        ]
-        through = f" ({'; '.join(slots)})" if slots else ""
+        alike: dict[str, list[str]] = {}
+        for entry in plan.slots:
+            what = f"{entry.count} slots of {format_bytes(entry.slot_bytes)}"
+            what += " for single experts" if entry.holds == "experts" else ""
+            alike.setdefault(what, []).append(entry.device)
+        through = "; ".join(f"{slots} on {device_list(names)}" for slots, names in alike.items())
+        through = f", through {through}" if through else ""
         page.paragraph(
             f"What is kept elsewhere than it runs is copied there each time it is needed{through}.",
             first="  ",

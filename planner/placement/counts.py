@@ -224,7 +224,10 @@ class _Model:
                 before[unit.name] = so_far
 
     def minimise_time(self) -> None:
-        """Make the objective the cost model's: the longest lane of every device in every step, and the hops."""
+        """Make the objective the cost model's: the longest lane of every device in every step, and the hops.
+
+        Among placements of equal cost, the one with the fewest layers on the CPU is taken.
+        """
         problem, total = self.problem, []
         for step, times in problem.times.items():
             for name in self.devices:
@@ -237,7 +240,10 @@ class _Model:
                     self.model.add(time >= sum(copies))
                 total.append(times * time)
             total.append(times * problem.hop_ns[step] * self._hops())
-        self.model.minimize(sum(total))
+        self.time_ns = sum(total)
+        on_cpu = [var for (_, name), var in (*self.layers.items(), *self.ends.items()) if name == "cpu"]
+        self.weight = 1 + sum(len(unit.layers) for unit in problem.blocks) + 2
+        self.model.minimize(self.weight * self.time_ns + sum(on_cpu))
 
     def _work(self, step: str, name: str) -> tuple[list[Any], list[Any]]:
         serial: list[Any] = []
@@ -300,10 +306,12 @@ class _Model:
             raise NoSolutionInTimeError(
                 "the search was cut off before it found a placement; give fewer kinds of GPUs, or more memory"
             )
+        optimal, objective = status == cp_model.OPTIMAL, int(solver.value(self.time_ns))
         return Counts(
-            optimal=status == cp_model.OPTIMAL,
-            objective_ns=round(solver.objective_value),
-            bound_ns=max(0, -int(-solver.best_objective_bound // 1)),
+            optimal=optimal,
+            objective_ns=objective,
+            # The solver's bound is a float: one nanosecond covers its rounding.
+            bound_ns=objective if optimal else max(0, int(solver.best_objective_bound / self.weight) - 1),
             ends={unit: name for (unit, name), var in self.ends.items() if solver.value(var)},
             layers={key: solver.value(var) for key, var in self.layers.items()},
             away={key: solver.value(var) for key, var in self.away.items()},

@@ -28,7 +28,7 @@ from planner.workload import Workload
 MIB = 2**20
 MOST_PLACEMENTS = 60_000
 EXAMPLES = settings(
-    max_examples=2500,
+    max_examples=200,
     derandomize=True,
     deadline=None,
     database=None,

@@ -1,0 +1,295 @@
+"""A dispatched model gives the bits of a plain one, wherever its weights wait; and is plain again afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Any
+
+import dispatch
+import planner
+import pytest
+import torch
+from dispatch.attach import _mover
+from planner.errors import InputError, PlanMismatchError
+from tiny_models import CONFIGS, Case, on_cpu, spread_over_two, streamed
+
+def half_on_disk(case: Case) -> planner.Plan:
+    """Return the planner's own plan for a machine whose RAM holds about half of the weights."""
+    whole = case.plan(gpus=0)
+    plan = case.plan(gpus=0, max_memory={"cpu": whole.prediction.peak_bytes["cpu"] - whole.model.weight_bytes // 2})
+    assert any(p.home == "disk" for p in plan.placements)
+    return plan
+
+
+def plan_for(case: Case, mode: str) -> planner.Plan:
+    if mode == "resident":
+        return case.plan(gpus=0)
+    if mode == "disk":
+        return half_on_disk(case)
+    one = case.plan(gpus="1x24GB")
+    if mode == "gpu":
+        return one
+    if mode == "two gpus":
+        return spread_over_two(streamed(case.plan(gpus="2x24GB"), "cpu"))
+    return streamed(one, {"gpu from host": "cpu", "gpu from disk": "disk"}[mode])
+
+
+MODES = ["resident", "disk", "gpu", "gpu from host", "gpu from disk", "two gpus"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_same_bits_as_the_plain_model(make_case: Any, name: str, mode: str) -> None:
+    case = make_case(name, torch.bfloat16 if name in ("llama", "mixtral") else torch.float32)
+    plan = plan_for(case, mode)
+    case.run_like(plan)
+    want, tokens = case.logits(case.reference), case.generate(case.reference)
+
+    model = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
+    assert torch.equal(case.logits(model), want)
+    assert torch.equal(case.logits(model), want), "a second call must see the same weights"
+    assert torch.equal(case.generate(model), tokens)
+
+    plain = dispatch.remove(model)
+    assert "forward" not in vars(plain)
+    assert not any("forward" in vars(module) for module in plain.modules())
+    state = plain.state_dict()
+    for key, value in case.reference.state_dict().items():
+        assert torch.equal(state[key], value), key
+    if plan.execution.experts is not None:
+        plain.set_experts_implementation(plan.execution.experts)
+    assert torch.equal(case.logits(plain), want)
+
+
+@pytest.mark.parametrize("mode", ["gpu from host", "disk"])
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_loaded_model_needs_no_checkpoint(make_case: Any, tmp_path: Path, name: str, mode: str) -> None:
+    case = make_case(name)
+    plan = plan_for(case, mode)
+    case.run_like(plan)
+    want = case.logits(case.reference)
+    model = case.loaded()
+    if mode == "disk":
+        before = dict(model.named_parameters())
+        with pytest.raises(InputError, match="offload_dir"):
+            dispatch.apply(model, plan)
+        assert dict(model.named_parameters()) == before, "a refusal changes nothing"
+    model = dispatch.apply(model, plan, devices=on_cpu(plan), offload_dir=tmp_path / "offload")
+    assert torch.equal(case.logits(model), want)
+
+
+def test_resident_plans_leave_no_hooks(make_case: Any) -> None:
+    case = make_case("llama")
+    model = dispatch.apply(case.meta(), case.plan(gpus=0), checkpoint=case.folder)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_resident_parameters_of_a_loaded_model_stay_the_same_objects(make_case: Any) -> None:
+    case = make_case("tied-llama")
+    model = case.loaded()
+    before = dict(model.named_parameters())
+    dispatch.apply(model, case.plan(gpus=0))
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["tied-llama", "gpt2"])
+@pytest.mark.parametrize("mode", ["resident", "disk", "gpu from host"])
+def test_ties_hold(make_case: Any, name: str, mode: str) -> None:
+    case = make_case(name)
+    plan = plan_for(case, mode)
+    model = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    dispatch.remove(model)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_non_persistent_buffers_are_computed(make_case: Any) -> None:
+    case = make_case("llama")
+    model = dispatch.apply(case.meta(), case.plan(gpus=0), checkpoint=case.folder)
+    assert torch.equal(model.model.rotary_emb.inv_freq, case.reference.model.rotary_emb.inv_freq)
+
+
+def test_a_name_or_a_folder_is_built_here(make_case: Any) -> None:
+    case = make_case("llama")
+    plan = planner.plan_model(str(case.folder), gpus=0, use_cache=False, prompt_tokens=13, new_tokens=6, batch_size=2)
+    model = dispatch.apply(str(case.folder), plan)
+    assert torch.equal(case.logits(model), case.logits(case.reference))
+    model = dispatch.apply(case.config, plan, checkpoint=case.folder)
+    assert torch.equal(case.logits(model), case.logits(case.reference))
+
+
+def test_streamed_weights_are_on_meta_between_calls_and_only_then(make_case: Any) -> None:
+    case = make_case("llama")
+    plan = streamed(case.plan(gpus="1x24GB"), "cpu")
+    model = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
+    seen: list[bool] = []
+    projection = model.model.layers[1].mlp.up_proj
+    projection.register_forward_pre_hook(lambda module, args: seen.append(module.weight.is_meta))
+    case.logits(model)
+    assert seen == [False]
+    assert projection.weight.is_meta
+    assert model.device.type == "cpu"
+
+
+def test_memory_of_slots_is_bounded(make_case: Any) -> None:
+    """Every streamed parameter is a view into one of the planned slots."""
+    case = make_case("llama")
+    plan = streamed(case.plan(gpus="1x24GB"), "cpu")
+    model = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
+    seen: set[int] = set()
+    for layer in model.model.layers:
+        layer.mlp.up_proj.register_forward_pre_hook(
+            lambda module, args: seen.add(module.weight.untyped_storage().data_ptr())
+        )
+    case.logits(model)
+    slots = plan.slots_on("cuda:0", "groups")
+    assert slots is not None
+    assert 1 <= len(seen) <= slots.count
+
+
+def test_signature_is_kept(make_case: Any) -> None:
+    case = make_case("llama")
+    plain = inspect.signature(case.reference.forward)
+    plan = streamed(case.plan(gpus="1x24GB"), "cpu")
+    model = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
+    assert inspect.signature(model.forward) == plain
+
+
+@pytest.mark.parametrize("mode", ["gpu from host", "gpu from disk", "disk"])
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_an_exception_leaves_the_model_usable(make_case: Any, name: str, mode: str) -> None:
+    case = make_case(name)
+    plan = plan_for(case, mode)
+    case.run_like(plan)
+    want = case.logits(case.reference)
+    model = dispatch.apply(
+        case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan)
+    )
+    inner = model.model.layers[1].self_attn.o_proj
+
+    def interrupt(module: Any, args: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = inner.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        case.logits(model)
+    handle.remove()
+    assert torch.equal(case.logits(model), want)
+
+
+def test_two_models_share_a_process(make_case: Any) -> None:
+    case = make_case("llama")
+    plan = streamed(case.plan(gpus="1x24GB"), "cpu")
+    one = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
+    two = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
+    want = case.logits(case.reference)
+    assert torch.equal(case.logits(one), want)
+    assert torch.equal(case.logits(two), want)
+    dispatch.remove(one)
+    assert torch.equal(case.logits(two), want)
+
+
+def test_a_plan_for_another_model_is_refused(make_case: Any) -> None:
+    case = make_case("llama")
+    model = case.meta()
+    other = CONFIGS["tied-llama"]()
+    other.hidden_size = 32
+    plan = planner.plan_model(other, gpus=0, use_cache=False, weight_dtype="float32")
+    with pytest.raises(PlanMismatchError, match=r"embed_tokens.*\[320, 32\].*\[320, 64\]"):
+        dispatch.apply(model, plan, checkpoint=case.folder)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    with pytest.raises(PlanMismatchError, match="bfloat16"):
+        dispatch.apply(model, dataclasses.replace(case, dtype=torch.bfloat16).plan(gpus=0), checkpoint=case.folder)
+
+
+def test_a_checkpoint_of_another_model_is_refused(make_case: Any, tmp_path: Path) -> None:
+    case = make_case("llama")
+    other = CONFIGS["llama"]()
+    other.intermediate_size = 96
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_config(other).save_pretrained(tmp_path / "other")
+    model = case.meta()
+    with pytest.raises(PlanMismatchError, match="another model"):
+        dispatch.apply(model, case.plan(gpus=0), checkpoint=tmp_path / "other")
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("fault", ["missing shard", "truncated"])
+def test_a_damaged_checkpoint_is_refused_before_anything_changes(make_case: Any, fault: str) -> None:
+    case = make_case("llama")
+    shard = sorted(case.folder.glob("*.safetensors"))[1]
+    if fault == "missing shard":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-100])
+    model = case.meta()
+    with pytest.raises(InputError, match=shard.name):
+        dispatch.apply(model, case.plan(gpus=0), checkpoint=case.folder)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_replaced_file_is_noticed_before_a_call(make_case: Any) -> None:
+    case = make_case("llama")
+    model = dispatch.apply(case.meta(), half_on_disk(case), checkpoint=case.folder)
+    case.logits(model)
+    shard = sorted(case.folder.glob("*.safetensors"))[0]
+    shard.rename(shard.with_suffix(".old"))
+    shard.write_bytes(shard.with_suffix(".old").read_bytes())
+    with pytest.raises(InputError, match=shard.name):
+        case.logits(model)
+
+
+def test_refusals(make_case: Any) -> None:
+    case = make_case("llama")
+    plan = case.plan(gpus="1x24GB")
+    with pytest.raises(InputError, match="give the checkpoint"):
+        dispatch.apply(case.meta(), case.plan(gpus=0))
+    with pytest.raises(InputError, match="cuda:9"):
+        dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices={"cuda:9": "cpu"})
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="no cuda:0"):
+            dispatch.apply(case.meta(), plan, checkpoint=case.folder)
+    with pytest.raises(InputError, match="not dispatched"):
+        dispatch.remove(case.meta())
+    model = dispatch.apply(case.meta(), case.plan(gpus=0), checkpoint=case.folder)
+    with pytest.raises(InputError, match="dispatched already"):
+        dispatch.apply(model, case.plan(gpus=0), checkpoint=case.folder)
+
+
+def test_more_than_was_planned_is_warned_of_once(make_case: Any) -> None:
+    case = make_case("llama")
+    plan = streamed(case.plan(gpus="1x24GB"), "cpu")
+    model = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
+    longer = torch.ones(2, 40, dtype=torch.long)
+    with pytest.warns(UserWarning, match="40 tokens of context"), torch.no_grad():
+        model(longer)
+
+
+def test_measured_operator_outputs_are_the_predicted_ones(make_case: Any) -> None:
+    for name, dtype in (("llama", torch.float32), ("mixtral", torch.bfloat16)):
+        case = make_case(name, dtype)
+        for plan in (case.plan(gpus=0), half_on_disk(case) if name == "llama" else case.plan(gpus=0)):
+            model = dispatch.apply(case.meta(), plan, checkpoint=case.folder)
+            mask = torch.ones_like(case.ids)
+            _, measured = dispatch.measure(
+                lambda model=model, mask=mask: model.generate(
+                    case.ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0
+                )
+            )
+            assert plan.prediction is not None
+            assert measured.operator_outputs["cpu"] == plan.prediction.counters["cpu"]["operator_outputs"]
+
+
+def test_what_several_layers_take_is_moved_once() -> None:
+    moved: dict[int, Any] = {}
+    before = _mover(torch.device("meta"), moved)
+    shared, own = torch.ones(3), torch.ones(2)
+    args, kwargs = before((own,), {"pair": (shared, shared), "flag": True, "none": None})
+    again, _ = before((shared,), {})
+    assert args[0].device.type == "meta"
+    assert kwargs["flag"] is True
+    assert kwargs["none"] is None
+    assert kwargs["pair"][0] is kwargs["pair"][1] is again[0]
