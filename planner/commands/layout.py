@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 WIDTH = 80
@@ -20,9 +20,9 @@ class Page:
         self._lines: list[str] = []
 
     def line(self, text: str = "", style: str | None = None) -> None:
-        """Add one line, which must fit; what could steer a terminal is replaced."""
+        """Add one line, cut where it does not fit; what could steer a terminal is replaced."""
         plain = "".join(character if character.isprintable() else "?" for character in text.rstrip())
-        assert len(plain) <= WIDTH, plain
+        plain = plain if len(plain) <= WIDTH else f"{plain[: WIDTH - 1]}…"
         self._lines.append(
             f"\x1b[{_STYLES[style]}m{plain}\x1b[0m" if self._color and style and plain else plain
         )
@@ -56,16 +56,24 @@ def fold(text: str, width: int) -> list[str]:
     return lines
 
 
-def column_widths(rows: Iterable[Sequence[str]], *, fixed: Sequence[int], total: int, gap: int) -> list[int]:
-    """Return each column's width so that all fit in `total`: the widest shrink, `fixed` ones do not."""
+def column_widths(
+    rows: Iterable[Sequence[str]], *, least: Mapping[int, int], total: int, gap: int
+) -> list[int]:
+    """Return each column's width, the widest cell's, unless the table would then be wider than `total`.
+
+    Then the columns of `least` narrow, one after the other to the width given there, and after that the
+    widest of them; others keep their width.
+    """
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    room = total - gap * (len(widths) - 1)
-    able = [index for index in range(len(widths)) if index not in fixed]
-    while sum(widths) > room:
-        widest = max(able, key=lambda index: (widths[index], -index))
-        if widths[widest] <= 1:
-            break
-        widths[widest] -= 1
+    over = sum(widths) + gap * (len(widths) - 1) - total
+    for index, width in least.items():
+        cut = max(0, min(over, widths[index] - width))
+        widths[index] -= cut
+        over -= cut
+    while over > 0:
+        widest = max(least, key=lambda index: widths[index])
+        widths[widest] = max(1, widths[widest] - 1)
+        over -= 1
     return widths
 
 

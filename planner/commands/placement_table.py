@@ -10,9 +10,11 @@ from itertools import groupby
 
 from planner.commands.layout import column_widths, fold, ranges
 from planner.memory import waiting_slices, with_groups
-from planner.plan import Placement, Plan
+from planner.plan import Plan
 from planner.units import format_bytes
 
+# What narrows first when the table is too wide, and how far: "kept in", then "parts", then "layers".
+_LEAST_WIDTHS = {3: 22, 1: 12, 0: 24, 2: 8}
 HEADER = ("layers", "parts", "runs on", "kept in", "size")
 # Beyond this many numbers or ranges a row only counts its layers; --json names them.
 _MOST_RANGES = 4
@@ -78,7 +80,7 @@ def placement_rows(plan: Plan) -> list[Row]:
 def table_lines(rows: Sequence[Row], width: int) -> list[str]:
     """Return the rows as lines of at most `width`, a header first; cells that do not fit are folded."""
     cells = [HEADER, *(row.cells() for row in rows)]
-    widths = column_widths(cells, fixed=(4,), total=width, gap=2)
+    widths = column_widths(cells, least=_LEAST_WIDTHS, total=width, gap=2)
     lines = []
     for row in cells:
         indent = "  " if row[0].startswith(" ") else ""
@@ -142,8 +144,8 @@ def _run_rows(run: Sequence[_Layer]) -> list[Row]:
         sets.setdefault((tuple(names), home, apart), []).append(group)
     order = list(dict.fromkeys(group for group, _, _ in alike))
     rows = []
-    for (names, home, _), groups in sorted(sets.items(), key=lambda item: order.index(item[1][0])):
-        rows.append(_row([layer for layer in run if layer.name in set(names)], groups, home, run))
+    for (members, home, _), groups in sorted(sets.items(), key=lambda item: order.index(item[1][0])):
+        rows.append(_row([layer for layer in run if layer.name in set(members)], groups, home, run))
     shared = [row for row in rows if not row.exception]
     shared[1:] = [replace(row, layers=f"the same {row.count}", exception=True) for row in shared[1:]]
     return [*(shared or [_head(run)]), *(row for row in rows if row.exception)]

@@ -148,7 +148,7 @@ def _memory(page: Page, plan: Plan, prediction: Prediction) -> None:
     heads += [_HEADINGS.get(kind, ("", kind.replace("_", " "))) for kind in kinds]
     page.heading(f"Memory at the peak, in {word} ({'10^9' if unit == GB else '10^6'} bytes)")
     top, bottom = zip(*heads, strict=True)
-    widths = column_widths([top, bottom, *rows], fixed=range(1, len(heads)), total=WIDTH - 2, gap=1)
+    widths = column_widths([top, bottom, *rows], least={0: 8}, total=WIDTH - 2, gap=1)
     spare = WIDTH - 2 - sum(widths) - (len(widths) - 1)
     gap = " " * (2 if spare >= len(widths) - 1 else 1)
     for number, row in enumerate((top, bottom, *rows)):

@@ -23,8 +23,10 @@ from planner import memory
 from planner.errors import NoSolutionInTimeError
 from planner.placement.problem import GroupCost, Problem, Unit, UnitCost
 
-# CP-SAT's own deterministic clock, so that a cut-off search is cut off at the same place everywhere.
-DETERMINISTIC_LIMIT = 10.0
+# (linearization level, limit) tried in turn: most instances are proven at once at one level or the other, and which
+# one is not known before. Limits are on CP-SAT's own deterministic clock, so that a search is cut off at the same
+# place everywhere.
+SEARCHES = ((1, 0.3), (2, 0.3), (1, 10.0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -291,11 +293,22 @@ class _Model:
         return self._hop_count
 
     def run(self) -> tuple[cp_model.CpSolver, Any]:
-        solver = cp_model.CpSolver()
-        solver.parameters.num_workers = 1
-        solver.parameters.random_seed = 0
-        solver.parameters.max_deterministic_time = DETERMINISTIC_LIMIT
-        return solver, solver.solve(self.model)
+        """Search until something is proven or the last limit is reached; each search starts from the last's answer."""
+        for level, limit in SEARCHES:
+            solver = cp_model.CpSolver()
+            solver.parameters.num_workers = 1
+            solver.parameters.random_seed = 0
+            solver.parameters.linearization_level = level
+            solver.parameters.max_deterministic_time = limit
+            status = solver.solve(self.model)
+            if status not in (cp_model.FEASIBLE, cp_model.UNKNOWN):
+                break
+            if status == cp_model.FEASIBLE:
+                self.model.clear_hints()
+                for index in range(len(self.model.proto.variables)):
+                    variable = self.model.get_int_var_from_proto_index(index)
+                    self.model.add_hint(variable, solver.value(variable))
+        return solver, status
 
     def solve(self) -> Counts | None:
         solver, status = self.run()
