@@ -86,7 +86,9 @@ class _Dispatch:
 
     def __init__(self, model: torch.nn.Module, plan: Plan, targets: dict[str, torch.device], weights: Weights):
         self.model, self.plan, self.targets, self.weights = model, plan, targets, weights
-        self.placed = [(p, g, [f"{p.layer}.{t.name}" for t in g.tensors]) for p, g in with_groups(plan.graph, plan.placements)]
+        self.placed = [
+            (p, g, [f"{p.layer}.{t.name}" for t in g.tensors]) for p, g in with_groups(plan.graph, plan.placements)
+        ]
         self.rings: dict[tuple[str, str], SlotRing] = {}
         self.groups: list[StreamedGroup] = []
         self.experts: list[tuple[torch.nn.Module, StreamedExperts]] = []
@@ -174,9 +176,7 @@ class _Dispatch:
         self.groups.append(group)
         return group
 
-    def _stream_experts(
-        self, placement: Placement, group: WeightGroup, names: list[str], device: torch.device
-    ) -> None:
+    def _stream_experts(self, placement: Placement, group: WeightGroup, names: list[str], device: torch.device) -> None:
         module = self.model.get_submodule(f"{placement.layer}.{placement.group}")
         kept = placement.resident_slices or 0
         leaves = {name: name.removeprefix(f"{placement.layer}.{placement.group}.") for name in names}
@@ -235,7 +235,8 @@ class _Dispatch:
         if self.warned or not isinstance(ids, torch.Tensor) or ids.dim() != 2:
             return
         work, cache = self.plan.workload, kwargs.get("past_key_values")
-        context = ids.shape[1] + (cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0)
+        past = getattr(cache, "get_seq_length", None)
+        context = ids.shape[1] + (past() if past is not None else 0)
         longest = work.prompt_tokens + (work.new_tokens if work.caller == "generate" else 0)
         if ids.shape[0] > work.batch_size or context > longest:
             self.warned = True
@@ -290,8 +291,10 @@ def _mover(device: torch.device, moved: dict[int, tuple[Any, Any]]) -> hooks.Bef
     """Return a hook that brings a layer's arguments to its device; what several layers take is moved once a call."""
 
     def bring(value: Any) -> Any:
+        if isinstance(value, (tuple, list, dict)):
+            return _each(value, bring)
         if not isinstance(value, torch.Tensor):
-            return hooks.move(value, device) if not isinstance(value, (tuple, list, dict)) else _each(value, bring)
+            return value
         if value.device == device:
             return value
         key = hash((id(value), device))
@@ -326,9 +329,7 @@ def _releaser(stream: GroupStream, group: StreamedGroup) -> hooks.After:
     return lambda: stream.release(group)
 
 
-def _as_module(
-    model: Any, plan: Plan, checkpoint: str | Path | None
-) -> tuple[torch.nn.Module, str | Path | None]:
+def _as_module(model: Any, plan: Plan, checkpoint: str | Path | None) -> tuple[torch.nn.Module, str | Path | None]:
     """Return the model to dispatch, built on meta from a name, folder or config, and where its weights are."""
     if isinstance(model, torch.nn.Module):
         return model, checkpoint
@@ -356,10 +357,12 @@ def _targets(plan: Plan, devices: Mapping[str, torch.device | str]) -> dict[str,
     targets = {}
     for name in sorted(set(plan.run_on())):
         device = torch.device(devices.get(name, name))
-        if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        if device.type == "cuda" and not (
+            torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+        ):
             raise InputError(
-                f"the plan runs layers on {name}, and this machine has no {device}; plan with its own GPUs (--gpus), or "
-                "say which device to use: apply(..., devices={...})"
+                f"the plan runs layers on {name}, and this machine has no {device}; plan with its own GPUs (--gpus), "
+                "or say which device to use: apply(..., devices={...})"
             )
         targets[name] = device
     return targets

@@ -167,9 +167,7 @@ class Checkpoint:
             return self.read(entry)
         count = entry.nbytes // entry.dtype.itemsize
         memory = self._files[entry.file].mapping()
-        return torch.frombuffer(memory, dtype=entry.dtype, count=count, offset=entry.offset_bytes).reshape(
-            entry.shape
-        )
+        return torch.frombuffer(memory, dtype=entry.dtype, count=count, offset=entry.offset_bytes).reshape(entry.shape)
 
     def equal(self, one: TensorEntry, other: TensorEntry) -> bool:
         """Return whether two entries have one dtype and shape and equal bytes. Reads up to a difference."""
@@ -353,9 +351,7 @@ def _read_header(file: _OpenFile) -> dict[str, TensorEntry]:
             f"{_HEADER_LIMIT_BYTES:,} are allowed; {_AGAIN}"
         )
     if 8 + length > size:
-        raise InputError(
-            f"{path} is truncated: {size:,} bytes are there, its header needs {8 + length:,}; {_AGAIN}"
-        )
+        raise InputError(f"{path} is truncated: {size:,} bytes are there, its header needs {8 + length:,}; {_AGAIN}")
     text = bytearray(length)
     file.read_into(memoryview(text), 8)
     described = _json_object(bytes(text), path, "its header")
@@ -391,9 +387,7 @@ def _parse_entry(file: _OpenFile, name: str, value: object, data_start: int) -> 
     if nbytes != needed:
         raise InputError(f"{about} has {nbytes:,} bytes, and {kind} {shape} needs {needed:,}; {_AGAIN}")
     start = data_start + offsets[0]
-    return TensorEntry(
-        name=name, file=file.path, dtype=dtype, shape=tuple(shape), offset_bytes=start, nbytes=nbytes
-    )
+    return TensorEntry(name=name, file=file.path, dtype=dtype, shape=tuple(shape), offset_bytes=start, nbytes=nbytes)
 
 
 def _are_counts(value: object) -> bool:

@@ -35,21 +35,8 @@ def attach(module: torch.nn.Module, *, before: Before | None = None, after: Afte
 def detach(module: torch.nn.Module) -> None:
     """Take off everything that `attach` put on this module."""
     while getattr(vars(module).get("forward"), _WRAPPED, False):
-        inner = module.forward.__wrapped__
+        inner = getattr(module.forward, "__wrapped__")  # noqa: B009 - set by functools.wraps, unknown to the type
         if getattr(inner, "__func__", None) is type(module).forward:
             del module.forward
         else:
             module.forward = inner
-
-
-def move(value: Any, device: torch.device) -> Any:
-    """Return `value` with every tensor inside lists, tuples and dicts on `device`; others are left as they are."""
-    if isinstance(value, torch.Tensor):
-        return value if value.device == device or value.device.type == "meta" else value.to(device)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(move(item, device) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(move(item, device) for item in value)
-    if isinstance(value, dict):
-        return {key: move(item, device) for key, item in value.items()}
-    return value

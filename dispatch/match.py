@@ -10,7 +10,7 @@ from planner.plan import Plan
 
 
 def check_matches(model: torch.nn.Module, plan: Plan) -> None:
-    """Raise PlanMismatchError unless every tensor of the plan is in the model, alike in shape and dtype, and no other."""
+    """Raise PlanMismatchError unless model and plan have the same tensors, alike in shape and dtype."""
     planned = {name: (tensor.shape, tensor.dtype) for _, _, name, tensor in plan.graph.tensors()}
     planned.update({tensor.name: (tensor.shape, tensor.dtype) for tensor in plan.graph.loose})
     actual = {
@@ -27,4 +27,6 @@ def check_matches(model: torch.nn.Module, plan: Plan) -> None:
             )
     extra = [name for name in actual if name not in planned]
     if extra:
-        raise PlanMismatchError(f"the plan is for {plan.model.id}, which has no {extra[0]} ({len(extra)} more than planned)")
+        raise PlanMismatchError(
+            f"the plan is for {plan.model.id}, which has no {extra[0]} ({len(extra)} more than planned)"
+        )

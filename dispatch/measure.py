@@ -49,7 +49,7 @@ def measure(call: Callable[[], Any]) -> tuple[Any, Measurement]:
 
 class _StorageMeter(TorchDispatchMode):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self.live: dict[str, int] = {}
         self.peak: dict[str, int] = {}
         self._known: dict[int, int] = {}

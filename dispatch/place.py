@@ -10,9 +10,7 @@ import torch
 
 def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every parameter and buffer under each of its names, tied ones too."""
-    return itertools.chain(
-        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
-    )
+    return itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
 
 
 def owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
@@ -23,7 +21,7 @@ def owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
 
 def get(module: torch.nn.Module, leaf: str) -> torch.Tensor:
     """Return the parameter or buffer called `leaf`, detached from autograd."""
-    found = module._parameters.get(leaf)
+    found: torch.Tensor | None = module._parameters.get(leaf)
     if found is None:
         found = module._buffers[leaf]
     assert found is not None

@@ -120,9 +120,7 @@ def resolve_sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tenso
         if held:
             first = sources[held[0]]
             for name in names:
-                sources[name] = TensorSource(
-                    name=name, shape=first.shape, dtype=first.dtype, pieces=first.pieces
-                )
+                sources[name] = TensorSource(name=name, shape=first.shape, dtype=first.dtype, pieces=first.pieces)
     missing = [name for name in targets if name not in sources]
     if refused := [name for name in missing if name in blocked]:
         raise TraceError(
@@ -254,9 +252,7 @@ def _source(name: str, target: torch.Tensor, claim: _Claim) -> TensorSource:
         pieces = [Piece(entry=columns[0][0], index=())]
         held: tuple[int, ...] = columns[0][0].shape
     elif type(claim.operations[0]).__name__ == "Concatenate":
-        pieces, held = _concatenated(
-            [entry for column in columns for entry in column], claim.operations[0].dim
-        )
+        pieces, held = _concatenated([entry for column in columns for entry in column], claim.operations[0].dim)
     else:
         pieces, held = _stacked(name, claim, columns, shape)
     if held != shape:
@@ -296,9 +292,7 @@ def _stacked(
     """Return the pieces of stack(entries), with several columns joined along the second operation's dim."""
     experts = shape[0] if shape else 0
     if len(columns) != len(claim.patterns) or any(not _are_all(column, experts) for column in columns):
-        counts = ", ".join(
-            f"{len(claim.entries.get(pattern, ()))} of {pattern}" for pattern in claim.patterns
-        )
+        counts = ", ".join(f"{len(claim.entries.get(pattern, ()))} of {pattern}" for pattern in claim.patterns)
         raise InputError(f"{name} needs {experts} experts, numbered from 0, and the checkpoint has {counts}")
     pieces: list[Piece] = []
     shapes: set[tuple[int, ...]] = set()

@@ -64,9 +64,7 @@ class Weights:
     def store(self, names: list[str], *, on_disk: bool, pinned: bool, expert: int | None = None) -> Store:
         """Return where the named tensors wait; with `expert`, that slice of each."""
         tensors = [(name, place.get(*place.owner(self.model, name))) for name in names]
-        layout = Layout.of(
-            [(name, tuple(t.shape if expert is None else t.shape[1:]), t.dtype) for name, t in tensors]
-        )
+        layout = Layout.of([(name, tuple(t.shape if expert is None else t.shape[1:]), t.dtype) for name, t in tensors])
         if on_disk:
             return DiskStore(layout, self._checkpoint(), [self.sources[name] for name in names], expert)
         slab = new_slab(layout.nbytes, _CPU, pinned=pinned)
@@ -144,8 +142,10 @@ def recomputed_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def _poisoned(like: torch.Tensor) -> torch.Tensor:
     if like.is_floating_point():
         return torch.full(like.shape, float("nan"), dtype=like.dtype)
-    return torch.full(like.shape, torch.iinfo(like.dtype).min, dtype=like.dtype) if like.dtype != torch.bool else (
-        torch.zeros(like.shape, dtype=torch.bool)
+    return (
+        torch.full(like.shape, torch.iinfo(like.dtype).min, dtype=like.dtype)
+        if like.dtype != torch.bool
+        else (torch.zeros(like.shape, dtype=torch.bool))
     )
 
 

@@ -186,7 +186,7 @@ class _Tracer:
         kept = cache.read(name) if self.use_cache else None
         if kept is not None and kept.isdigit():
             return int(kept)
-        total = sum(p.numel() * p.element_size() for p in self.built().parameters())
+        total: int = sum(p.numel() * p.element_size() for p in self.built().parameters())
         if self.use_cache:
             cache.write(name, str(total))
         return total

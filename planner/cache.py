@@ -57,7 +57,12 @@ def _code_digest() -> str:
 
 def key(kind: str, parts: Mapping[str, Any]) -> str:
     """Return the name of the entry for a question: a digest of its parts, of versions and of our own code."""
-    question = {"kind": kind, "versions": versions(), "code": _code_digest(), **{k: encode(v) for k, v in parts.items()}}
+    question = {
+        "kind": kind,
+        "versions": versions(),
+        "code": _code_digest(),
+        **{k: encode(v) for k, v in parts.items()},
+    }
     return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
 
 

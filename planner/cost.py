@@ -12,6 +12,7 @@ first and the last.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -107,9 +108,7 @@ def step_compute_ns(graph: LayerGraph, step: Step, index: int, device: Device, d
     """Return the mean time of layer `index` over a step's passes, in ns."""
     kind = graph.kind_of(index)
     tokens = step.tokens * graph.batch_size
-    times = [
-        compute_ns(kind, entry.per_layer()[index], device, tokens=tokens, dtype=dtype) for entry in step.passes
-    ]
+    times = [compute_ns(kind, entry.per_layer()[index], device, tokens=tokens, dtype=dtype) for entry in step.passes]
     return sum(times) // len(times)
 
 
@@ -119,14 +118,12 @@ def step_hop_ns(graph: LayerGraph, hardware: Hardware, step: Step) -> int:
     return hop_ns(hardware, max(sizes, default=0))
 
 
-def objective_ns(
-    graph: LayerGraph, hardware: Hardware, workload: Workload, placements: Sequence[Placement]
-) -> int:
+def objective_ns(graph: LayerGraph, hardware: Hardware, workload: Workload, placements: Sequence[Placement]) -> int:
     """Return the cost of a placement under the cost model, in ns: what the planner makes least."""
     dtype = weight_dtype(graph)
     run_on = {placement.layer: placement.run_on for placement in placements}
     path = [run_on[layer.name] for layer in graph.layers]
-    hops = sum(one != other for one, other in zip(path, path[1:], strict=False))
+    hops = sum(one != other for one, other in itertools.pairwise(path))
     total = 0
     for step in steps_of(graph, workload):
         serial = dict.fromkeys(path, 0)

@@ -60,7 +60,7 @@ class WeightGroup:
         return sum(round_up(tensor.nbytes // self.slices, SLAB_ALIGNMENT_BYTES) for tensor in self.tensors)
 
     def expected_slices(self, tokens: int) -> float:
-        """Return how many distinct slices `tokens` independent tokens are expected to use: E·(1 − (1 − k/E)^T).
+        """Return how many distinct slices `tokens` independent tokens are expected to use: E * (1 - (1 - k/E)^T).
 
         Assumes that the router picks each expert equally often.
         """
@@ -94,7 +94,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Edge:
-    """Tensors that `source` makes and `target` takes; `prefill_bytes` and `decode_bytes` must move if devices differ."""
+    """Tensors that `source` makes and `target` takes: so many bytes must move in a pass if the devices differ."""
 
     source: int
     target: int
@@ -208,9 +208,7 @@ class LayerGraph:
             kind = self.kinds[layer.kind]
             graph.add_node(index, name=layer.name, kind=kind.name, nbytes=kind.nbytes)
         for edge in self.edges:
-            graph.add_edge(
-                edge.source, edge.target, prefill_bytes=edge.prefill_bytes, decode_bytes=edge.decode_bytes
-            )
+            graph.add_edge(edge.source, edge.target, prefill_bytes=edge.prefill_bytes, decode_bytes=edge.decode_bytes)
         return graph
 
     def to_json(self) -> str:
@@ -244,8 +242,12 @@ class LayerGraph:
                 raise PlanFormatError(f"graph edge {edge.source} → {edge.target} does not point forward")
         for kind in self.kinds:
             for group in kind.groups:
-                if group.slices < 1 or any(tensor.nbytes < 0 or tensor.nbytes % group.slices for tensor in group.tensors):
-                    raise PlanFormatError(f"graph group {kind.name}.{group.name} cannot be cut into {group.slices} slices")
+                if group.slices < 1 or any(
+                    tensor.nbytes < 0 or tensor.nbytes % group.slices for tensor in group.tensors
+                ):
+                    raise PlanFormatError(
+                        f"graph group {kind.name}.{group.name} cannot be cut into {group.slices} slices"
+                    )
 
 
 @functools.cache

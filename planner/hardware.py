@@ -216,7 +216,7 @@ def parse_gpus(text: str | int, notes: list[str]) -> list[tuple[int, str]]:
         return []
     specs: list[tuple[int, str]] = []
     for part in str(text).split(","):
-        match = re.fullmatch(r"\s*(?:(\d+)\s*[x×]\s*)?(\S+)\s*", part, flags=re.IGNORECASE)
+        match = re.fullmatch(r"\s*(?:(\d+)\s*x\s*)?(\S+)\s*", part, flags=re.IGNORECASE)
         if match is None:
             raise InputError(_gpus_help(text))
         count = int(match[1]) if match[1] is not None else 1
@@ -249,7 +249,8 @@ def _one_gpu(word: str, text: str | int, notes: list[str]) -> tuple[int, str]:
     notes.append(
         f"GPU of {format_bytes(capacity)} taken as {facts['name']} (assumed; usable there "
         f"{format_bytes(int(facts['usable_gib'] * GIB))}): {facts['half_tflops']:.0f} TFLOP/s and "
-        f"{facts['memory_gb_per_s']:.0f} GB/s on its datasheet, {MATMUL_FRACTION:.0%} and {BANDWIDTH_FRACTION:.0%} achieved"
+        f"{facts['memory_gb_per_s']:.0f} GB/s on its datasheet, "
+        f"{MATMUL_FRACTION:.0%} and {BANDWIDTH_FRACTION:.0%} achieved"
     )
     return capacity, table[size]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from planner.graph import LayerGraph, LayerKind, Span, WeightGroup
+from planner.graph import SLAB_ALIGNMENT_BYTES, LayerGraph, LayerKind, Span, WeightGroup
 from planner.hardware import Device, Hardware
 from planner.plan import Placement, Slots
 from planner.units import MIB, round_up
@@ -188,9 +188,7 @@ def peak(
         for device, span in zip(devices, spans, strict=True):
             cached[device] += span.kv_before_bytes
         for device, span in zip(devices, spans, strict=True):
-            usage = _with(
-                static[device], kv_cache=cached[device], activations=span.held_bytes + span.peak_bytes
-            )
+            usage = _with(static[device], kv_cache=cached[device], activations=span.held_bytes + span.peak_bytes)
             if usage.total > best[device].total:
                 best[device] = usage
             cached[device] += span.kv_after_bytes - span.kv_before_bytes
@@ -227,7 +225,7 @@ def _tied_bytes(graph: LayerGraph, placements: Sequence[Placement]) -> dict[str,
     homes = {(placement.layer, placement.group): placement.home for placement in placements}
     sizes: dict[str, tuple[str, int]] = {}
     for index, group, name, tensor in graph.tensors():
-        sizes[name] = (homes[graph.layers[index].name, group.name], round_up(tensor.nbytes, 256))
+        sizes[name] = (homes[graph.layers[index].name, group.name], round_up(tensor.nbytes, SLAB_ALIGNMENT_BYTES))
     saved: dict[str, int] = {}
     for names in graph.ties:
         seen: set[str] = set()

@@ -99,9 +99,7 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> PreT
     try:
         if isinstance(auto_map, dict) and "AutoConfig" in auto_map:
             place = source.folder or source.id
-            return transformers.AutoConfig.from_pretrained(
-                place, revision=source.revision, trust_remote_code=True
-            )
+            return transformers.AutoConfig.from_pretrained(place, revision=source.revision, trust_remote_code=True)
         model_type = source.config["model_type"]
         if model_type not in transformers.CONFIG_MAPPING:
             raise TraceError(
@@ -114,9 +112,7 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> PreT
     except TraceError:
         raise
     except Exception as exc:  # the classes' own code, and remote code, raise anything
-        raise InputError(
-            f"transformers {transformers.__version__} refuses the config of {source.id}: {exc}"
-        ) from exc
+        raise InputError(f"transformers {transformers.__version__} refuses the config of {source.id}: {exc}") from exc
 
 
 @functools.cache
@@ -135,9 +131,7 @@ def catalogue() -> tuple[CatalogueEntry, ...]:
 
 
 def _find(name: str, hub: bool, revision: str | None) -> ModelSource:
-    is_path = (
-        name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or name.endswith(".json")
-    )
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or name.endswith(".json")
     if is_path and revision is not None:
         raise InputError(f"{name} is a path, and a revision is for names on the Hub; leave --revision out")
     if not is_path and (hub or revision is not None):
@@ -189,9 +183,7 @@ def _from_catalogue(name: str) -> ModelSource:
     model_id = _names()[name.lower()]
     config = _read_config(CATALOGUE / _index()[model_id]["file"])
     taken = "is" if name == model_id else f"is taken as {model_id},"
-    return _source(
-        id=model_id, source="catalogue", config=config, note=f"{name} {taken} from the bundled catalogue"
-    )
+    return _source(id=model_id, source="catalogue", config=config, note=f"{name} {taken} from the bundled catalogue")
 
 
 def _from_hub(name: str, revision: str | None) -> ModelSource:
@@ -240,13 +232,9 @@ def _hub_error(exc: Exception, name: str, revision: str | None) -> InputError:
     if isinstance(exc, errors.GatedRepoError):
         problem = f"{name} is gated on the Hub: ask for access on its page there, then {sign_in}"
     elif isinstance(exc, errors.RevisionNotFoundError):
-        return InputError(
-            f"{name} has no revision {revision} on the Hub; give one of its branches, tags or commits"
-        )
+        return InputError(f"{name} has no revision {revision} on the Hub; give one of its branches, tags or commits")
     elif isinstance(exc, errors.RemoteEntryNotFoundError):
-        return InputError(
-            f"{name} has no config.json on the Hub, so it is not a model that transformers loads"
-        )
+        return InputError(f"{name} has no config.json on the Hub, so it is not a model that transformers loads")
     elif isinstance(exc, (errors.RepositoryNotFoundError, errors.HFValidationError)):
         problem = f"there is no model {name}, here or on the Hub; if it is private there, {sign_in}"
     else:
@@ -295,8 +283,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise InputError(
-            f"{path} names no model_type, so it is not a transformers config; "
-            "save the model with save_pretrained"
+            f"{path} names no model_type, so it is not a transformers config; save the model with save_pretrained"
         )
     return config
 

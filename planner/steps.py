@@ -57,7 +57,9 @@ def layer_runs(graph: LayerGraph, placements: Sequence[Placement]) -> tuple[Laye
         device = placed[0].run_on
         previous = runs[-1].device if runs else device
         # A slice that is not routed is not read: the share of experts is that of the slices one token uses.
-        weights = [kind.group(p.group).nbytes * kind.group(p.group).used_slices / kind.group(p.group).slices for p in placed]
+        weights = [
+            kind.group(p.group).nbytes * kind.group(p.group).used_slices / kind.group(p.group).slices for p in placed
+        ]
         total = sum(weights) or 1.0
         parts = tuple(
             Part(weight / total if sum(weights) else 1.0 / len(placed), p, kind.group(p.group),

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 
-# Real integer tensors larger than this many elements (a causal mask of 8k × 8k tokens) are kept fake.
+# Real integer tensors larger than this many elements (a causal mask of 8k by 8k tokens) are kept fake.
 LARGEST_REAL_ELEMENTS = 2**26
 _LARGE_INPUT_ELEMENTS = 2**12
 
@@ -35,7 +35,7 @@ class StorageTracer(TorchDispatchMode):
     """
 
     def __init__(self, fake: FakeTensorMode, *, safe_token: int, expert_storages: Iterable[int] = ()):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self.fake = fake
         self.safe_token = safe_token
         self.ignored: set[int] = set()

@@ -18,7 +18,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
 
 def parse_bytes(text: str | int, *, what: str = "a size") -> int:
-    """Return the number of bytes that `text` names: "24GB" is 24×10**9, "24GiB" 24×2**30, "512" bytes.
+    """Return the number of bytes that `text` names: "24GB" is 24 * 10**9, "24GiB" 24 * 2**30, "512" bytes.
 
     Raises:
         InputError: not a size, or negative.
@@ -39,7 +39,8 @@ def parse_bytes(text: str | int, *, what: str = "a size") -> int:
         )
     whole, _, fraction = match[1].partition(".")
     digits = len(fraction)
-    return int(whole + fraction) * unit // 10**digits
+    scale: int = 10**digits
+    return int(whole + fraction) * unit // scale
 
 
 def format_bytes(count: int) -> str:

@@ -34,7 +34,9 @@ def _check_placements(plan: Plan) -> list[Violation]:
     found: list[Violation] = []
     devices = {device.name for device in plan.hardware.devices}
     places = devices | {"disk"}
-    expected = {(layer.name, group.name): group for layer in plan.graph.layers for group in plan.graph.kinds[layer.kind].groups}
+    expected = {
+        (layer.name, group.name): group for layer in plan.graph.layers for group in plan.graph.kinds[layer.kind].groups
+    }
     seen: set[tuple[str, str]] = set()
     run_on: dict[str, str] = {}
     for entry in plan.placements:
@@ -51,7 +53,9 @@ def _check_placements(plan: Plan) -> list[Violation]:
         if run_on.setdefault(entry.layer, entry.run_on) != entry.run_on:
             found.append(Violation(rule="no_split", message=f"{entry.layer} runs on two devices"))
         if entry.home not in (entry.run_on, "cpu", "disk"):
-            found.append(Violation(rule="homes", message=f"{where} waits on {entry.home}, which nothing is copied from"))
+            found.append(
+                Violation(rule="homes", message=f"{where} waits on {entry.home}, which nothing is copied from")
+            )
         if entry.home != entry.run_on and not group.streamable and entry.run_on != "cpu":
             found.append(Violation(rule="homes", message=f"{where} must wait where it runs, on {entry.run_on}"))
         kept = entry.resident_slices

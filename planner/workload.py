@@ -40,7 +40,9 @@ class Workload:
         if self.num_beams != 1:
             raise InputError(f"num_beams={self.num_beams}: beam search is not carried yet; plan with one beam")
         if self.kv_dtype is not None:
-            raise InputError(f"kv_dtype={self.kv_dtype}: a KV cache in another dtype than the model's is not carried yet")
+            raise InputError(
+                f"kv_dtype={self.kv_dtype}: a KV cache in another dtype than the model's is not carried yet"
+            )
 
     @property
     def decode_steps(self) -> int:

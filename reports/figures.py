@@ -167,9 +167,7 @@ def _cells(plan: Plan, tops: dict[str, int]) -> list[_Cell]:
             )
         if waiting > 0:
             start = bottom + 0.6 * (1 - waiting)
-            result.append(
-                _Cell(place=placement.home, layer=layer, bottom=start, height=0.6 * waiting, words=words)
-            )
+            result.append(_Cell(place=placement.home, layer=layer, bottom=start, height=0.6 * waiting, words=words))
     return result
 
 
@@ -178,9 +176,7 @@ def placement_words(placement: Placement, slices: int) -> str:
     if placement.home == placement.run_on:
         return f"resident on {placement.run_on}"
     kept = placement.resident_slices or 0
-    where = (
-        placement.home if placement.memory in ("device", "disk") else f"{placement.home} ({placement.memory})"
-    )
+    where = placement.home if placement.memory in ("device", "disk") else f"{placement.home} ({placement.memory})"
     if kept:
         return f"{kept} of {slices} resident on {placement.run_on}, {slices - kept} wait in {where}"
     return f"waits in {where}, runs on {placement.run_on}"
@@ -204,8 +200,7 @@ def _add_run_strip(figure: Any, plan: Plan, row: int, colours: dict[str, str]) -
             insidetextfont={"color": ink_on(colours[device])},
             showlegend=False,
             marker={"color": colours[device], "line": {"width": 0}},
-            hovertemplate=f"{plain(first)}<br>… {plain(last)}<br>{count} layers run on {plain(device)}"
-            "<extra></extra>",
+            hovertemplate=f"{plain(first)}<br>… {plain(last)}<br>{count} layers run on {plain(device)}<extra></extra>",
         )
         start += count
 

@@ -122,10 +122,7 @@ def _figures_json(drawn: dict[str, Any]) -> str:
         data[f"plot-{key}"] = {"data": content["data"], "layout": content["layout"]}
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return (
-        text.replace("<", "\\u003c")
-        .replace(">", "\\u003e")
-        .replace("\u2028", "\\u2028")
-        .replace("\u2029", "\\u2029")
+        text.replace("<", "\\u003c").replace(">", "\\u003e").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     )
 
 
@@ -137,9 +134,7 @@ def _headline(plan: Plan) -> str:
     for capacity_bytes, same in groupby(plan.hardware.pools, key=lambda pool: pool.capacity_bytes):
         names = [pool.name for pool in same]
         each = " each" if len(names) > 1 else ""
-        memories.append(
-            f"{' to '.join(dict.fromkeys((names[0], names[-1])))} {format_bytes(capacity_bytes)}{each}"
-        )
+        memories.append(f"{' to '.join(dict.fromkeys((names[0], names[-1])))} {format_bytes(capacity_bytes)}{each}")
     made = f", {work.new_tokens:,} new" if work.caller == "generate" else " in one forward pass"
     return (
         f"<header><h1>{_text(model.id)}</h1>"
@@ -191,9 +186,7 @@ def _time_cards(plan: Plan, timeline: Timeline) -> list[_Card]:
         seen = plan.prediction
         cards = [("prefill", format_ns(seen.prefill_ns), whole, "")]
         if seen.decode_ns_per_token:
-            cards.append(
-                ("decode", f"{format_ns(seen.decode_ns_per_token)}", "per token, mean of all steps", "")
-            )
+            cards.append(("decode", f"{format_ns(seen.decode_ns_per_token)}", "per token, mean of all steps", ""))
         rate = seen.tokens_per_s
         digits = 0 if rate >= 100 else 1 if rate >= 10 else 2
         cards.append(("tokens/s", f"{rate:,.{digits}f}", f"whole call {format_ns(seen.total_ns)}", ""))
@@ -203,9 +196,7 @@ def _time_cards(plan: Plan, timeline: Timeline) -> list[_Card]:
         return [("prefill", "not predicted", "nothing was simulated", "")]
     cards = [("prefill, simulated", format_ns(timeline.prefill_ns), whole, "")]
     if timeline.decode_ns_per_token:
-        cards.append(
-            ("decode, simulated", format_ns(timeline.decode_ns_per_token), "per token, mean of all steps", "")
-        )
+        cards.append(("decode, simulated", format_ns(timeline.decode_ns_per_token), "per token, mean of all steps", ""))
     return cards
 
 
@@ -288,9 +279,7 @@ def _device_table(plan: Plan) -> str:
         products = ", ".join(device.product for device in plan.hardware.devices if device.pool == pool.name)
         parts = plan.prediction.peak_breakdown.get(pool.name, {}) if plan.prediction else {}
         if plan.prediction is None:
-            cells = ["not predicted", "–", format_bytes(pool.usable_bytes), "–"] + ["–"] * len(
-                KINDS_OF_MEMORY
-            )
+            cells = ["not predicted", "–", format_bytes(pool.usable_bytes), "–"] + ["–"] * len(KINDS_OF_MEMORY)
         else:
             peak = plan.prediction.peak_bytes.get(pool.name, 0)
             fits = '<span class="good">yes</span>' if peak <= pool.usable_bytes else '<b class="bad">no</b>'
@@ -302,9 +291,7 @@ def _device_table(plan: Plan) -> str:
             ]
             cells += [format_bytes(parts[kind]) if parts.get(kind) else "–" for kind in KINDS_OF_MEMORY]
         rows.append([_text(pool.name), *cells, _text(products)])
-    caption = (
-        "Predicted peak of device-used bytes, context included, against what may be used; GB = 10⁹ bytes"
-    )
+    caption = "Predicted peak of device-used bytes, context included, against what may be used; GB = 10⁹ bytes"
     return f"<section><h2>Devices</h2>{_table(heads, rows, caption)}</section>"
 
 
@@ -337,9 +324,7 @@ def _solver(plan: Plan) -> str:
     solver = plan.solver
     if solver is None:
         return f"<section><h2>Solver</h2><p>{_NO_SOLVER}</p></section>"
-    proven = (
-        "proven: no placement costs less" if solver.status == "optimal" else "found; a better one may exist"
-    )
+    proven = "proven: no placement costs less" if solver.status == "optimal" else "found; a better one may exist"
     pairs = [
         ("status", f"{solver.status} ({proven} under this cost model)"),
         ("objective", format_ns(solver.objective_ns)),

@@ -51,8 +51,7 @@ def kind_colour(kind: str, base: str) -> str:
 def mixed(colour: str, towards: str, share: float) -> str:
     """Return `colour` moved by `share` (0 to 1) towards another; both as "#rrggbb"."""
     parts = [
-        round(int(colour[at : at + 2], 16) * (1 - share) + int(towards[at : at + 2], 16) * share)
-        for at in (1, 3, 5)
+        round(int(colour[at : at + 2], 16) * (1 - share) + int(towards[at : at + 2], 16) * share) for at in (1, 3, 5)
     ]
     return "#" + "".join(f"{part:02x}" for part in parts)
 

@@ -42,9 +42,7 @@ def memory_over_time(plan: Plan, timeline: Timeline) -> Any:
     devices = [name for name in colours if name in used]
     rows = max(len(devices), 1)
     height = 56 + 112 * rows
-    figure = make_subplots(
-        rows=rows, cols=1, shared_xaxes=True, vertical_spacing=38 / height if rows > 1 else 0
-    )
+    figure = make_subplots(rows=rows, cols=1, shared_xaxes=True, vertical_spacing=38 / height if rows > 1 else 0)
     labels: list[dict[str, Any]] = []
     shapes: list[dict[str, Any]] = []
     for row, device in enumerate(devices, start=1):
@@ -59,15 +57,11 @@ def memory_over_time(plan: Plan, timeline: Timeline) -> Any:
         words = f"<b>{plain(device)}</b> · at most {format_bytes(peak)} of {format_bytes(limit)}"
         labels.append(label(words, yref=f"y{axis} domain", y=1.03))
         figure.update_yaxes(range=[0, 1.06 * max(limit, peak, 1)], row=row, col=1)
-    figure.update_yaxes(
-        nticks=4, tickformat="~s", ticksuffix="B", fixedrange=True, zeroline=False, automargin=True
-    )
+    figure.update_yaxes(nticks=4, tickformat="~s", ticksuffix="B", fixedrange=True, zeroline=False, automargin=True)
     figure.update_xaxes(tickformat="~s", ticksuffix="s", zeroline=False, nticks=6)
     figure.update_xaxes(title={"text": "time since the call began", "standoff": 4}, row=rows, col=1)
     menus = _zoom_menu(timeline, rows)
-    layout = base_layout(
-        height + (36 if menus else 0), annotations=labels, shapes=shapes, hovermode="closest"
-    )
+    layout = base_layout(height + (36 if menus else 0), annotations=labels, shapes=shapes, hovermode="closest")
     layout["margin"] = {"l": 8, "r": 8, "t": 62 if menus else 26, "b": 44}
     figure.update_layout(layout, updatemenus=menus)
     return figure

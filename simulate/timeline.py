@@ -1,4 +1,4 @@
-"""What a simulated run did: intervals on lanes, and memory over time. Integer nanoseconds from the start of the call."""
+"""What a simulated run did: intervals on lanes, and memory over time. Integer nanoseconds from the call's start."""
 
 from __future__ import annotations
 

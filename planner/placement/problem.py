@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from planner import cost, memory
-from planner.graph import LayerGraph, WeightGroup
+from planner.graph import SLAB_ALIGNMENT_BYTES, LayerGraph, WeightGroup
 from planner.hardware import Device, Hardware
+from planner.units import round_up
 from planner.workload import Workload
 
 
@@ -88,7 +89,9 @@ def build(graph: LayerGraph, hardware: Hardware, workload: Workload, *, experts_
     tied = graph.tied_to_earlier()
     ends = set(front) | set(tail)
     tied_bytes = sum(
-        memory.round_up(tensor.nbytes, 256) for index, _, name, tensor in graph.tensors() if name in tied and index in ends
+        round_up(tensor.nbytes, SLAB_ALIGNMENT_BYTES)
+        for index, _, name, tensor in graph.tensors()
+        if name in tied and index in ends
     )
     return Problem(
         graph=graph,
@@ -113,9 +116,7 @@ class _Maker:
     ):
         self.graph, self.hardware, self.steps, self.dtype = graph, hardware, steps, dtype
         self.experts_stay = experts_stay
-        self.spans = [
-            [entry.per_layer()[index] for entry in graph.passes] for index in range(len(graph.layers))
-        ]
+        self.spans = [[entry.per_layer()[index] for entry in graph.passes] for index in range(len(graph.layers))]
 
     def signature(self, index: int) -> object:
         """Return what decides a block's class: its kind, and everything about its spans but what others hold."""
@@ -142,9 +143,7 @@ class _Maker:
         groups = [group for index in counted for group in self.graph.kind_of(index).groups]
         return UnitCost(
             compute_ns={
-                step.name: sum(
-                    cost.step_compute_ns(self.graph, step, index, device, self.dtype) for index in counted
-                )
+                step.name: sum(cost.step_compute_ns(self.graph, step, index, device, self.dtype) for index in counted)
                 for step in self.steps
             },
             kv_bytes=sum(memory.kv_bytes(self.spans[index]) for index in counted),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from planner.graph import LayerGraph
 from planner.hardware import Device, Hardware
@@ -102,9 +103,7 @@ def _spread_block(
                     homes[index, group.name] = (home, waiting)
 
 
-def _end_homes(
-    graph: LayerGraph, end: Unit, counts: Counts, homes: dict[tuple[int, str], tuple[str, int]]
-) -> None:
+def _end_homes(graph: LayerGraph, end: Unit, counts: Counts, homes: dict[tuple[int, str], tuple[str, int]]) -> None:
     for index in end.layers:
         for group in graph.kind_of(index).groups:
             if counts.away.get((end.name, counts.ends[end.name], group.name, "disk")):
@@ -128,7 +127,7 @@ def _likeness(hardware: Hardware, device: Device) -> object:
     return device.kind, device.product, device.bytes_per_s, hardware.pool(device.pool).usable_bytes
 
 
-def _memory(home: str, run_on: str) -> str:
+def _memory(home: str, run_on: str) -> Literal["device", "pinned", "pageable", "disk"]:
     if home == "disk":
         return "disk"
     if home != "cpu":

@@ -7,13 +7,15 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-import dispatch
-import planner
 import pytest
 import torch
+from tiny_models import CONFIGS, Case, on_cpu, spread_over_two, streamed
+
+import dispatch
+import planner
 from dispatch.attach import _mover
 from planner.errors import InputError, PlanMismatchError
-from tiny_models import CONFIGS, Case, on_cpu, spread_over_two, streamed
+
 
 def half_on_disk(case: Case) -> planner.Plan:
     """Return the planner's own plan for a machine whose RAM holds about half of the weights."""
@@ -164,9 +166,7 @@ def test_an_exception_leaves_the_model_usable(make_case: Any, name: str, mode: s
     plan = plan_for(case, mode)
     case.run_like(plan)
     want = case.logits(case.reference)
-    model = dispatch.apply(
-        case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan)
-    )
+    model = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
     inner = model.model.layers[1].self_attn.o_proj
 
     def interrupt(module: Any, args: Any) -> None:
@@ -275,8 +275,8 @@ def test_measured_operator_outputs_are_the_predicted_ones(make_case: Any) -> Non
             model = dispatch.apply(case.meta(), plan, checkpoint=case.folder)
             mask = torch.ones_like(case.ids)
             _, measured = dispatch.measure(
-                lambda model=model, mask=mask: model.generate(
-                    case.ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0
+                lambda model=model, mask=mask, ids=case.ids: model.generate(
+                    ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0
                 )
             )
             assert plan.prediction is not None

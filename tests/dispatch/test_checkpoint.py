@@ -41,9 +41,7 @@ def saved(tmp_path: Path, tensors: dict[str, Tensor]) -> Path:
     return path
 
 
-def test_every_dtype_and_shape_reads_and_maps_to_the_same_bytes(
-    saved: Path, tensors: dict[str, Tensor]
-) -> None:
+def test_every_dtype_and_shape_reads_and_maps_to_the_same_bytes(saved: Path, tensors: dict[str, Tensor]) -> None:
     checkpoint = Checkpoint.open(saved)
     assert set(checkpoint.names()) == set(tensors)
     assert len(checkpoint) == len(tensors)
@@ -206,9 +204,7 @@ def test_a_relative_path_survives_a_change_of_folder(saved: Path, monkeypatch: p
     checkpoint.check_unchanged()
 
 
-def test_a_replaced_file_is_noticed_and_the_old_one_still_read(
-    saved: Path, tensors: dict[str, Tensor]
-) -> None:
+def test_a_replaced_file_is_noticed_and_the_old_one_still_read(saved: Path, tensors: dict[str, Tensor]) -> None:
     checkpoint = Checkpoint.open(saved)
     other = saved.with_name("other")
     other.write_bytes(bytes(saved.stat().st_size))

@@ -381,7 +381,5 @@ def test_importing_does_not_load_transformers_or_the_solver() -> None:
         "print({'transformers', 'ortools', 'pandas', 'plotly', 'planner.trace'} & set(sys.modules))"
     )
     root = Path(__file__).parents[2]
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"

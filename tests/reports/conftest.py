@@ -19,12 +19,8 @@ EXPERTS = 8
 
 
 def group(name: str, nbytes: int, slices: int = 1) -> WeightGroup:
-    tensor = Tensor(
-        name=f"{name}.weight", shape=(slices, nbytes // slices // 2), dtype="bfloat16", nbytes=nbytes
-    )
-    return WeightGroup(
-        name=name, slices=slices, used_slices=min(2, slices), streamable=slices > 1, tensors=(tensor,)
-    )
+    tensor = Tensor(name=f"{name}.weight", shape=(slices, nbytes // slices // 2), dtype="bfloat16", nbytes=nbytes)
+    return WeightGroup(name=name, slices=slices, used_slices=min(2, slices), streamable=slices > 1, tensors=(tensor,))
 
 
 @pytest.fixture
@@ -115,9 +111,7 @@ def plan(graph: LayerGraph, hardware: Hardware) -> Plan:
             tokens_per_s=13.3,
             load_ns=9_870_000_000,
         ),
-        solver=Solver(
-            status="optimal", objective_ns=4_000_000_000, bound_ns=4_000_000_000, cost_model="lanes-1"
-        ),
+        solver=Solver(status="optimal", objective_ns=4_000_000_000, bound_ns=4_000_000_000, cost_model="lanes-1"),
     )
 
 

@@ -44,15 +44,11 @@ def test_the_map_covers_every_group_in_proportion(plan: Plan) -> None:
     names = [layer.name for layer in plan.graph.layers]
     covered: dict[tuple[str, str], dict[str, float]] = {}
     for trace in figure.data:
-        for position, height, words in zip(
-            trace.x, trace.y, trace.customdata or (), strict=bool(trace.customdata)
-        ):
+        for position, height, words in zip(trace.x, trace.y, trace.customdata or (), strict=bool(trace.customdata)):
             assert names[int(position)] == words[0]
             covered.setdefault((words[0], words[1]), {})[trace.name] = height
     assert set(covered) == {(placement.layer, placement.group) for placement in plan.placements}
-    assert covered["model.layers.0", "mlp.experts"] == pytest.approx(
-        {"cuda:0": 0.6 * 6 / 8, "cpu": 0.6 * 2 / 8}
-    )
+    assert covered["model.layers.0", "mlp.experts"] == pytest.approx({"cuda:0": 0.6 * 6 / 8, "cpu": 0.6 * 2 / 8})
     assert covered["model.layers.11", "mlp.experts"] == pytest.approx({"disk": 0.6})
     assert covered["lm_head", "weights"] == pytest.approx({"cuda:1": 0.6})
     strips = [trace for trace in figure.data if trace.text]
@@ -121,9 +117,7 @@ def test_many_intervals_become_few_bars(plan: Plan, sample: Callable[..., Memory
     assert sum(bar.count for bar in bars) == count
     assert sum(bar.busy_ns for bar in bars) == 90 * count
     assert all(bar.busy_ns <= bar.end_ns - bar.start_ns for bar in bars)
-    samples = tuple(
-        sample(100 * n, "cuda:0", activations=7 * GB if n == 12_345 else n % 7) for n in range(count)
-    )
+    samples = tuple(sample(100 * n, "cuda:0", activations=7 * GB if n == 12_345 else n % 7) for n in range(count))
     kept = thinned(samples, MAX_SAMPLES)
     assert len(kept) <= MAX_SAMPLES + 2
     assert max(entry.total_bytes for entry in kept) == 7 * GB

@@ -109,9 +109,7 @@ def test_nothing_is_fetched(plan: Plan, timeline: Timeline) -> None:
     reader = Reader(page)
     assert not {"link", "img", "iframe", "base", "object", "embed"} & {tag for tag, _ in reader.tags}
     assert all("src" not in attributes for tag, attributes in reader.tags if tag == "script")
-    policy = next(
-        a for t, a in reader.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"
-    )
+    policy = next(a for t, a in reader.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy")
     assert (policy["content"] or "").startswith("default-src 'none';")
 
 
@@ -123,9 +121,7 @@ def hostile(plan: Plan) -> Plan:
     layers = tuple(dataclasses.replace(layer, name=f"{layer.name}{HOSTILE}") for layer in plan.graph.layers)
     return dataclasses.replace(
         plan,
-        model=dataclasses.replace(
-            plan.model, id=HOSTILE, note=HOSTILE, revision=HOSTILE, versions={HOSTILE: HOSTILE}
-        ),
+        model=dataclasses.replace(plan.model, id=HOSTILE, note=HOSTILE, revision=HOSTILE, versions={HOSTILE: HOSTILE}),
         graph=dataclasses.replace(plan.graph, layers=layers),
         placements=tuple(dataclasses.replace(p, layer=f"{p.layer}{HOSTILE}") for p in plan.placements),
         assumptions=(HOSTILE,),
@@ -226,9 +222,7 @@ def test_one_forward_pass_without_gpus(plan: Plan, sample: Callable[..., MemoryS
         prediction=None,
         workload=Workload(caller="forward"),
     )
-    seen = Timeline(
-        intervals=(), memory=(sample(0, "cpu", weights=GB),), simulated_steps=(0,), step_ns=(10**9,)
-    )
+    seen = Timeline(intervals=(), memory=(sample(0, "cpu", weights=GB),), simulated_steps=(0,), step_ns=(10**9,))
     visible = Reader(own(page_html(lone, seen))).visible
     assert "no GPU" in visible
     assert "in one forward pass" in visible

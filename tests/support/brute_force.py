@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from small_cases import MIB, Case
 
 from planner.graph import LayerGraph, Pass, WeightGroup
 from planner.plan import Placement
-from small_cases import MIB, Case
-
 
 # Of each device, what is the greatest of what its layers need, not their sum.
 MAXIMA = ("activations", "group slots", "expert slots", "groups staged", "experts staged", "used")
@@ -74,7 +73,10 @@ class Ledger:
         self.places = [*self.devices, "disk"]
         self.units = units_of(self.graph)
         self.options = options_of(self.graph, [name for name in self.devices if name != "cpu"])
-        self.steps = [("prefill", 1, self.graph.passes[:1]), ("decode", case.workload.new_tokens - 1, self.graph.passes[1:])]
+        self.steps = [
+            ("prefill", 1, self.graph.passes[:1]),
+            ("decode", case.workload.new_tokens - 1, self.graph.passes[1:]),
+        ]
         self._enumerate()
 
     def _enumerate(self) -> None:
@@ -102,7 +104,9 @@ class Ledger:
         """Return what adds up (bytes by place, serial and copy times, homes of tied weights) and what is a maximum."""
         held = dict.fromkeys(self.places, 0)
         most = {(kind, name): 0 for kind in MAXIMA for name in self.devices}
-        times = {(lane, step, name): 0 for lane in ("serial", "copies") for step, _, _ in self.steps for name in self.devices}
+        times = {
+            (lane, step, name): 0 for lane in ("serial", "copies") for step, _, _ in self.steps for name in self.devices
+        }
         tied = [0, 0]
         device = option.device
         most["used", device] = 1
@@ -157,7 +161,9 @@ class Ledger:
         way = [(home, device)] if device == "cpu" or home == "cpu" else [("disk", "cpu"), ("cpu", device)]
         links = [link for link in self.hardware.links if (link.source, link.target) in way]
         whole = sum(link.latency_ns for link in links) + _slab(entry) * 10**9 // min(link.bytes_per_s for link in links)
-        distinct = entry.slices * (1.0 - (1.0 - entry.used_slices / entry.slices) ** tokens) if entry.slices > 1 else 1.0
+        distinct = (
+            entry.slices * (1.0 - (1.0 - entry.used_slices / entry.slices) ** tokens) if entry.slices > 1 else 1.0
+        )
         return int(whole * distinct / entry.slices)
 
     def _weigh(self, sums: Any, highest: Any) -> None:
@@ -192,7 +198,9 @@ class Ledger:
             busy = np.maximum(serial[rows], copies[rows]).sum(axis=0)
             edge = self.graph.edges[0]
             nbytes = edge.prefill_bytes if step == "prefill" else edge.decode_bytes
-            each = max(link.latency_ns for link in between) + nbytes * 10**9 // min(link.bytes_per_s for link in between)
+            each = max(link.latency_ns for link in between) + nbytes * 10**9 // min(
+                link.bytes_per_s for link in between
+            )
             self.cost += times * (busy + hops * each)
 
     def _usable(self, name: str) -> int:

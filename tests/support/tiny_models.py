@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import planner
 import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen3MoeConfig
+
+import planner
 from planner import memory
 from planner.plan import Placement, Plan
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_key_value_heads": 2
@@ -47,9 +48,7 @@ class Case:
         return AutoModelForCausalLM.from_config(self.config, dtype=self.dtype).eval()
 
     def plan(self, **options: Any) -> Plan:
-        return planner.plan_model(
-            self.config, weight_dtype=str(self.dtype).removeprefix("torch."), **WORK, **options
-        )
+        return planner.plan_model(self.config, weight_dtype=str(self.dtype).removeprefix("torch."), **WORK, **options)
 
     def run_like(self, plan: Plan) -> None:
         """Give the reference the implementations that the plan names, so that results may be compared bit by bit."""
