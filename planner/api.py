@@ -6,10 +6,12 @@ simulator is imported from here, the one place where the planner reaches up.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner import cache, memory
@@ -80,10 +82,23 @@ def plan_model(
     if cacheable and (kept := _kept_plan(name)) is not None:
         return kept
     tracer = _Tracer(source, module, workload, dtype, trust_remote_code, use_cache=cacheable, report=report)
-    plan = _best(tracer, hardware, workload, source, dtype, notes, report)
+    with _collector_paused():
+        plan = _best(tracer, hardware, workload, source, dtype, notes, report)
     if cacheable:
         cache.write(name, plan.to_json())
     return plan
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Import, build and trace without the cyclic collector: it costs a sixth of the time, and finds nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _best(

@@ -12,6 +12,11 @@ WIDTH = 80
 _STYLES = {"bold": "1", "dim": "2", "good": "1;32", "bad": "1;31"}
 
 
+def clean(text: str) -> str:
+    """Return `text` on one line, with "?" for what could steer a terminal: names in a plan may come from anyone."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
+
+
 class Page:
     """Lines of text, none wider than WIDTH; a line has one style or none, so colour never changes a width."""
 
@@ -21,15 +26,11 @@ class Page:
 
     def line(self, text: str = "", style: str | None = None) -> None:
         """Add one line, cut where it does not fit; what could steer a terminal is replaced."""
-        plain = "".join(character if character.isprintable() else "?" for character in text.rstrip())
+        plain = clean(text).rstrip()
         plain = plain if len(plain) <= WIDTH else f"{plain[: WIDTH - 1]}…"
-        self._lines.append(
-            f"\x1b[{_STYLES[style]}m{plain}\x1b[0m" if self._color and style and plain else plain
-        )
+        self._lines.append(f"\x1b[{_STYLES[style]}m{plain}\x1b[0m" if self._color and style and plain else plain)
 
-    def paragraph(
-        self, text: str, *, first: str = "", rest: str | None = None, style: str | None = None
-    ) -> None:
+    def paragraph(self, text: str, *, first: str = "", rest: str | None = None, style: str | None = None) -> None:
         """Add wrapped text: `first` begins its first line, `rest` (spaces of that width) the others."""
         rest = " " * len(first) if rest is None else rest
         for number, row in enumerate(fold(text, WIDTH - max(len(first), len(rest))) or [""]):
@@ -45,9 +46,8 @@ class Page:
 
 def fold(text: str, width: int) -> list[str]:
     """Return `text` in lines of at most `width`, cut at spaces, else behind . / _ or -, else anywhere."""
-    clean = "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
     lines = []
-    for line in textwrap.wrap(clean, width, break_long_words=False, break_on_hyphens=False):
+    for line in textwrap.wrap(clean(text), width, break_long_words=False, break_on_hyphens=False):
         while len(line) > width:
             cut = max(line.rfind(mark, 0, width) for mark in "./_-") + 1 or width
             lines.append(line[:cut])
@@ -56,9 +56,7 @@ def fold(text: str, width: int) -> list[str]:
     return lines
 
 
-def column_widths(
-    rows: Iterable[Sequence[str]], *, least: Mapping[int, int], total: int, gap: int
-) -> list[int]:
+def column_widths(rows: Iterable[Sequence[str]], *, least: Mapping[int, int], total: int, gap: int) -> list[int]:
     """Return each column's width, the widest cell's, unless the table would then be wider than `total`.
 
     Then the columns of `least` narrow, one after the other to the width given there, and after that the

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from planner.commands import options
+from planner.commands.layout import clean
 from planner.errors import InputError, PlanError
 
 # Modules of planner.commands, whose `run(argv)` does the work; where none is named, "plan" does.
@@ -79,8 +80,7 @@ def _fail(exc: Exception, words: Sequence[str]) -> int:
             return PIPE_CLOSED
         except InputError:
             pass
-    shown = "".join(character if character.isprintable() else "?" for character in message)
-    print(f"plan: error: {shown}", file=sys.stderr)
+    print(f"plan: error: {clean(message)}", file=sys.stderr)
     _silence_stdout(only_if_broken=True)
     return code
 

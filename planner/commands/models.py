@@ -14,9 +14,7 @@ from planner.models import CatalogueEntry, catalogue
 def run(argv: Sequence[str]) -> int:
     """Print the models of the catalogue, all or those that match a text."""
     parser = options.Parser(prog="plan models", description="List the models of the bundled catalogue.")
-    parser.add_argument(
-        "text", nargs="?", default="", help="only models with this in their name, family or type"
-    )
+    parser.add_argument("text", nargs="?", default="", help="only models with this in their name, family or type")
     options.add_output_options(parser)
     args = parser.parse_args(argv)
     found = [entry for entry in catalogue() if _matches(entry, args.text)]

@@ -33,9 +33,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_output_options(parser: argparse._ActionsContainer) -> None:
     """Add the options that every command has."""
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document on stdout, errors included"
-    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, errors included")
     parser.add_argument("--debug", action="store_true", help="print a traceback when something goes wrong")
 
 
@@ -63,9 +61,7 @@ def join_negatives(argv: Sequence[str]) -> list[str]:
 def count(text: str) -> int:
     """Return the whole number of at least 1 that `text` is; a type for argparse."""
     if re.fullmatch(r"\s*0*[1-9][0-9]{0,11}\s*", text) is None:
-        raise argparse.ArgumentTypeError(
-            f"must be a whole number, 1 or more (at most 12 digits); got {text!r}"
-        )
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more (at most 12 digits); got {text!r}")
     return int(text)
 
 
@@ -110,9 +106,7 @@ def output_path(option: str, text: str | None, *, inputs: Sequence[str] = ()) ->
         if path.exists():
             _check_replaceable(option, text, path, inputs)
         if not path.parent.is_dir():
-            raise InputError(
-                f"cannot write {option} {text}: there is no folder {path.parent}; create it first"
-            )
+            raise InputError(f"cannot write {option} {text}: there is no folder {path.parent}; create it first")
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
             pass
     except (OSError, ValueError, RuntimeError) as exc:

@@ -183,9 +183,7 @@ def _row(layers: Sequence[_Layer], groups: Sequence[str], home: str, run: Sequen
 
 
 def _parts_words(layers: Sequence[_Layer], groups: Sequence[str]) -> str:
-    others = list(
-        dict.fromkeys(part.group for layer in layers for part in layer.parts if part.group not in groups)
-    )
+    others = list(dict.fromkeys(part.group for layer in layers for part in layer.parts if part.group not in groups))
     if not others:
         return "all"
     if len(groups) > 2 and len(others) == 1:

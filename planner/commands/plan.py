@@ -37,9 +37,7 @@ def parser() -> argparse.ArgumentParser:
         description="Decide where every weight waits and every layer runs, and what it will cost.",
         epilog=_EPILOG,
     )
-    result.add_argument(
-        "--version", action="version", version=f"loadplan {importlib.metadata.version('loadplan')}"
-    )
+    result.add_argument("--version", action="version", version=f"loadplan {importlib.metadata.version('loadplan')}")
     result.add_argument(
         "--model", required=True, metavar="NAME", help="a model's name, or a folder with its config.json"
     )
@@ -56,20 +54,12 @@ def parser() -> argparse.ArgumentParser:
     work = result.add_argument_group("the work")
     work.add_argument("--batch", type=options.count, metavar="N", help="prompts at a time")
     work.add_argument("--prompt", type=options.count, metavar="N", help="tokens of each prompt")
-    work.add_argument(
-        "--new-tokens", type=options.count, metavar="N", help="tokens generated for each prompt"
-    )
-    work.add_argument(
-        "--dtype", metavar="NAME", help="bfloat16, float16 or float32 (default: as the config says)"
-    )
+    work.add_argument("--new-tokens", type=options.count, metavar="N", help="tokens generated for each prompt")
+    work.add_argument("--dtype", metavar="NAME", help="bfloat16, float16 or float32 (default: as the config says)")
     where = result.add_argument_group("where the model's config comes from")
-    where.add_argument(
-        "--hub", action="store_true", help="ask the Hugging Face Hub, not the bundled catalogue"
-    )
+    where.add_argument("--hub", action="store_true", help="ask the Hugging Face Hub, not the bundled catalogue")
     where.add_argument("--revision", metavar="COMMIT", help="a branch, tag or commit on the Hub")
-    where.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
-    )
+    where.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     output = result.add_argument_group("the output")
     output.add_argument("--out", metavar="FILE", help="write the plan as JSON")
     output.add_argument("--report", metavar="FILE", help="write one self-contained HTML page")

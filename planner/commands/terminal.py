@@ -169,9 +169,7 @@ def _memory_order(plan: Plan) -> list[str]:
     return [*devices, *(pool.name for pool in plan.hardware.pools if pool.name not in devices)]
 
 
-def _memory_cells(
-    plan: Plan, prediction: Prediction, name: str, kinds: Sequence[str], unit: int
-) -> tuple[str, ...]:
+def _memory_cells(plan: Plan, prediction: Prediction, name: str, kinds: Sequence[str], unit: int) -> tuple[str, ...]:
     peak, usable = prediction.peak_bytes[name], _usable_bytes(plan, name)
     used = f"{100 * peak // usable}%" if usable else "–"
     breakdown = prediction.peak_breakdown.get(name, {})
@@ -214,18 +212,14 @@ def _proof(page: Page, plan: Plan) -> None:
     page.heading("Proof")
     solver = plan.solver
     if solver is None:
-        page.paragraph(
-            "None: no solver was run for this plan, so nothing is proven of how good it is.", first="  "
-        )
+        page.paragraph("None: no solver was run for this plan, so nothing is proven of how good it is.", first="  ")
         return
     if solver.status == "optimal":
         text = "Proven optimal: no placement is faster under the cost model"
     else:
         most = f"at most {solver.gap:.1%}" if solver.gap >= 0.001 else "less than 0.1%"
         text = f"Not proven optimal: another placement may be faster, by {most}, under the cost model"
-    page.paragraph(
-        f"{text}: {solver.cost_model}.", first="  ", style="good" if solver.status == "optimal" else "bold"
-    )
+    page.paragraph(f"{text}: {solver.cost_model}.", first="  ", style="good" if solver.status == "optimal" else "bold")
     if plan.prediction is not None and solver.bound_ns:
         total = plan.prediction.total_ns
         apart = total / solver.bound_ns - 1

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 
 from planner.commands import options
+from planner.commands.layout import Page, clean
 from planner.errors import PlanFormatError, PlanMismatchError
 from planner.models import resolve_model
 from planner.plan import Plan
@@ -31,11 +32,14 @@ def run(argv: Sequence[str]) -> int:
         told = {"plan": args.plan, "holds": not violations, "violations": encode(violations)}
         options.say_json(json.dumps(told, indent=1, ensure_ascii=False))
     elif violations:
-        lines = [f"{args.plan} does not hold; it breaks {len(violations)} constraint(s):"]
-        options.say("\n".join(lines + [f"  {entry.rule}: {entry.message}" for entry in violations]))
+        page = Page(color=False)
+        page.paragraph(f"{args.plan} does not hold; constraints broken: {len(violations)}")
+        for entry in violations:
+            page.paragraph(f"{entry.rule}: {entry.message}", first="  - ")
+        options.say(page.text())
     else:
-        options.say(f"{args.plan} holds: every weight is placed once, and no memory is over its capacity")
-    return 0
+        options.say(f"{clean(args.plan)} holds: every weight is placed once, and no memory is over its capacity")
+    return PlanFormatError.exit_code if violations else 0
 
 
 def _check_model(plan: Plan, name: str) -> None:
@@ -43,6 +47,5 @@ def _check_model(plan: Plan, name: str) -> None:
     source = resolve_model(name)
     if source.config_digest != plan.model.config_digest:
         raise PlanMismatchError(
-            f"the plan is for {plan.model.id}, whose config is not that of {source.id}; "
-            f"plan again with --model {name}"
+            f"the plan is for {plan.model.id}, whose config is not that of {source.id}; plan again with --model {name}"
         )

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from planner.commands import options, terminal
-from planner.commands.layout import device_list, fold, ranges
+from planner.commands.layout import Page, device_list, fold, ranges
 from planner.commands.main import main
 from planner.commands.placement_table import placement_rows, table_lines
 from planner.commands.progress import Progress
@@ -199,9 +199,7 @@ def test_hostile_names_neither_steer_the_terminal_nor_widen_it(capsys: pytest.Ca
     assert text.replace("\n", "").isprintable()
 
 
-def test_color_only_where_it_is_wanted(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_color_only_where_it_is_wanted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     plain = ask(capsys, "--model", "gpt2")[1]
     coloured = ask(capsys, "--model", "gpt2", "--color", "always")[1]
     assert "\x1b[1m" in coloured
@@ -237,6 +235,13 @@ def test_progress_is_one_line_on_a_terminal_and_nothing_elsewhere(monkeypatch: p
         assert not shown or text.endswith("\r\x1b[K")
 
 
+def test_page_lines_cannot_steer_a_terminal() -> None:
+    page = Page(color=True)
+    page.line("a\x1b[31mb\rc", "bold")
+    page.line("x" * 100)
+    assert page.text() == f"\x1b[1ma?[31mb c\x1b[0m\n{'x' * 79}…\n"
+
+
 @pytest.mark.parametrize(
     ("numbers", "expected"),
     [([], []), ([4], ["4"]), ([0, 1, 2, 5, 7, 8], ["0–2", "5", "7–8"])],  # noqa: RUF001
@@ -266,9 +271,7 @@ def test_json_is_exactly_the_canonical_plan(capsys: pytest.CaptureFixture[str], 
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
-def test_report_is_written_from_a_plan_and_from_a_file(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_report_is_written_from_a_plan_and_from_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     page, again, saved = (str(tmp_path / name) for name in ("page.html", "again.html", "plan.json"))
     code, _, err = ask(capsys, "--model", "gpt2", "--report", page, "--out", saved)
     assert code == 0
@@ -297,9 +300,7 @@ def test_cached_answer_loads_nothing_heavy(capsys: pytest.CaptureFixture[str], k
     assert ask(capsys, "--model", "gpt2") == first
 
 
-@pytest.mark.parametrize(
-    "words", [["--help"], ["--version"], ["models"], ["gpus"], ["show", "--help"], ["--batch"]]
-)
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["models"], ["gpus"], ["show", "--help"], ["--batch"]])
 def test_light_commands_load_nothing_heavy(words: list[str], tmp_path: Path) -> None:
     code = f"from planner.commands.main import main; main({words!r})"
     assert {name for name in loaded_after(code, tmp_path) if name in HEAVY} == set()
@@ -394,9 +395,7 @@ def test_unusable_input_is_one_clear_message(
     assert said in told["message"]
 
 
-def test_unknown_model_without_a_network(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unknown_model_without_a_network(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def nowhere(name: str, **_: Any) -> None:
         raise InputError(f"there is no model {name}\nhere")
 
@@ -404,9 +403,7 @@ def test_unknown_model_without_a_network(
     assert ask(capsys, "--model", "gtp2") == (2, "", "plan: error: there is no model gtp2 here\n")
 
 
-def test_nothing_fits_says_the_shortfall_and_a_change(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_nothing_fits_says_the_shortfall_and_a_change(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     kept = tmp_path / "plan.json"
     kept.write_text("before")
     words = ("--model", "gpt2", "--ram", "4.3GB", "--disk", "0", "--prompt", "64", "--out", str(kept))
@@ -486,9 +483,7 @@ def test_report_does_not_overwrite_its_plan(capsys: pytest.CaptureFixture[str], 
     assert saved.read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{}", "[1]", "no JSON", '{"schema_version": 99}', '{"schema_version": 1}']
-)
+@pytest.mark.parametrize("text", ["", "{}", "[1]", "no JSON", '{"schema_version": 99}', '{"schema_version": 1}'])
 def test_files_that_are_no_plans(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str) -> None:
     path = tmp_path / "plan.json"
     path.write_text(text)
@@ -519,9 +514,7 @@ def test_verify_refuses_a_plan_for_another_model(capsys: pytest.CaptureFixture[s
     assert "openai-community/gpt2" in err
 
 
-def test_faults_of_our_own_ask_for_debug(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_faults_of_our_own_ask_for_debug(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("two\nlines")
 
@@ -543,9 +536,7 @@ def test_interrupt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     assert ask(capsys, "--model", "gpt2") == (130, "", "plan: interrupted\n")
 
 
-def test_stdout_that_nobody_reads_or_that_is_full(
-    capsys: pytest.CaptureFixture[str], kept_answers: Path
-) -> None:
+def test_stdout_that_nobody_reads_or_that_is_full(capsys: pytest.CaptureFixture[str], kept_answers: Path) -> None:
     assert ask(capsys, "--model", "gpt2")[0] == 0
     command = [sys.executable, "-m", "planner.commands.main", "--model", "gpt2"]
     read, write = os.pipe()
@@ -556,9 +547,7 @@ def test_stdout_that_nobody_reads_or_that_is_full(
     if not Path("/dev/full").exists():
         return
     with Path("/dev/full").open("w") as stream:
-        full = subprocess.run(
-            command, stdout=stream, stderr=subprocess.PIPE, text=True, check=False, timeout=60
-        )
+        full = subprocess.run(command, stdout=stream, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
     assert full.returncode == 2
     assert full.stderr.count("\n") == 1
     assert "cannot write to stdout" in full.stderr
@@ -570,9 +559,7 @@ def test_stdout_without_unicode(capsys: pytest.CaptureFixture[str], kept_answers
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     text = subprocess.run(command, capture_output=True, env=environment, check=True, timeout=60).stdout
     assert b"Where every layer goes" in text
-    plan = subprocess.run(
-        [*command, "--json"], capture_output=True, env=environment, check=True, timeout=60
-    ).stdout
+    plan = subprocess.run([*command, "--json"], capture_output=True, env=environment, check=True, timeout=60).stdout
     assert plan.decode("utf-8") == expected
 
 

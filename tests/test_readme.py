@@ -1,0 +1,52 @@
+"""The README's own commands and snippets, run as they stand there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from planner.commands.main import main
+
+README = Path(__file__).parent.parent / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, flags=re.DOTALL)
+LINES = [line for kind, block in BLOCKS if kind == "bash" for line in block.strip().splitlines()]
+PLANS = [line.split(" && ")[-1].removeprefix(".venv/bin/") for line in LINES if " --model " in line]
+
+
+def test_the_lines_to_copy_are_there() -> None:
+    assert "scripts/install && .venv/bin/plan --model mistralai/Mixtral-8x7B --gpus 2x24GB" in LINES
+    assert "scripts/install dev && scripts/test" in LINES
+    assert len(PLANS) == 5
+
+
+@pytest.mark.parametrize("line", PLANS)
+def test_commands(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    program, *arguments = shlex.split(line)
+    assert program == "plan"
+    assert main(arguments) == 0
+    assert capsys.readouterr().out
+    if "--out" in arguments:
+        assert main(["show", "plan.json"]) == 0
+        assert main(["verify", "plan.json"]) == 0
+        assert (tmp_path / "placement.html").stat().st_size > 10**6
+
+
+def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for kind, block in BLOCKS:
+        if kind == "python":
+            exec(compile(block, str(README), "exec"), names)
+    model, plan = names["model"], names["plan"]
+    assert any(placement.home == "disk" for placement in plan.placements)  # type: ignore[attr-defined]
+    assert not any(parameter.is_meta for parameter in model.parameters())  # type: ignore[attr-defined]
+    assert names["tokens"].shape == (1, 520)  # type: ignore[attr-defined]
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+        assert (README.parent / target).exists(), target
