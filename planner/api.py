@@ -34,7 +34,7 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "flo
 def plan_model(
     model: Any,
     *,
-    gpus: str | int = 0,
+    gpus: str | int | None = None,
     ram: str | int | None = None,
     disk: str | int | None = None,
     batch_size: int | None = None,

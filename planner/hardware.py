@@ -126,7 +126,7 @@ class Hardware:
     @classmethod
     def from_options(
         cls,
-        gpus: str | int = 0,
+        gpus: str | int | None = None,
         *,
         ram: str | int | None = None,
         disk: str | int | None = None,
@@ -138,7 +138,9 @@ class Hardware:
             InputError: an option cannot be read, names no known product, or is zero where it must not be.
         """
         notes = ["GB = 10^9 bytes, GiB = 2^30 bytes"]
-        specs = parse_gpus(gpus, notes)
+        if gpus is None:
+            notes.append("no GPU: --gpus was not given (assumed)")
+        specs = parse_gpus(gpus or 0, notes)
         devices = [_gpu(index, capacity, product) for index, (capacity, product) in enumerate(specs)]
         pools = [MemoryPool(name=f"cuda:{i}", capacity_bytes=c, reserved_bytes=0) for i, (c, _) in enumerate(specs)]
         links = _gpu_links(specs, notes)

@@ -195,9 +195,11 @@ def write_text(path: str | Path, text: str) -> None:
     Raises:
         InputError: the folder or file cannot be written.
     """
-    target = Path(path)
+    target = Path(path).resolve()
+    if target.exists() and not target.is_file():
+        raise InputError(f"cannot write {path}: it is there, and is not a file")
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent or ".", prefix=f".{target.name}.")
+        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
                 stream.write(text)

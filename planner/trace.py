@@ -52,6 +52,8 @@ def check_carried(model: torch.nn.Module) -> None:
     name = type(model).__name__
     if config is None or not hasattr(model, "prepare_inputs_for_generation"):
         raise TraceError(f"{name} is not a language model of transformers: only those are carried yet")
+    if getattr(model, "_is_stateful", False):
+        raise TraceError(f"{name} keeps a state instead of a KV cache: only models with attention are carried yet")
     if getattr(config, "is_encoder_decoder", False):
         raise TraceError(f"{name} is an encoder-decoder: only decoder-only language models are carried yet")
 

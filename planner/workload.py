@@ -9,6 +9,8 @@ from planner.errors import InputError
 
 DEFAULT_PROMPT_TOKENS = 512
 DEFAULT_NEW_TOKENS = 128
+# Token ids are real while a model is traced: so many take a quarter of a gigabyte.
+MOST_TOKENS = 2**25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,12 @@ class Workload:
                 raise InputError(f"{name} must be a whole number, not {value!r}")
             if value < 1:
                 raise InputError(f"{name} must be at least 1, and is {value}")
+        tokens = self.batch_size * (self.prompt_tokens + self.new_tokens)
+        if tokens > MOST_TOKENS:
+            raise InputError(
+                f"{tokens:,} tokens in one call (batch_size * (prompt_tokens + new_tokens)) are more than the "
+                f"{MOST_TOKENS:,} that can be traced; plan a smaller batch, or shorter prompts"
+            )
         if self.num_beams != 1:
             raise InputError(f"num_beams={self.num_beams}: beam search is not carried yet; plan with one beam")
         if self.kv_dtype is not None:

@@ -88,8 +88,7 @@ def run(argv: Sequence[str]) -> int:
         return 0
     from planner.commands import terminal
 
-    notes = [] if args.gpus is not None else ["no GPU: --gpus was not given (assumed)"]
-    options.say(terminal.render(plan, color=options.wants_color(args.color), notes=notes))
+    options.say(terminal.render(plan, color=options.wants_color(args.color)))
     _tell_written(out, page)
     return 0
 
@@ -108,7 +107,7 @@ def _plan(args: argparse.Namespace, max_memory: dict[str, str], progress: Progre
 
     return plan_model(
         args.model,
-        gpus=args.gpus if args.gpus is not None else 0,
+        gpus=args.gpus,
         ram=args.ram,
         disk=args.disk,
         batch_size=args.batch,

@@ -20,8 +20,8 @@ _HEADINGS = {
 }
 
 
-def render(plan: Plan, *, color: bool = False, notes: Sequence[str] = ()) -> str:
-    """Return the plan as text, no line wider than 80 columns; `notes` are further assumptions."""
+def render(plan: Plan, *, color: bool = False) -> str:
+    """Return the plan as text, no line wider than 80 columns."""
     page = Page(color=color)
     _head(page, plan)
     _placement(page, plan)
@@ -33,7 +33,7 @@ def render(plan: Plan, *, color: bool = False, notes: Sequence[str] = ()) -> str
         _time(page, plan, plan.prediction)
     _proof(page, plan)
     page.heading("Assumptions")
-    for note in (*notes, *plan.assumptions):
+    for note in plan.assumptions:
         page.paragraph(note, first="  - ", style="dim")
     return page.text()
 

@@ -70,7 +70,9 @@ def shortfall(problem: Problem, pool: str) -> Shortfall | None:
     solver, status = model.run()
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return None
-    return Shortfall(pool=pool, missing_bytes=solver.value(model.growth))
+    entry = problem.hardware.pool(pool)
+    overdrawn = max(0, entry.reserved_bytes - entry.capacity_bytes)
+    return Shortfall(pool=pool, missing_bytes=solver.value(model.growth) + overdrawn)
 
 
 class _Model:

@@ -10,7 +10,7 @@ from planner.placement import counts as counting
 from planner.placement.problem import Problem, build
 from planner.placement.realise import realise
 from planner.plan import Placement, Slots, Solver
-from planner.units import format_bytes
+from planner.units import GB, MB, format_bytes
 from planner.workload import Workload
 
 
@@ -66,15 +66,33 @@ def _infeasible(problem: Problem) -> InfeasibleError:
             message=f"the model ({format_bytes(need)} of weights) fits nowhere, and more of any one memory alone does "
             "not help: add memory to more than one device, or shorten the prompt",
         )
-    best = min(known, key=lambda entry: (entry.missing_bytes, entry.pool))
+    known.sort(key=lambda entry: (entry.missing_bytes, entry.pool))
+    best = known[0]
     pool = problem.hardware.pool(best.pool)
     needed = pool.capacity_bytes + best.missing_bytes
-    option = {"cpu": "--ram", "disk": "--disk"}.get(best.pool, f"--gpus or --max-memory {best.pool}=")
-    fix = f"add {format_bytes(best.missing_bytes)} to {best.pool} ({option}), or use a shorter prompt or smaller batch"
+    fix = "any one of these would do: " + "; ".join(_addition(entry) for entry in known)
     return InfeasibleError(
         device=best.pool,
         needed_bytes=needed,
         available_bytes=pool.capacity_bytes,
-        smallest_fix=fix,
-        message=f"{best.pool} needs {format_bytes(needed)} and has {format_bytes(pool.capacity_bytes)}; {fix}",
+        smallest_fix=_addition(best),
+        message=f"nothing fits: {best.pool} has {format_bytes(pool.capacity_bytes)} and would need "
+        f"{format_bytes(needed)}; {fix}; or a shorter prompt, or a smaller batch",
     )
+
+
+def _addition(entry: counting.Shortfall) -> str:
+    """Return in words what to give more of, rounded up so that doing as told is enough."""
+    size = _rounded_up(entry.missing_bytes)
+    if entry.pool == "cpu":
+        return f"{size} more host memory (--ram)"
+    if entry.pool == "disk":
+        return f"{size} more disk (--disk)"
+    return f"{size} more on {entry.pool} (a larger GPU, or its --max-memory if that is set)"
+
+
+def _rounded_up(nbytes: int) -> str:
+    for unit, name in ((GB, "GB"), (MB, "MB")):
+        if nbytes >= unit:
+            return f"{-(-nbytes * 100 // unit) / 100:.2f} {name}"
+    return f"{nbytes} bytes"
