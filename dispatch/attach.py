@@ -20,7 +20,7 @@ from dispatch.weights import Weights, write_offload
 from planner import execution as implementations
 from planner.errors import InputError, PlanMismatchError
 from planner.graph import WeightGroup
-from planner.memory import waiting_slices, with_groups
+from planner.memory import slot_kind, waiting_slices, with_groups
 from planner.plan import Placement, Plan
 from planner.steps import layer_runs
 
@@ -112,7 +112,9 @@ class _Dispatch:
     def attach(self) -> None:
         self._set_implementations()
         for entry in self.plan.slots:
-            staging = any(p.home == "disk" and p.run_on == entry.device for p, _, _ in self.placed)
+            staging = any(
+                (p.home, p.run_on, slot_kind(group)) == ("disk", entry.device, entry.holds) for p, group, _ in self.placed
+            )
             ring = SlotRing(self.targets[entry.device], entry.count, entry.slot_bytes, staging=staging)
             self.rings[entry.device, entry.holds] = ring
         streamed: dict[str, list[StreamedGroup]] = {}

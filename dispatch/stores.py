@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import mmap
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,8 +13,9 @@ import torch
 
 from dispatch.checkpoint import Checkpoint
 from dispatch.sources import TensorSource
+from planner.errors import InputError
 from planner.graph import SLAB_ALIGNMENT_BYTES
-from planner.units import round_up
+from planner.units import format_bytes, round_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +73,26 @@ class Store(Protocol):
 
 
 def new_slab(nbytes: int, device: torch.device, *, pinned: bool = False) -> torch.Tensor:
-    """Return an uninitialised slab of `nbytes` on `device`; host memory may be pinned."""
-    return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+    """Return an uninitialised slab of `nbytes` on `device`; host memory may be pinned for CUDA.
+
+    Pages of its own are registered, and no more: torch's pinned allocator would round up to a power of two.
+
+    Raises:
+        InputError: the host has no such memory left, or does not let it be pinned.
+    """
+    if not pinned:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    pages = mmap.mmap(-1, max(nbytes, 1))
+    slab = torch.frombuffer(pages, dtype=torch.uint8, count=nbytes) if nbytes else torch.empty(0, dtype=torch.uint8)
+    runtime = torch.cuda.cudart()
+    failure = int(runtime.cudaHostRegister(slab.data_ptr(), nbytes, 0)) if nbytes else 0
+    if failure:
+        raise InputError(
+            f"{format_bytes(nbytes)} of host memory cannot be pinned (CUDA error {failure}); raise the limit of locked "
+            "memory (ulimit -l), or plan with less --ram"
+        )
+    weakref.finalize(pages, runtime.cudaHostUnregister, slab.data_ptr())
+    return slab
 
 
 class HostStore:

@@ -44,7 +44,9 @@ def routed_experts(
     tokens = hidden_states.shape[0]
     by_rank = top_k_index.t().reshape(-1)
     order = torch.argsort(by_rank, stable=True)
-    counts = torch.bincount(by_rank, minlength=self.num_experts + 1)[: self.num_experts].tolist()
+    # Counted without `bincount`, which would make the host wait for a GPU once more.
+    tally = by_rank.new_zeros(self.num_experts + 1).scatter_add_(0, by_rank, torch.ones_like(by_rank))
+    counts = tally[: self.num_experts].tolist()
     routed = [expert for expert, count in enumerate(counts) if count]
     source: ExpertSource | None = getattr(self, SOURCE_ATTRIBUTE, None)
     if source is not None:

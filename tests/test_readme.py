@@ -17,6 +17,12 @@ LINES = [line for kind, block in BLOCKS if kind == "bash" for line in block.stri
 PLANS = [line.split(" && ")[-1].removeprefix(".venv/bin/") for line in LINES if " --model " in line]
 
 
+@pytest.fixture
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 def test_the_lines_to_copy_are_there() -> None:
     assert "scripts/install && .venv/bin/plan --model mistralai/Mixtral-8x7B --gpus 2x24GB" in LINES
     assert "scripts/install dev && scripts/test" in LINES
@@ -35,11 +41,11 @@ def test_commands(
     if "--out" in arguments:
         assert main(["show", "plan.json"]) == 0
         assert main(["verify", "plan.json"]) == 0
-        assert (tmp_path / "placement.html").stat().st_size > 10**6
+        assert (in_tmp_path / "placement.html").stat().st_size > 10**6
 
 
-def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("in_tmp_path")
+def test_python() -> None:
     names: dict[str, object] = {}
     for kind, block in BLOCKS:
         if kind == "python":

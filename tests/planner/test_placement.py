@@ -19,7 +19,7 @@ from planner.graph import LayerKind, Span
 from planner.hardware import Hardware
 from planner.placement.realise import spread
 from planner.placement.solution import find
-from planner.plan import Placement, Plan, Slots
+from planner.plan import Plan, Slots
 from planner.verify import verify_plan
 from planner.workload import Workload
 
@@ -154,3 +154,196 @@ def test_cost_and_memory_equal_those_of_independent_formulas(case: Case, seed: i
         }
         peaks = memory.peak(case.graph, case.hardware, placements, slots)
         assert all(peaks[name].total <= planned[name].total for name in planned)
+
+
+def test_groups_of_an_end_wait_each_by_themselves() -> None:
+    """Norm and head are two layers of one unit with groups of one name: what the model counts is what is placed."""
+    kinds = [end_kind("Embedding", MIB), end_kind("Norm", 64 * 1024), end_kind("Head", MIB)]
+    kinds.append(LayerKind(name="Block", groups=(group("attn", 4 * MIB),)))
+    graph = build_graph(kinds, [[span()]] * 4, [("embed", 0), ("block.0", 3), ("norm", 1), ("head", 2)])
+    whole = 6 * MIB + 64 * 1024
+    case = Case(graph, machine([], {"cpu": whole - 1, "disk": whole}), Workload(new_tokens=1))
+    plan = plan_of(case)
+    assert verify_plan(plan) == ()
+    assert [p.home for p in plan.placements] == ["cpu", "cpu", "disk", "cpu"]
+
+
+def test_reserved_memory_counts_in_what_is_needed() -> None:
+    """The stated need, given, is enough, also where less is there than is reserved for others."""
+    kinds = [end_kind("Embedding", MIB), LayerKind(name="Block", groups=(group("attn", 4 * MIB),))]
+    graph = build_graph(kinds, [[span(peak=MIB)]] * 2, [("embed", 0), ("block.0", 1)])
+    small = Case(graph, machine([], {"cpu": MIB, "disk": 0}, reserved=3 * MIB), Workload(new_tokens=1))
+    with pytest.raises(InfeasibleError) as caught:
+        find(small.graph, small.hardware, small.workload)
+    assert (caught.value.device, caught.value.needed_bytes, caught.value.available_bytes) == ("cpu", 9 * MIB, MIB)
+    enough = machine([], {"cpu": caught.value.needed_bytes, "disk": 0}, reserved=3 * MIB)
+    assert find(graph, enough, small.workload)[2].status == "optimal"
+
+
+# Order and repetition do not matter
+
+
+@settings(EXAMPLES, max_examples=25)
+@given(case=cases(alternating=True), seed=st.integers(0, 99))
+def test_order_of_pools_and_links_changes_nothing(case: Case, seed: int) -> None:
+    links = random.Random(seed).sample(case.hardware.links, len(case.hardware.links))
+    pools = random.Random(seed).sample(case.hardware.pools, len(case.hardware.pools))
+    other = dataclasses.replace(case.hardware, links=tuple(links), pools=tuple(pools))
+    try:
+        first = find(case.graph, case.hardware, case.workload)
+    except InfeasibleError as error:
+        with pytest.raises(InfeasibleError) as caught:
+            find(case.graph, other, case.workload)
+        assert caught.value.as_dict() == error.as_dict()
+        return
+    assert find(case.graph, other, case.workload) == first
+    assert find(case.graph, case.hardware, case.workload) == first
+
+
+def test_order_of_max_memory_changes_nothing() -> None:
+    caps: dict[str, str | int] = {"cuda:0": "20GiB", "cuda:1": "21GiB", "cpu": "64GB"}
+    machines = {
+        Hardware.from_options("2x24GB", max_memory=dict(order)).pools for order in itertools.permutations(caps.items())
+    }
+    notes = {
+        Hardware.from_options("2x24GB", max_memory=dict(order)).assumptions
+        for order in itertools.permutations(caps.items())
+    }
+    assert len(machines) == len(notes) == 1
+
+
+# spread
+
+
+@given(total=st.integers(0, 500), places=st.integers(1, 60))
+def test_spread_is_even_everywhere(total: int, places: int) -> None:
+    counts = spread(total, places)
+    assert sum(counts) == total
+    assert len(counts) == places
+    for start in range(places):
+        for end in range(start + 1, places + 1):
+            assert abs(sum(counts[start:end]) * places - total * (end - start)) < places
+
+
+# verify_plan sees planted faults
+
+
+def streaming_case() -> Case:
+    kinds = [end_kind("Embedding", MIB), end_kind("Head", MIB)]
+    groups = (group("attn", 8 * MIB), group("experts", 2 * MIB, slices=3), group("rest", 1024, streamable=False))
+    kinds.append(LayerKind(name="Block", groups=groups))
+    work = [span(held=100, peak=MIB, kv=(0, 4096), flops=10**11, moved=10**6)] * 3
+    blocks = [(f"block.{i}", 2) for i in range(4)]
+    graph = build_graph(kinds, [work] * 3, [("embed", 0), *blocks, ("head", 1)])
+    gpus = [gpu(0, product="big", flops=10**14, rate=10**12), gpu(1, product="big", flops=10**14, rate=10**12)]
+    sizes = {"cuda:0": 55 * MIB, "cuda:1": 55 * MIB, "cpu": 64 * MIB, "disk": 2**30}
+    return Case(graph, machine(gpus, sizes), Workload(prompt_tokens=8, new_tokens=8))
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    made = plan_of(streaming_case())
+    assert any(p.home != p.run_on for p in made.placements)
+    return made
+
+
+def with_placement(plan: Plan, index: int, **changes: object) -> Plan:
+    changed = dataclasses.replace(plan.placements[index], **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(plan, placements=(*plan.placements[:index], changed, *plan.placements[index + 1 :]))
+
+
+def rules(plan: Plan) -> set[str]:
+    return {violation.rule for violation in verify_plan(plan)}
+
+
+def streamed(plan: Plan) -> int:
+    return next(i for i, p in enumerate(plan.placements) if p.home != p.run_on)
+
+
+def test_a_sound_plan_breaks_no_rule(plan: Plan) -> None:
+    assert verify_plan(plan) == ()
+
+
+def test_a_dropped_placement_is_seen(plan: Plan) -> None:
+    for index in range(len(plan.placements)):
+        rest = plan.placements[:index] + plan.placements[index + 1 :]
+        assert rules(dataclasses.replace(plan, placements=rest)) == {"placed once"}
+
+
+def test_a_repeated_placement_is_seen(plan: Plan) -> None:
+    assert rules(dataclasses.replace(plan, placements=(*plan.placements, plan.placements[0]))) == {"placed once"}
+
+
+def test_a_group_moved_elsewhere_is_seen(plan: Plan) -> None:
+    index = streamed(plan)
+    device = plan.placements[index].run_on
+    moved = with_placement(plan, index, home=device, memory="device", resident_slices=None)
+    if plan.placements[index].resident_slices is not None:
+        moved = with_placement(plan, index, home=device, memory="device", resident_slices=3)
+    assert rules(moved) & {"capacity", "prediction"}
+
+
+def test_a_layer_split_over_two_devices_is_seen(plan: Plan) -> None:
+    index = next(i for i, p in enumerate(plan.placements) if p.group == "attn")
+    other = {"cuda:0": "cuda:1", "cuda:1": "cuda:0", "cpu": "cuda:0"}[plan.placements[index].run_on]
+    assert "no_split" in rules(with_placement(plan, index, run_on=other, home=other))
+
+
+def test_homes_that_cannot_be_are_seen(plan: Plan) -> None:
+    index = next(i for i, p in enumerate(plan.placements) if p.run_on == "cuda:0" and p.group == "rest")
+    assert rules(with_placement(plan, index, home="cpu")) == {"homes"}
+    index = next(i for i, p in enumerate(plan.placements) if p.run_on == "cuda:0" and p.group == "attn")
+    assert rules(with_placement(plan, index, home="cuda:1")) == {"homes"}
+    assert rules(with_placement(plan, index, home="cuda:7")) == {"places"}
+    assert rules(with_placement(plan, index, home="moon")) == {"places"}
+
+
+@pytest.mark.parametrize("kept", [-1, 4, None])
+def test_slices_that_cannot_be_are_seen(plan: Plan, kept: int | None) -> None:
+    index = next(i for i, p in enumerate(plan.placements) if p.group == "experts")
+    assert "slices" in rules(with_placement(plan, index, resident_slices=kept))
+
+
+def test_a_wrong_size_is_seen(plan: Plan) -> None:
+    assert rules(with_placement(plan, 0, nbytes=plan.placements[0].nbytes - 1)) == {"sizes"}
+
+
+def test_capacity_one_byte_below_what_is_planned_is_seen(plan: Plan) -> None:
+    planned = memory.planned_bytes(plan.graph, plan.hardware, plan.placements, plan.slots)
+    for name, usage in planned.items():
+        if usage.total == 0:
+            continue
+        for lacking, expected in ((0, set()), (1, {"capacity"})):
+            pools = tuple(
+                dataclasses.replace(pool, capacity_bytes=usage.total - lacking + pool.reserved_bytes)
+                if pool.name == name
+                else pool
+                for pool in plan.hardware.pools
+            )
+            assert rules(dataclasses.replace(plan, hardware=dataclasses.replace(plan.hardware, pools=pools))) == expected
+
+
+def test_slots_too_small_or_too_few_are_seen(plan: Plan) -> None:
+    for index, slots in enumerate(plan.slots):
+        for wrong in (
+            dataclasses.replace(slots, slot_bytes=slots.slot_bytes - 1),
+            dataclasses.replace(slots, count=slots.count - 1),
+            None,
+        ):
+            rest: list[Slots] = [s for i, s in enumerate(plan.slots) if i != index]
+            given_slots = (*rest, wrong) if wrong is not None else tuple(rest)
+            assert "slots" in rules(dataclasses.replace(plan, slots=given_slots))
+
+
+def test_a_wrong_prediction_is_seen(plan: Plan) -> None:
+    assert plan.prediction is not None
+    for name, nbytes in plan.prediction.peak_bytes.items():
+        wrong = dataclasses.replace(plan.prediction, peak_bytes={**plan.prediction.peak_bytes, name: nbytes + 1})
+        assert rules(dataclasses.replace(plan, prediction=wrong)) == {"prediction"}
+
+
+def test_a_missing_prediction_of_a_memory_is_seen(plan: Plan) -> None:
+    assert plan.prediction is not None
+    less = {name: size for name, size in plan.prediction.peak_bytes.items() if name != "cuda:0"}
+    wrong = dataclasses.replace(plan.prediction, peak_bytes=less)
+    assert rules(dataclasses.replace(plan, prediction=wrong)) == {"prediction"}

@@ -1,0 +1,237 @@
+"""Predicted operator outputs against what real runs on this CPU hold, to the byte."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from live_storages import allocator_peak, live_peak, tensors_of, weight_storage_bytes
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen3Config
+
+import planner
+from planner import storages
+from planner.execution import GROUPED_EXPERTS, ROUTED_EXPERTS, register
+from planner.plan import Plan
+from planner.trace import trace
+from planner.workload import Workload
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "bos_token_id": 1, "eos_token_id": None,
+}  # fmt: skip
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**SHAPE, num_hidden_layers=5),
+    "llama tied": lambda: LlamaConfig(**SHAPE, num_hidden_layers=3, tie_word_embeddings=True),
+    "mixtral": lambda: MixtralConfig(**SHAPE, num_hidden_layers=4, num_local_experts=4, num_experts_per_tok=2),
+    "gpt2": lambda: GPT2Config(vocab_size=320, n_embd=64, n_layer=4, n_head=4, bos_token_id=1, eos_token_id=None),
+    "qwen3": lambda: Qwen3Config(**SHAPE, num_hidden_layers=4, head_dim=16),
+}
+# The last one holds the most in its last decode step.
+WORK = [(1, 16, 1), (1, 16, 2), (2, 17, 3), (2, 17, 9), (1, 7, 60)]
+FLOAT, HALF = torch.float32, torch.bfloat16
+
+
+@functools.cache
+def model_of(name: str, dtype: torch.dtype) -> Any:
+    """Return a loaded model with random weights; mixtral runs the experts that a plan with resident ones names."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=dtype).eval()
+    if name == "mixtral":
+        register()
+        model.set_experts_implementation(GROUPED_EXPERTS)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads cost more than they give with models as small as these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def plan_of(model: Any, work: Workload) -> Plan:
+    return planner.plan_model(model, workload=work, use_cache=False)
+
+
+def predicted(plan: Plan) -> int:
+    assert plan.prediction is not None
+    return plan.prediction.counters["cpu"]["operator_outputs"]
+
+
+def ids_for(work: Workload) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randint(3, 320, (work.batch_size, work.prompt_tokens))
+
+
+def generating(model: Any, work: Workload) -> Callable[[], Any]:
+    """Return a call as a user makes it: ids and mask are the caller's own."""
+    ids = ids_for(work)
+    mask = torch.ones_like(ids)
+    return lambda: model.generate(ids, attention_mask=mask, max_new_tokens=work.new_tokens, do_sample=False)
+
+
+def forward_once(model: Any, work: Workload) -> Callable[[], Any]:
+    ids = ids_for(work)
+    mask = torch.ones_like(ids)
+    return lambda: model(input_ids=ids, attention_mask=mask, use_cache=False)
+
+
+def generate_work(shape: tuple[int, int, int]) -> Workload:
+    return Workload(batch_size=shape[0], prompt_tokens=shape[1], new_tokens=shape[2])
+
+
+DENSE = [(name, dtype) for name in ("llama", "llama tied", "gpt2", "qwen3") for dtype in (FLOAT, HALF)]
+
+
+LONG = {("llama", FLOAT), ("gpt2", HALF), ("qwen3", FLOAT), ("mixtral", HALF)}
+RUNS = [
+    (name, dtype, shape)
+    for name, dtype in (*DENSE, ("mixtral", HALF))
+    for shape in WORK
+    if shape[2] < 60 or (name, dtype) in LONG
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "shape"), RUNS, ids=str)
+def test_generate_holds_what_is_predicted(name: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    model, work = model_of(name, dtype), generate_work(shape)
+    plan = plan_of(model, work)
+    if name == "mixtral":
+        assert plan.execution.experts == GROUPED_EXPERTS
+    assert live_peak(model, generating(model, work)) == predicted(plan)
+
+
+@pytest.mark.parametrize(("batch", "prompt"), [(1, 16), (3, 33)])
+@pytest.mark.parametrize(("name", "dtype"), [*DENSE, ("mixtral", HALF)], ids=str)
+def test_one_forward_holds_what_is_predicted(name: str, dtype: torch.dtype, batch: int, prompt: int) -> None:
+    model = model_of(name, dtype)
+    work = Workload(caller="forward", batch_size=batch, prompt_tokens=prompt, new_tokens=1)
+    assert live_peak(model, forward_once(model, work)) == predicted(plan_of(model, work))
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("llama", FLOAT), ("gpt2", HALF), ("qwen3", FLOAT)], ids=str)
+def test_torchs_own_tracker_agrees(name: str, dtype: torch.dtype) -> None:
+    """torch's MemTracker counts a forward's activations; it was given the weights, which it counts apart."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=dtype).eval()
+    work = Workload(caller="forward", batch_size=2, prompt_tokens=24, new_tokens=1)
+    ids = ids_for(work)
+    mask = torch.ones_like(ids)
+    tracker = MemTracker()
+    tracker.track_external(model, ids, mask)
+    with tracker, torch.no_grad():
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    given = weight_storage_bytes(model) + ids.nbytes + mask.nbytes
+    assert peak["Total"] - given == predicted(plan_of(model, work))
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("llama", FLOAT), ("llama", HALF), ("gpt2", FLOAT)], ids=str)
+def test_the_allocator_never_holds_less(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """The profiler sees the allocator's own events: operators' outputs, and what kernels take for themselves."""
+    model, work = model_of(name, dtype), generate_work((2, 17, 9))
+    call = generating(model, work)
+    call()
+    outputs = predicted(plan_of(model, work))
+    peak = allocator_peak(call, tmp_path / "trace.json")
+    assert outputs <= peak <= 2 * outputs
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
+@pytest.mark.parametrize("shape", [(1, 16, 1), (2, 17, 9), (1, 7, 30)], ids=str)
+def test_routed_experts_hold_no_more_than_the_worst_routing(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS["mixtral"](), dtype=dtype).eval()
+    register()
+    model.set_experts_implementation(ROUTED_EXPERTS)
+    work = generate_work(shape)
+    graph = trace(model, work, experts=ROUTED_EXPERTS)
+    held = outputs_of(graph)
+    assert live_peak(model, generating(model, work)) <= held
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.data.zero_()
+    assert live_peak(model, generating(model, work)) == held
+
+
+def outputs_of(graph: Any) -> int:
+    """Return the most bytes over all passes: what is held, the caches so far, and the layer's own."""
+    most = 0
+    for entry in graph.passes:
+        cached = sum(span.kv_before_bytes for span in entry.per_layer())
+        for span in entry.per_layer():
+            most = max(most, cached + span.held_bytes + span.peak_bytes)
+            cached += span.kv_after_bytes - span.kv_before_bytes
+    return most
+
+
+# The tests above can fail
+
+
+@pytest.mark.parametrize("fault", ["a free is missed", "a storage is not seen"])
+def test_a_tracer_with_a_fault_is_found_out(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, work = model_of("llama", FLOAT), generate_work((2, 17, 3))
+    right = predicted(plan_of(model, work))
+    follow, freed = storages.StorageTracer._follow, storages.StorageTracer._freed
+    frees = itertools.count()
+
+    def miss_one(self: Any, key: int) -> None:
+        if next(frees) != 3:
+            freed(self, key)
+
+    def blind(self: Any, tensor: torch.Tensor) -> None:
+        if tuple(tensor.shape) != (2, 17, 176):
+            follow(self, tensor)
+
+    if fault == "a free is missed":
+        monkeypatch.setattr(storages.StorageTracer, "_freed", miss_one)
+    else:
+        monkeypatch.setattr(storages.StorageTracer, "_follow", blind)
+    assert predicted(plan_of(model, work)) != right
+    assert live_peak(model, generating(model, work)) == right
+
+
+# Caches
+
+
+@pytest.mark.parametrize("shape", WORK, ids=str)
+@pytest.mark.parametrize(("name", "dtype"), [("llama", HALF), ("gpt2", FLOAT), ("mixtral", HALF)], ids=str)
+def test_the_cache_is_keys_and_values_of_every_token(name: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    """2 · layers · batch · kv heads · tokens · head width · bytes, tokens being all but the last, never fed back."""
+    model, (batch, prompt, new) = model_of(name, dtype), shape
+    layers, heads = (4, 4) if name == "gpt2" else (model.config.num_hidden_layers, 2)
+    graph = plan_of(model, generate_work(shape)).graph
+    last = graph.passes[-1].per_layer()
+    cached = 2 * layers * batch * heads * (prompt + new - 1) * 16 * dtype.itemsize
+    assert sum(span.kv_after_bytes for span in last) == cached
+
+
+# Weights
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*DENSE, ("mixtral", HALF), ("mixtral", FLOAT)], ids=str)
+def test_weights_are_counted_once_and_all(name: str, dtype: torch.dtype) -> None:
+    model = model_of(name, dtype)
+    plan = plan_of(model, generate_work((1, 8, 2)))
+    assert plan.model.weight_bytes == plan.graph.weight_bytes == weight_storage_bytes(model)
+    assert plan.model.num_parameters == plan.graph.num_parameters == model.num_parameters()
+    assert len(list(tensors_of(model))) == sum(1 for _ in plan.graph.tensors()) + len(plan.graph.loose) - len(
+        plan.graph.tied_to_earlier()
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "qwen3"])
+def test_a_config_is_traced_as_its_loaded_model_is(name: str) -> None:
+    model, work = model_of(name, HALF), generate_work((2, 9, 4))
+    of_module = plan_of(model, work)
+    of_config = planner.plan_model(CONFIGS[name](), workload=work, weight_dtype="bf16", use_cache=False)
+    assert of_module.graph == of_config.graph
+    assert of_module.placements == of_config.placements
+    assert of_module.prediction == of_config.prediction
