@@ -71,7 +71,8 @@ def main() -> None:
             "loadplan": ours(folder, weight_bytes, options.steps, want),
             "accelerate": theirs(folder, weight_bytes, options.steps, want, config),
         }
-    print(json.dumps({"benchmark": "host_disk", "weight_bytes": weight_bytes, **result, "machine": describe()}, indent=1))
+    head = {"benchmark": "host_disk", "weight_bytes": weight_bytes}
+    print(json.dumps({**head, **result, "machine": describe()}, indent=1))
 
 
 def ours(folder: Path, weight_bytes: int, steps: int, want: torch.Tensor) -> dict[str, object]:

@@ -112,9 +112,8 @@ class _Dispatch:
     def attach(self) -> None:
         self._set_implementations()
         for entry in self.plan.slots:
-            staging = any(
-                (p.home, p.run_on, slot_kind(group)) == ("disk", entry.device, entry.holds) for p, group, _ in self.placed
-            )
+            wanted = ("disk", entry.device, entry.holds)
+            staging = any((p.home, p.run_on, slot_kind(group)) == wanted for p, group, _ in self.placed)
             ring = SlotRing(self.targets[entry.device], entry.count, entry.slot_bytes, staging=staging)
             self.rings[entry.device, entry.holds] = ring
         streamed: dict[str, list[StreamedGroup]] = {}

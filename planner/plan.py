@@ -160,6 +160,8 @@ class Plan:
             data = json.loads(text)
         except json.JSONDecodeError as exc:
             raise PlanFormatError(f"not a plan: line {exc.lineno} is not JSON ({exc.msg})") from exc
+        except RecursionError as exc:
+            raise PlanFormatError("not a plan: brackets are nested too deeply") from exc
         version = data.get("schema_version") if isinstance(data, dict) else None
         if version != SCHEMA_VERSION:
             raise PlanFormatError(f"schema_version is {version!r}; this release reads {SCHEMA_VERSION}: plan again")

@@ -105,8 +105,13 @@ def _check_prediction(plan: Plan) -> list[Violation]:
     if plan.prediction is None:
         return []
     peaks = memory.peak(plan.graph, plan.hardware, plan.placements, plan.slots)
+    totals = {name: usage.total for name, usage in peaks.items()}
+    stated = plan.prediction.peak_bytes
     return [
-        Violation(rule="prediction", message=f"{name}: predicted peak {stated}, recomputed {peaks[name].total}")
-        for name, stated in plan.prediction.peak_bytes.items()
-        if name not in peaks or peaks[name].total != stated
+        Violation(
+            rule="prediction",
+            message=f"{name}: predicted peak {stated.get(name)}, recomputed {totals.get(name)}",
+        )
+        for name in sorted({*stated, *totals})
+        if stated.get(name) != totals.get(name)
     ]

@@ -30,10 +30,7 @@ def test_the_lines_to_copy_are_there() -> None:
 
 
 @pytest.mark.parametrize("line", PLANS)
-def test_commands(
-    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_commands(line: str, in_tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program, *arguments = shlex.split(line)
     assert program == "plan"
     assert main(arguments) == 0

@@ -21,7 +21,7 @@ from ortools.sat.python import cp_model
 
 from planner import memory
 from planner.errors import NoSolutionInTimeError
-from planner.placement.problem import GroupCost, Problem, Unit, UnitCost
+from planner.placement.problem import GroupCost, Problem, Tie, Unit, UnitCost
 
 # (linearization level, limit) tried in turn: most instances are proven at once at one level or the other, and which
 # one is not known before. Limits are on CP-SAT's own deterministic clock, so that a search is cut off at the same
@@ -113,15 +113,26 @@ class _Model:
                 self._end_on(end, name, end.on[name])
             # [Constraint] front and tail run on one device each
             model.add_exactly_one(self.ends[end.name, name] for name in self.devices)
-        if problem.front is not None and problem.tail is not None and problem.tied_bytes:
+        for tie in problem.ties:
             for name in self.devices:
-                both = model.new_bool_var(f"tied {name}")
-                model.add_implication(both, self.ends["front", name])
-                model.add_implication(both, self.ends["tail", name])
-                for (_, device, _, _), disk in self.away.items():
-                    if device == name and (disk.name.startswith("disk front") or disk.name.startswith("disk tail")):
-                        model.add_implication(both, ~disk)
-                self.held[name].append(-problem.tied_bytes * both)
+                self._tie(tie, name)
+
+    def _tie(self, tie: Tie, name: str) -> None:
+        """Take a tied tensor off a memory where both of its groups wait there: on the device, or on disk."""
+        keys = (("front", tie.front_key), ("tail", tie.tail_key))
+        found = [self.away.get((end, name, key, "disk")) for end, key in keys]
+        disks = [disk for disk in found if disk is not None]
+        together = self.model.new_bool_var(f"tied {name}")
+        for end in ("front", "tail"):
+            self.model.add_implication(together, self.ends[end, name])
+        for disk in disks:
+            self.model.add_implication(together, ~disk)
+        self.held[name].append(-tie.nbytes * together)
+        if len(disks) == len(keys):
+            on_disk = self.model.new_bool_var(f"tied on disk {name}")
+            for disk in disks:
+                self.model.add_implication(on_disk, disk)
+            self.held["disk"].append(-tie.nbytes * on_disk)
 
     def _device_buffers(self) -> None:
         top = 2**45
@@ -150,7 +161,7 @@ class _Model:
         model, group = self.model, entry.group
         most = len(unit.layers) * group.slices
         disk_layers = model.new_int_var(0, len(unit.layers), f"on disk {unit.name} {name} {group.name}")
-        self.on_disk[unit.name, name, group.name] = disk_layers
+        self.on_disk[unit.name, name, entry.key] = disk_layers
         model.add(disk_layers <= here)
         streams = model.new_bool_var(f"streams {unit.name} {name} {group.name}")
         from_disk = model.new_bool_var(f"from disk {unit.name} {name} {group.name}")
@@ -158,7 +169,7 @@ class _Model:
         total = []
         for home in sorted(homes):
             slices = model.new_int_var(0, most, f"away {unit.name} {name} {group.name} {home}")
-            self.away[unit.name, name, group.name, home] = slices
+            self.away[unit.name, name, entry.key, home] = slices
             total.append(slices)
             self.held[home].append(entry.slab_bytes * slices)
             # [Constraint] the waiting slices of one layer's group have one home
@@ -182,7 +193,7 @@ class _Model:
         self.held[name].append((costs.resident_bytes + costs.kv_bytes + loose) * here)
         for entry in costs.groups:
             disk = self.model.new_bool_var(f"disk {end.name} {name} {entry.group.name}")
-            self.away[end.name, name, entry.group.name, "disk"] = disk
+            self.away[end.name, name, entry.key, "disk"] = disk
             self.model.add_implication(disk, here)
             self.held[name].append(-entry.freed_bytes * disk)
             self.held["disk"].append(entry.slab_bytes * disk)
@@ -259,7 +270,7 @@ class _Model:
             serial.append(costs.compute_ns[step] * here)
             for entry in costs.groups:
                 for home in ("cpu", "disk"):
-                    slices = self.away.get((unit.name, name, entry.group.name, home))
+                    slices = self.away.get((unit.name, name, entry.key, home))
                     if slices is None:
                         continue
                     copies.append(entry.copy_ns[home, step] * slices)

@@ -18,18 +18,25 @@ from planner.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupCost:
-    """One weight group of a class on one device.
+    """One weight group of a class, or of one layer of the front or tail, on one device.
+
+    layer: whose group it is; the first of a class stands for all.
 
     Of each slice that waits elsewhere: freed_bytes on the device, slab_bytes at its home, and by home and step
     copy_ns. prefetched: whether copies overlap with computing; needs_slot: whether they pass through slots.
     """
 
+    layer: int
     group: WeightGroup
     freed_bytes: int
     slab_bytes: int
     copy_ns: dict[tuple[str, str], int]
     prefetched: bool
     needs_slot: bool
+
+    @property
+    def key(self) -> str:
+        return f"{self.layer} {self.group.name}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,10 +60,19 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tie:
+    """A tensor of the front that is one of the tail too; stored once where both of their groups wait in one place."""
+
+    front_key: str
+    tail_key: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """front and tail are placed whole; blocks are counted. times: how often each step happens.
 
-    tied_bytes: saved where front and tail are on one device, because they share tensors.
+    ties: what front and tail share.
     """
 
     graph: LayerGraph
@@ -66,7 +82,7 @@ class Problem:
     blocks: tuple[Unit, ...]
     times: dict[str, int]
     hop_ns: dict[str, int]
-    tied_bytes: int
+    ties: tuple[Tie, ...]
     loose_bytes: int
     experts_stay: bool
 
@@ -86,13 +102,6 @@ def build(graph: LayerGraph, hardware: Hardware, workload: Workload, *, experts_
     classes: dict[object, list[int]] = {}
     for index in range(first, last + 1):
         classes.setdefault(maker.signature(index), []).append(index)
-    tied = graph.tied_to_earlier()
-    ends = set(front) | set(tail)
-    tied_bytes = sum(
-        round_up(tensor.nbytes, SLAB_ALIGNMENT_BYTES)
-        for index, _, name, tensor in graph.tensors()
-        if name in tied and index in ends
-    )
     return Problem(
         graph=graph,
         hardware=hardware,
@@ -104,10 +113,22 @@ def build(graph: LayerGraph, hardware: Hardware, workload: Workload, *, experts_
         ),
         times={step.name: step.times for step in steps},
         hop_ns={step.name: cost.step_hop_ns(graph, hardware, step) for step in steps},
-        tied_bytes=tied_bytes,
+        ties=_ties(graph, set(front), set(tail)),
         loose_bytes=sum(tensor.nbytes for tensor in graph.loose),
         experts_stay=experts_stay,
     )
+
+
+def _ties(graph: LayerGraph, front: set[int], tail: set[int]) -> tuple[Tie, ...]:
+    tied = graph.tied_to_earlier()
+    where = {name: (index, group.name, tensor.nbytes) for index, group, name, tensor in graph.tensors()}
+    found = []
+    for later, earlier in tied.items():
+        (index, group, nbytes), (first, first_group, _) = where[later], where[earlier]
+        if first in front and index in tail:
+            size = round_up(nbytes, SLAB_ALIGNMENT_BYTES)
+            found.append(Tie(front_key=f"{first} {first_group}", tail_key=f"{index} {group}", nbytes=size))
+    return tuple(found)
 
 
 class _Maker:
@@ -140,7 +161,7 @@ class _Maker:
         return Unit(name=name, layers=members, on=on)
 
     def _cost(self, counted: tuple[int, ...], members: tuple[int, ...], device: Device, *, streams: bool) -> UnitCost:
-        groups = [group for index in counted for group in self.graph.kind_of(index).groups]
+        groups = [(index, group) for index in counted for group in self.graph.kind_of(index).groups]
         return UnitCost(
             compute_ns={
                 step.name: sum(cost.step_compute_ns(self.graph, step, index, device, self.dtype) for index in counted)
@@ -148,8 +169,12 @@ class _Maker:
             },
             kv_bytes=sum(memory.kv_bytes(self.spans[index]) for index in counted),
             activation_bytes=max(memory.most_held(self.spans[index]) for index in members),
-            resident_bytes=sum(memory.resident_bytes(group, group.slices, device) for group in groups),
-            groups=tuple(self._group(group, device) for group in groups if streams and self._may_wait(group, device)),
+            resident_bytes=sum(memory.resident_bytes(group, group.slices, device) for _, group in groups),
+            groups=tuple(
+                self._group(index, group, device)
+                for index, group in groups
+                if streams and self._may_wait(group, device)
+            ),
         )
 
     def _may_wait(self, group: WeightGroup, device: Device) -> bool:
@@ -157,9 +182,10 @@ class _Maker:
             return False
         return group.streamable or device.kind == "cpu"
 
-    def _group(self, group: WeightGroup, device: Device) -> GroupCost:
+    def _group(self, layer: int, group: WeightGroup, device: Device) -> GroupCost:
         homes = ["disk"] if device.kind == "cpu" else ["cpu", "disk"]
         return GroupCost(
+            layer=layer,
             group=group,
             freed_bytes=memory.resident_bytes(group, 1, device),
             slab_bytes=group.slice_slab_bytes,

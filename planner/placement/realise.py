@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from planner.graph import LayerGraph
 from planner.hardware import Device, Hardware
 from planner.placement.counts import Counts
 from planner.placement.problem import Problem, Unit
@@ -29,7 +28,7 @@ def realise(problem: Problem, counts: Counts, *, order: Sequence[str] | None = N
             _spread_block(unit, name, members, counts, homes)
     for end in (problem.front, problem.tail):
         if end is not None:
-            _end_homes(problem.graph, end, counts, homes)
+            _end_homes(end, counts, homes)
     names = _alike_in_order(hardware, run_on)
     placements = []
     for index, layer in enumerate(problem.graph.layers):
@@ -91,10 +90,10 @@ def _spread_block(
 ) -> None:
     for entry in unit.on[name].groups:
         group = entry.group
-        on_disk = counts.on_disk.get((unit.name, name, group.name), 0)
+        on_disk = counts.on_disk.get((unit.name, name, entry.key), 0)
         chosen = [bool(mark) for mark in spread(on_disk, len(members))] if members else []
         for home in ("cpu", "disk"):
-            slices = counts.away.get((unit.name, name, group.name, home), 0)
+            slices = counts.away.get((unit.name, name, entry.key, home), 0)
             here = [index for index, disk in zip(members, chosen, strict=True) if disk == (home == "disk")]
             if not slices:
                 continue
@@ -103,11 +102,11 @@ def _spread_block(
                     homes[index, group.name] = (home, waiting)
 
 
-def _end_homes(graph: LayerGraph, end: Unit, counts: Counts, homes: dict[tuple[int, str], tuple[str, int]]) -> None:
-    for index in end.layers:
-        for group in graph.kind_of(index).groups:
-            if counts.away.get((end.name, counts.ends[end.name], group.name, "disk")):
-                homes[index, group.name] = ("disk", group.slices)
+def _end_homes(end: Unit, counts: Counts, homes: dict[tuple[int, str], tuple[str, int]]) -> None:
+    device = counts.ends[end.name]
+    for entry in end.on[device].groups:
+        if counts.away.get((end.name, device, entry.key, "disk")):
+            homes[entry.layer, entry.group.name] = ("disk", entry.group.slices)
 
 
 def _alike_in_order(hardware: Hardware, run_on: Sequence[str]) -> dict[str, str]:

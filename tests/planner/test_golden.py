@@ -1,4 +1,4 @@
-"""The Mixtral command's plan, byte for byte. After a change that is meant: pytest --update-golden, and read the diff."""
+"""The Mixtral command's plan, byte for byte. After a meant change: pytest --update-golden, and read the diff."""
 
 from __future__ import annotations
 

@@ -180,6 +180,19 @@ def test_reserved_memory_counts_in_what_is_needed() -> None:
     assert find(graph, enough, small.workload)[2].status == "optimal"
 
 
+def test_memory_is_preferred_to_disk_where_both_cost_the_same() -> None:
+    """Computing hides the copies from either, and memory has room for all: nothing waits on disk."""
+    case = streaming_case()
+    work = [span(held=100, peak=MIB, kv=(0, 4096), flops=10**13, moved=10**6)] * 3
+    kinds = (*case.graph.kinds[:2], LayerKind(name="Block", groups=(group("attn", 8 * MIB), group("mlp", 4 * MIB))))
+    order = [(layer.name, layer.kind) for layer in case.graph.layers]
+    graph = build_graph(list(kinds), [work] * 3, order)
+    placements, _, solver = find(graph, case.hardware, case.workload)
+    assert solver.status == "optimal"
+    assert any(p.home != p.run_on for p in placements)
+    assert not [p for p in placements if p.home == "disk"]
+
+
 # Order and repetition do not matter
 
 

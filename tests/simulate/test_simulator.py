@@ -1,0 +1,358 @@
+"""The simulator: what must hold of every timeline, and that it agrees with the cost that plans are best for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from small_cases import MIB, Case, build_graph, end_kind, gpu, group, machine, plan_of, span
+
+import planner
+import simulate
+from planner import cost
+from planner.graph import LayerKind
+from planner.plan import Plan
+from planner.workload import Workload
+from simulate import Interval, Timeline
+from simulate.engine import Engine
+
+GPU = "cuda:0 compute"
+LINK = "cpu→cuda:0 copy"
+
+
+def case(
+    *, gpu_mib: int, cpu_mib: int = 400, gpus: int = 1, blocks: int = 8, experts: int = 0, new_tokens: int = 12,
+    flops: int = 10**11, hop_bytes: int = 4096, disk_mib: int = 0,
+) -> Case:  # fmt: skip
+    """Return embed, blocks of attn (4 MiB) and mlp (8 MiB) or experts (2 MiB each), and head."""
+    kinds = [end_kind("Embedding", MIB), end_kind("Head", MIB)]
+    second = group("experts", 2 * MIB, slices=experts, used=1) if experts else group("mlp", 8 * MIB)
+    kinds.append(LayerKind(name="Block", groups=(group("attn", 4 * MIB), second)))
+    ends = [span(held=100, peak=MIB, flops=10**6, moved=10**6)] * 3
+    work = [
+        span(held=100, peak=2 * MIB, kv=(0, 4096), flops=flops, moved=10**6),
+        span(held=200, peak=MIB, kv=(4096, 4608), flops=flops // 8, moved=10**6),
+        span(held=300, peak=2 * MIB, kv=(9216, 9728), flops=flops // 4, moved=2 * 10**6),
+    ]
+    layers = [("embed", 0), *[(f"block.{i}", 2) for i in range(blocks)], ("head", 1)]
+    passes = min(3, new_tokens)
+    graph = build_graph(kinds, [ends[:passes], ends[:passes], work[:passes]], layers, hop_bytes=(hop_bytes, 256))
+    devices = [gpu(i, product="big", flops=10**14, rate=10**12) for i in range(gpus)]
+    sizes = {device.name: gpu_mib * MIB for device in devices} | {"cpu": cpu_mib * MIB, "disk": disk_mib * MIB}
+    return Case(graph, machine(devices, sizes), Workload(prompt_tokens=8, new_tokens=new_tokens))
+
+
+CASES = {
+    "resident": case(gpu_mib=200),
+    "resident on two": case(gpu_mib=90, gpus=2),
+    "streamed": case(gpu_mib=60),
+    "mostly copies": case(gpu_mib=60, flops=10**10),
+    "mostly compute": case(gpu_mib=100, flops=10**12),
+    "from disk": case(gpu_mib=60, cpu_mib=60, disk_mib=400),
+    "streamed on two": case(gpu_mib=50, gpus=2),
+    "experts": case(gpu_mib=70, experts=8),
+    "no gpu": case(gpu_mib=0, gpus=0),
+    "no gpu, from disk": case(gpu_mib=0, gpus=0, cpu_mib=60, disk_mib=400),
+    "one token": case(gpu_mib=60, new_tokens=1),
+    "two tokens": case(gpu_mib=60, new_tokens=2),
+    "many tokens": case(gpu_mib=60, new_tokens=300),
+}
+
+
+@pytest.fixture(scope="module")
+def plans() -> dict[str, Plan]:
+    return {name: plan_of(entry) for name, entry in CASES.items()}
+
+
+@pytest.fixture(params=CASES)
+def plan(request: pytest.FixtureRequest, plans: dict[str, Plan]) -> Plan:
+    return plans[request.param]
+
+
+def on_lane(timeline: Timeline, lane: str) -> list[Interval]:
+    return [interval for interval in timeline.intervals if interval.lane == lane]
+
+
+def streamed(plan: Plan, device: str) -> list[tuple[str, str]]:
+    """Return (layer, group) of the whole groups that are copied to a GPU, in execution order."""
+    return [
+        (p.layer, p.group)
+        for p in plan.placements
+        if p.run_on == device != "cpu" and p.home != device and p.resident_slices is None
+    ]
+
+
+def copies_to(timeline: Timeline, device: str, wanted: list[tuple[str, str]]) -> list[Interval]:
+    """Return the copies of whole groups on the last lane to `device`, in order."""
+    labels = {f"{layer} {group}" for layer, group in wanted}
+    return [i for i in on_lane(timeline, f"cpu→{device} copy") if i.action == "copy" and i.label in labels]
+
+
+# What holds of every timeline
+
+
+def test_a_lane_does_one_thing_at_a_time(plan: Plan) -> None:
+    timeline = simulate.run(plan)
+    for lane in timeline.lanes():
+        assert all(one.end_ns <= other.start_ns for one, other in pairwise(on_lane(timeline, lane)))
+
+
+def test_the_same_plan_gives_the_same_timeline(plan: Plan) -> None:
+    assert simulate.run(plan) == simulate.run(plan)
+    assert simulate.run(Plan.from_json(plan.to_json())) == simulate.run(plan)
+
+
+# What a step of a few small layers adds that the cost leaves out: filling the stream, once, and turning it around; and
+# on two GPUs, what one of them copies while the other computes.
+TOLERANCE = {"from disk": 0.03, "streamed on two": 0.03, "one token": 0.15, "two tokens": 0.06}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=[pytest.mark.xfail(strict=True, reason="a prefetch under way delays experts; the cost leaves that out")]
+            if name == "experts"
+            else [],
+        )
+        for name in CASES
+    ],
+)
+def test_it_is_close_to_the_cost_that_was_made_least(name: str, plans: dict[str, Plan]) -> None:
+    plan = plans[name]
+    assert plan.solver is not None
+    assert simulate.run(plan).total_ns == pytest.approx(plan.solver.objective_ns, rel=TOLERANCE.get(name, 0.02))
+
+
+def test_no_step_is_faster_than_its_busiest_lane(plan: Plan) -> None:
+    timeline = simulate.run(plan)
+    for step in timeline.simulated_steps:
+        compute = [lane for lane in timeline.lanes() if lane.endswith("compute")]
+        assert sum(timeline.busy_ns(lane, step) for lane in compute) <= timeline.step_ns[step]
+
+
+def test_memory_never_exceeds_the_prediction(plan: Plan) -> None:
+    timeline = simulate.run(plan)
+    assert plan.prediction is not None
+    for name, nbytes in plan.prediction.peak_bytes.items():
+        assert timeline.peak_bytes(name) <= nbytes
+        if plan.workload.new_tokens <= 9 or name == "disk":
+            assert timeline.peak_bytes(name) == nbytes
+    with pytest.raises(KeyError, match="moon"):
+        timeline.peak_bytes("moon")
+
+
+def test_the_prediction_is_the_timelines(plan: Plan) -> None:
+    timeline = simulate.run(plan)
+    assert plan.prediction is not None
+    assert (plan.prediction.total_ns, plan.prediction.prefill_ns) == (timeline.total_ns, timeline.prefill_ns)
+    assert plan.prediction.decode_ns_per_token == timeline.decode_ns_per_token
+
+
+def test_there_is_one_duration_for_each_step(plan: Plan) -> None:
+    timeline = simulate.run(plan)
+    assert len(timeline.step_ns) == plan.workload.new_tokens
+    assert timeline.total_ns == sum(timeline.step_ns)
+    assert timeline.simulated_steps[0] == 0
+    assert timeline.simulated_steps[-1] == plan.workload.decode_steps
+
+
+def test_a_part_never_runs_before_its_copy_has_ended(plan: Plan) -> None:
+    timeline = simulate.run(plan)
+    for device in [d.name for d in plan.hardware.gpus]:
+        wanted = streamed(plan, device)
+        copies = copies_to(timeline, device, wanted)
+        labels = [f"{layer} {name}" for layer, name in wanted]
+        runs = [i for i in on_lane(timeline, f"{device} compute") if i.label in labels]
+        assert len(runs) == len(labels) * len(timeline.simulated_steps)
+        for number, run in enumerate(runs):
+            assert copies[number].label == run.label == labels[number % len(labels)]
+            assert copies[number].end_ns <= run.start_ns
+
+
+def test_a_slot_is_not_overwritten_before_its_user_has_ended(plan: Plan) -> None:
+    timeline = simulate.run(plan)
+    for device in [d.name for d in plan.hardware.gpus]:
+        wanted = streamed(plan, device)
+        slots = plan.slots_on(device, "groups")
+        if not wanted or slots is None:
+            continue
+        copies = copies_to(timeline, device, wanted)
+        labels = {f"{layer} {name}" for layer, name in wanted}
+        runs = [i for i in on_lane(timeline, f"{device} compute") if i.label in labels]
+        for number in range(slots.count, len(copies)):
+            assert copies[number].start_ns >= runs[number - slots.count].end_ns
+
+
+def test_every_streamed_group_is_copied_once_a_step(plan: Plan) -> None:
+    timeline = simulate.run(plan)
+    for device in [d.name for d in plan.hardware.gpus]:
+        wanted = streamed(plan, device)
+        slots = plan.slots_on(device, "groups")
+        ahead = slots.count if slots is not None and wanted else 0
+        times = Counter(i.label for i in copies_to(timeline, device, wanted))
+        assert sum(times.values()) == len(wanted) * len(timeline.simulated_steps) + ahead
+        assert all(count - len(timeline.simulated_steps) in range(ahead + 1) for count in times.values())
+
+
+# Cases with answers that can be worked out
+
+
+def layer_ns(plan: Plan, step: int) -> int:
+    """Return the sum of all layers' times on cuda:0 in a step, by the roofline."""
+    device = plan.hardware.device("cuda:0")
+    passes = plan.graph.passes
+    first = passes[0] if step == 0 else passes[1]
+    last = passes[0] if step == 0 else passes[-1]
+    steps = plan.workload.decode_steps
+    weight = (step - 1) / (steps - 1) if step and steps > 1 else 0.0
+    total = 0
+    for one, other in zip(first.per_layer(), last.per_layer(), strict=True):
+        times = [
+            max(s.flops * 10**9 // 10**14, s.moved_bytes * 10**9 // 10**12, s.operators * device.operator_ns)
+            for s in (one, other)
+        ]
+        total += times[0] + round((times[1] - times[0]) * weight)
+    return total
+
+
+def test_a_resident_plan_takes_the_sum_of_its_layers(plans: dict[str, Plan]) -> None:
+    plan = plans["resident"]
+    assert all(p.home == p.run_on == "cuda:0" for p in plan.placements)
+    timeline = simulate.run(plan)
+    assert timeline.lanes() == (GPU,)
+    for step in timeline.simulated_steps:
+        assert abs(timeline.step_ns[step] - layer_ns(plan, step)) <= 2 * len(plan.graph.layers)
+
+
+def test_a_stream_bound_by_copies_takes_its_copies(plans: dict[str, Plan]) -> None:
+    plan = plans["mostly copies"]
+    timeline = simulate.run(plan)
+    wanted = streamed(plan, "cuda:0")
+    assert wanted
+    sizes = {"attn": 4 * MIB, "mlp": 8 * MIB}
+    once = sum(10_000 + sizes[name] * 10**9 // (20 * 10**9) for _, name in wanted)
+    assert timeline.step_ns[5] == pytest.approx(once, rel=0.01)
+
+
+def test_a_stream_bound_by_computing_takes_its_layers(plans: dict[str, Plan]) -> None:
+    plan = plans["mostly compute"]
+    assert streamed(plan, "cuda:0")
+    timeline = simulate.run(plan)
+    assert timeline.step_ns[5] == pytest.approx(layer_ns(plan, 5), rel=0.02)
+
+
+def test_hops_are_one_for_each_change_of_device(plans: dict[str, Plan]) -> None:
+    plan = plans["resident on two"]
+    devices = plan.run_on()
+    changes = sum(one != other for one, other in pairwise(devices))
+    assert changes == 1
+    hops = [i for i in simulate.run(plan).intervals if i.action == "hop" and i.step == 1]
+    assert [(i.lane, i.duration_ns) for i in hops] == [("cuda:0→cuda:1 copy", 20_000 + 64 * 10**9 // (10 * 10**9))]
+
+
+def test_disk_and_link_are_busy_together(plans: dict[str, Plan]) -> None:
+    timeline = simulate.run(plans["from disk"])
+    reads = on_lane(timeline, "disk→cpu read")
+    assert reads
+    pairs = {(i.start_ns, i.end_ns, i.label) for i in on_lane(timeline, LINK)}
+    prefetched = [i for i in reads if i.action == "copy"]
+    assert all((i.start_ns, i.end_ns, i.label) in pairs for i in prefetched)
+
+
+def test_experts_are_fetched_when_their_layer_runs(plans: dict[str, Plan]) -> None:
+    plan = plans["experts"]
+    waiting = {p.layer: 8 - (p.resident_slices or 0) for p in plan.placements if p.resident_slices not in (None, 8)}
+    assert waiting
+    timeline = simulate.run(plan)
+    fetches = [i for i in on_lane(timeline, LINK) if i.label.endswith("experts") and i.step == 1]
+    assert {i.label.split()[0] for i in fetches} == set(waiting)
+    whole = 10_000 + 2 * MIB * 10**9 // (20 * 10**9)
+    for fetch in fetches:
+        # One of eight experts for one token: each waiting slice is used with a chance of 1/8.
+        assert fetch.duration_ns == waiting[fetch.label.split()[0]] * int(whole / 8)
+        before = [i for i in on_lane(timeline, GPU) if i.step == 1 and i.end_ns <= fetch.start_ns]
+        assert before
+        assert not [i for i in on_lane(timeline, GPU) if i.start_ns < fetch.end_ns and i.end_ns > fetch.start_ns]
+
+
+def test_steps_between_the_simulated_ones_lie_on_their_line(plans: dict[str, Plan]) -> None:
+    timeline = simulate.run(plans["many tokens"])
+    assert len(timeline.simulated_steps) < 12
+    decode = timeline.step_ns[5:-5]
+    rising = all(one <= other for one, other in pairwise(decode))
+    assert rising or all(one >= other for one, other in pairwise(decode))
+    least, most = min(timeline.step_ns[4], timeline.step_ns[-4]), max(timeline.step_ns[4], timeline.step_ns[-4])
+    assert all(least <= duration <= most for duration in decode)
+
+
+def test_a_longer_context_never_takes_less(plans: dict[str, Plan]) -> None:
+    timeline = simulate.run(plans["resident"])
+    assert all(one <= other for one, other in pairwise(timeline.step_ns[1:]))
+
+
+def test_a_plan_without_passes_is_refused(plans: dict[str, Plan]) -> None:
+    graph = dataclasses.replace(plans["resident"].graph, passes=())
+    with pytest.raises(planner.PlanFormatError, match="pass"):
+        simulate.run(dataclasses.replace(plans["resident"], graph=graph))
+
+
+# Views
+
+
+def test_the_table_has_every_interval(plan: Plan) -> None:
+    timeline = simulate.run(plan)
+    frame = timeline.frame()
+    assert list(frame.columns) == ["lane", "start_ns", "end_ns", "action", "label", "step"]
+    assert len(frame) == len(timeline.intervals)
+    assert int(frame["end_ns"].max()) == max(i.end_ns for i in timeline.intervals)
+
+
+def test_the_trace_is_valid_for_perfetto(plan: Plan) -> None:
+    timeline = simulate.run(plan)
+    data = json.loads(timeline.to_chrome_trace())
+    events: list[dict[str, Any]] = data["traceEvents"]
+    names = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
+    whole = [e for e in events if e["ph"] == "X"]
+    assert tuple(names.values()) == timeline.lanes()
+    assert len(whole) == len(timeline.intervals)
+    for event, interval in zip(whole, timeline.intervals, strict=True):
+        assert names[event["tid"]] == interval.lane
+        assert (event["ts"], event["dur"]) == (interval.start_ns / 1e3, interval.duration_ns / 1e3)
+        assert event["pid"] == 0
+
+
+# The engine
+
+
+def test_lanes_wait_for_each_other() -> None:
+    engine = Engine()
+    assert engine.issue("run", "a", lanes=("x",), duration_ns=10, after=0, step=0) == 10
+    assert engine.issue("copy", "b", lanes=("y",), duration_ns=4, after=3, step=0) == 7
+    assert engine.issue("copy", "c", lanes=("x", "y"), duration_ns=5, after=0, step=0) == 15
+    assert engine.issue("run", "d", lanes=("y",), duration_ns=0, after=99, step=0) == 99
+    assert [(i.lane, i.start_ns, i.end_ns) for i in engine.intervals] == [
+        ("x", 0, 10), ("y", 3, 7), ("x", 10, 15), ("y", 10, 15),
+    ]  # fmt: skip
+
+
+# Models of the catalogue
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options"),
+    [("2GB", {}), (0, {}), ("650MB", {"prompt_tokens": 64, "new_tokens": 16})],
+    ids=["resident", "no gpu", "streamed"],
+)
+def test_gpt2_takes_what_its_cost_says(gpus: str | int, options: dict[str, int]) -> None:
+    plan = planner.plan_model("gpt2", gpus=gpus, use_cache=False, **options)  # type: ignore[arg-type]
+    assert planner.verify_plan(plan) == ()
+    assert plan.solver is not None
+    assert plan.prediction is not None
+    assert 0.97 <= plan.prediction.total_ns / plan.solver.objective_ns <= 1.03
+    assert plan.solver.objective_ns == cost.objective_ns(plan.graph, plan.hardware, plan.workload, plan.placements)

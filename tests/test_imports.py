@@ -1,0 +1,240 @@
+"""Which module may import which, read from the sources: the rules of the design, held."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("planner", "simulate", "dispatch", "reports")
+# Modules of the planner, each line importing only from lines above it or from its own.
+ORDER = (
+    ("errors",),
+    ("units", "serial"),
+    ("hardware", "workload", "graph"),
+    ("plan",),
+    ("memory", "lifetimes", "cuda_allocator", "cache", "models"),
+    ("steps", "cost"),
+    ("execution", "storages", "layers", "recorder", "trace", "placement", "verify", "explain"),
+    ("api",),
+)
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+VALUES = {"errors", "units", "serial", "hardware", "workload", "graph", "plan"}
+TORCH = {"planner.execution", "planner.storages", "planner.layers", "planner.recorder", "planner.trace"}
+HEAVY = {"torch", "transformers", "ortools", "pandas", "plotly", "numpy", "networkx", "safetensors", "huggingface_hub"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import. lazy: inside a function, or for type checkers alone."""
+
+    target: str
+    lazy: bool
+    typing_only: bool
+
+
+@cache
+def modules() -> dict[str, tuple[Import, ...]]:
+    """Return {module: its imports}, `import_module("...")` with a literal included."""
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            found[name] = tuple(imports_of(ast.parse(path.read_text(encoding="utf-8"))))
+    return found
+
+
+def imports_of(node: ast.AST, *, lazy: bool = False, typing_only: bool = False) -> list[Import]:
+    found: list[Import] = []
+    for child in ast.iter_child_nodes(node):
+        inside = lazy or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        only = typing_only or (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test))
+        if isinstance(child, ast.Import):
+            found += [Import(alias.name, inside, only) for alias in child.names]
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "imports are absolute"
+            found += [Import(f"{child.module}.{alias.name}", inside, only) for alias in child.names]
+        elif isinstance(child, ast.Call) and ast.unparse(child.func).endswith("import_module"):
+            found += [Import(a.value, inside, only) for a in child.args if isinstance(a, ast.Constant)]
+        found += imports_of(child, lazy=inside, typing_only=only)
+    return found
+
+
+def module_in(target: str) -> str:
+    """Return the module of ours that an import names: `planner.plan.Plan` is `planner.plan`."""
+    known = modules()
+    while target not in known and "." in target:
+        target = target.rpartition(".")[0]
+    return target
+
+
+def top(target: str) -> str:
+    return target.partition(".")[0]
+
+
+def room(module: str) -> str:
+    """Return a planner module's place in ORDER: `planner.placement.counts` is `placement`."""
+    return module.split(".")[1]
+
+
+def planner_modules() -> list[str]:
+    skipped = ("planner", "planner.commands", "planner.catalogue")
+    return [name for name in modules() if top(name) == "planner" and ".".join(name.split(".")[:2]) not in skipped]
+
+
+@pytest.mark.parametrize("name", planner_modules())
+def test_planner_imports_run_one_way(name: str) -> None:
+    assert room(name) in RANK, f"give {name} its place in ORDER, and in DESIGN.md"
+    for entry in modules()[name]:
+        target = module_in(entry.target)
+        if top(target) not in PACKAGES or entry.typing_only or target == "planner":
+            continue
+        if entry.lazy and (name, top(target)) == ("planner.api", "simulate"):
+            continue
+        assert top(target) == "planner", f"{name} reaches up to {target}"
+        assert room(target) in RANK, f"{name} imports {target}"
+        assert RANK[room(target)] <= RANK[room(name)], f"{name} imports {target}, which stands above it"
+
+
+def test_no_two_modules_import_each_other() -> None:
+    edges = {
+        name: {module_in(e.target) for e in imports if not e.lazy and not e.typing_only} & set(modules()) - {name}
+        for name, imports in modules().items()
+    }
+    done: set[str] = set()
+    while True:
+        free = {name for name, needs in edges.items() if name not in done and needs <= done}
+        if not free:
+            break
+        done |= free
+    assert set(edges) - done == set()
+
+
+def test_ortools_is_known_in_placement_only() -> None:
+    users = {name for name, imports in modules().items() if any(top(e.target) == "ortools" for e in imports)}
+    assert users
+    assert all(name.startswith("planner.placement.") for name in users)
+
+
+def test_pandas_and_plotly_are_known_where_tables_and_figures_are_made() -> None:
+    for name, imports in modules().items():
+        for entry in imports:
+            if top(entry.target) == "plotly":
+                assert top(name) == "reports", name
+            if top(entry.target) == "pandas":
+                assert top(name) in ("reports", "simulate"), name
+                assert entry.lazy or entry.typing_only or top(name) == "reports", name
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if top(name) in ("planner", "simulate", "reports")])
+def test_heavy_packages_load_late(name: str) -> None:
+    for entry in modules()[name]:
+        if entry.lazy or entry.typing_only or top(entry.target) not in HEAVY:
+            continue
+        package = top(entry.target)
+        allowed = (
+            (package == "torch" and name in TORCH)
+            or (package == "ortools" and name.startswith("planner.placement."))
+            or (package in ("plotly", "pandas") and top(name) == "reports")
+        )
+        assert allowed, f"{name} loads {package} when it is imported"
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if top(name) == "simulate"])
+def test_simulate_knows_values_steps_memory_and_cost(name: str) -> None:
+    for entry in modules()[name]:
+        target = module_in(entry.target)
+        if top(target) == "planner":
+            assert room(target) in VALUES | {"steps", "memory", "cost"}, f"{name} imports {target}"
+        else:
+            assert top(target) not in ("dispatch", "reports", "torch"), f"{name} imports {target}"
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if top(name) == "dispatch"])
+def test_dispatch_works_without_what_plans(name: str) -> None:
+    for entry in modules()[name]:
+        target = module_in(entry.target)
+        assert top(target) not in ("ortools", "pandas", "plotly", "simulate", "reports"), f"{name} imports {target}"
+        if top(target) == "planner":
+            late = {"api", "models"} if entry.lazy else set()
+            allowed = VALUES | {"steps", "memory", "execution"} | late
+            assert room(target) in allowed, f"{name} imports {target}"
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if top(name) == "reports"])
+def test_reports_know_values_and_timelines(name: str) -> None:
+    for entry in modules()[name]:
+        target = module_in(entry.target)
+        if top(target) == "planner":
+            # `memory` tells which slices wait; it is arithmetic on values alone.
+            assert room(target) in VALUES | {"memory"}, f"{name} imports {target}"
+        elif top(target) == "simulate":
+            assert target == "simulate.timeline", f"{name} imports {target}"
+        else:
+            assert top(target) not in ("dispatch", "torch"), f"{name} imports {target}"
+
+
+def test_nothing_imports_the_commands() -> None:
+    for name, imports in modules().items():
+        if not name.startswith("planner.commands"):
+            assert not [e.target for e in imports if module_in(e.target).startswith("planner.commands")], name
+
+
+# What importing loads
+
+
+def loaded_by(script: str) -> set[str]:
+    code = f"{script}\nimport sys, json; print(json.dumps(sorted({{name.partition('.')[0] for name in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True)
+    return set(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "import planner, simulate, reports",
+        "from planner import Plan, Hardware, Workload, InputError, verify_plan, plan_model",
+        "import planner.commands.main",
+    ],
+)
+def test_importing_is_light(script: str) -> None:
+    assert loaded_by(script) & HEAVY == set()
+
+
+def test_importing_dispatch_loads_torch_at_most() -> None:
+    assert loaded_by("import dispatch") & {"ortools", "pandas", "plotly", "transformers", "simulate", "reports"} == set()
+
+
+# Public names
+
+PUBLIC = {
+    "planner": [
+        "Hardware", "InfeasibleError", "InputError", "LayerGraph", "NoSolutionInTimeError", "Plan", "PlanError",
+        "PlanFormatError", "PlanMismatchError", "TraceError", "Violation", "Workload", "plan_model", "predict",
+        "verify_plan",
+    ],
+    "simulate": ["Interval", "MemorySample", "Timeline", "run"],
+    "dispatch": ["Checkpoint", "Measurement", "apply", "measure", "remove"],
+    "reports": ["page_html", "write_report"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_public_names_are_these_and_resolve(package: str) -> None:
+    module = importlib.import_module(package)
+    assert sorted(module.__all__) == PUBLIC[package]
+    for name in PUBLIC[package]:
+        assert getattr(module, name) is not None
+        # A module called like a lazily loaded name would take its place once imported; `dispatch` loads its own at once.
+        assert f"{package}.{name}" not in modules() or (package, name) == ("dispatch", "measure")
+    with pytest.raises(AttributeError):
+        _ = module.no_such_name
