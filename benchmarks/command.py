@@ -1,6 +1,6 @@
 """Whole-process times of the Mixtral command: nothing cached, the answer cached, and only the trace cached.
 
-    python benchmarks/command.py [--runs 5]
+python benchmarks/command.py [--runs 5]
 """
 
 from __future__ import annotations

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import dispatch
-import planner
 import torch
 import transformers
+
+import dispatch
+import planner
 from machine import describe
 
 PROMPT_TOKENS = 32

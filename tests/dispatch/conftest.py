@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import Case, build_case
 from transformers.utils import logging
+
+from tiny_models import Case, build_case
 
 
 @pytest.fixture(autouse=True)

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import CONFIGS, Case, on_cpu, spread_over_two, streamed
 
 import dispatch
 import planner
 from dispatch.attach import _mover
 from planner.errors import InputError, PlanMismatchError
+from tiny_models import CONFIGS, Case, on_cpu, spread_over_two, streamed
 
 
 def half_on_disk(case: Case) -> planner.Plan:

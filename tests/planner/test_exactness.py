@@ -203,7 +203,9 @@ def test_a_tracer_with_a_fault_is_found_out(fault: str, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("shape", WORK, ids=str)
 @pytest.mark.parametrize(("name", "dtype"), [("llama", HALF), ("gpt2", FLOAT), ("mixtral", HALF)], ids=str)
-def test_the_cache_is_keys_and_values_of_every_token(name: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+def test_the_cache_is_keys_and_values_of_every_token(
+    name: str, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
     """2 · layers · batch · kv heads · tokens · head width · bytes, tokens being all but the last, never fed back."""
     model, (batch, prompt, new) = model_of(name, dtype), shape
     layers, heads = (4, 4) if name == "gpt2" else (model.config.num_hidden_layers, 2)

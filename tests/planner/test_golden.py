@@ -6,8 +6,9 @@ import dataclasses
 import json
 from pathlib import Path
 
-import planner
 import pytest
+
+import planner
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "mixtral-8x7b-2x24GB.json"
 

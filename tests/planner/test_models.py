@@ -207,9 +207,7 @@ def test_a_config_of_another_name_has_no_folder(folder: Path) -> None:
     assert (source.id, source.folder) == (str(folder / "tiny.json"), None)
 
 
-def test_a_folder_wins_over_the_catalogue_if_it_has_a_config(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_wins_over_the_catalogue_if_it_has_a_config(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     (folder / "gpt2").mkdir()
     assert resolve_model("gpt2").source == "catalogue"
@@ -302,9 +300,7 @@ def test_remote_code_is_refused_unless_trusted(folder: Path, monkeypatch: pytest
     code = {"model_type": "odd", "auto_map": {"AutoConfig": "configuration_odd.OddConfig"}}
     (folder / "config.json").write_text(json.dumps(code))
     (folder / "configuration_odd.py").write_text(
-        "from transformers import PreTrainedConfig\n"
-        "class OddConfig(PreTrainedConfig):\n"
-        "    model_type = 'odd'\n"
+        "from transformers import PreTrainedConfig\nclass OddConfig(PreTrainedConfig):\n    model_type = 'odd'\n"
     )
     with pytest.raises(InputError, match=r"Python code of its own .* --trust-remote-code"):
         resolve_model(str(folder))
@@ -429,9 +425,7 @@ def test_the_hub_and_its_cache(hub: str, tmp_path: Path) -> None:
         ({"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}, "could not be fetched"),
     ],
 )
-def test_without_a_network_the_answer_comes_at_once(
-    environment: dict[str, str], reason: str, tmp_path: Path
-) -> None:
+def test_without_a_network_the_answer_comes_at_once(environment: dict[str, str], reason: str, tmp_path: Path) -> None:
     start = time.monotonic()
     (answer,) = ask([("some-one/some-model", {})], HF_HOME=str(tmp_path), **environment)
     assert time.monotonic() - start < 5

@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from small_cases import MIB, Case, build_graph, end_kind, gpu, group, machine, plan_of, span
 
 import planner
 import simulate
@@ -19,6 +18,7 @@ from planner.plan import Plan
 from planner.workload import Workload
 from simulate import Interval, Timeline
 from simulate.engine import Engine
+from small_cases import MIB, Case, build_graph, end_kind, gpu, group, machine, plan_of, span
 
 GPU = "cuda:0 compute"
 LINK = "cpu→cuda:0 copy"
@@ -111,18 +111,10 @@ def test_the_same_plan_gives_the_same_timeline(plan: Plan) -> None:
 TOLERANCE = {"from disk": 0.03, "streamed on two": 0.03, "one token": 0.15, "two tokens": 0.06}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name,
-            marks=[pytest.mark.xfail(strict=True, reason="a prefetch under way delays experts; the cost leaves that out")]
-            if name == "experts"
-            else [],
-        )
-        for name in CASES
-    ],
-)
+DELAYED = pytest.mark.xfail(strict=True, reason="a prefetch under way delays experts, which the cost leaves out")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[DELAYED] if n == "experts" else []) for n in CASES])
 def test_it_is_close_to_the_cost_that_was_made_least(name: str, plans: dict[str, Plan]) -> None:
     plan = plans[name]
     assert plan.solver is not None

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from small_cases import MIB, Case
 
 from planner.graph import LayerGraph, Pass, WeightGroup
 from planner.plan import Placement
+from small_cases import MIB, Case
 
 # Of each device, what is the greatest of what its layers need, not their sum.
 MAXIMA = ("activations", "group slots", "expert slots", "groups staged", "experts staged", "used")
