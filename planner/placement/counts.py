@@ -27,6 +27,10 @@ from planner.placement.problem import GroupCost, Problem, Tie, Unit, UnitCost
 # one is not known before. Limits are on CP-SAT's own deterministic clock, so that a search is cut off at the same
 # place everywhere.
 SEARCHES = ((1, 0.3), (2, 0.3), (1, 10.0))
+# A shortfall need not be proven the least: it is said to a person.
+SHORTFALL_SEARCHES = ((1, 0.3), (2, 0.3), (1, 1.0))
+# That clock can all but stand still while a search goes in circles. Only then does a wall clock end it.
+LONGEST_SEARCH_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +71,7 @@ def shortfall(problem: Problem, pool: str) -> Shortfall | None:
     """Return the least growth of one memory with which everything fits; None where that alone cannot help."""
     model = _Model(problem, grow=pool)
     model.model.minimize(model.growth)
-    solver, status = model.run()
+    solver, status = model.run(SHORTFALL_SEARCHES)
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return None
     entry = problem.hardware.pool(pool)
@@ -89,7 +93,7 @@ class _Model:
         self.slots: dict[tuple[str, str], Any] = {}
         self.staging: dict[tuple[str, str], Any] = {}
         self.used = {name: self.model.new_bool_var(f"used {name}") for name in self.devices}
-        self.growth = self.model.new_int_var(0, 2**50 if grow else 0, "growth")
+        self.growth = self.model.new_int_var(0, self._most_growth() if grow else 0, "growth")
         self._variables()
         self._memory(grow)
         if not ordered:
@@ -135,17 +139,42 @@ class _Model:
             self.held["disk"].append(-tie.nbytes * on_disk)
 
     def _device_buffers(self) -> None:
-        top = 2**45
         for name in self.devices:
-            self.activations[name] = self.model.new_int_var(0, top, f"activations {name}")
+            costs = [unit.on[name] for unit in self._units()]
+            most = max(entry.activation_bytes for entry in costs)
+            self.activations[name] = self.model.new_int_var(0, most, f"activations {name}")
             context, workspace = memory.fixed_bytes(self.problem.hardware.device(name))
             self.held[name] += [self.activations[name], (context + workspace) * self.used[name]]
             for holds in ("groups", "experts"):
+                slabs = [g for entry in costs for g in entry.groups if memory.slot_kind(g.group) == holds]
+                top = max((self._slot_bytes(g, name) for g in slabs), default=0)
                 self.slots[name, holds] = self.model.new_int_var(0, top, f"slots {name} {holds}")
                 self.staging[name, holds] = self.model.new_int_var(0, top, f"staging {name} {holds}")
                 self.held[name].append(self.slots[name, holds])
                 # Disk → GPU goes through host memory, in pieces as large as that GPU's slots.
                 self.held["cpu"].append(self.staging[name, holds])
+
+    def _slot_bytes(self, entry: GroupCost, name: str) -> int:
+        device = self.problem.hardware.device(name)
+        return memory.SLOT_COUNT * memory.allocation_bytes(entry.slab_bytes, device)
+
+    def _units(self) -> list[Unit]:
+        ends = (self.problem.front, self.problem.tail)
+        return [*self.problem.blocks, *(end for end in ends if end is not None)]
+
+    def _most_growth(self) -> int:
+        """Return more bytes than any one memory can lack: everything there, and waiting there, at once."""
+        total = self.problem.loose_bytes
+        for name in self.devices:
+            total += sum(memory.fixed_bytes(self.problem.hardware.device(name)))
+            for unit in self._units():
+                costs = unit.on[name]
+                count = len(unit.layers) if unit in self.problem.blocks else 1
+                total += costs.activation_bytes + count * (costs.resident_bytes + costs.kv_bytes)
+                total += sum(
+                    2 * self._slot_bytes(g, name) + count * g.group.slices * g.slab_bytes for g in costs.groups
+                )
+        return total
 
     def _block_on(self, unit: Unit, name: str, costs: UnitCost) -> None:
         model, here = self.model, self.layers[unit.name, name]
@@ -179,7 +208,7 @@ class _Model:
         model.add(disk_layers <= len(unit.layers) * from_disk)
         if entry.needs_slot:
             device = self.problem.hardware.device(name)
-            size = memory.SLOT_COUNT * memory.allocation_bytes(entry.slab_bytes, device)
+            size = self._slot_bytes(entry, name)
             key = (name, memory.slot_kind(group))
             model.add(self.slots[key] >= size * streams)
             if device.kind != "cpu":
@@ -263,8 +292,7 @@ class _Model:
     def _work(self, step: str, name: str) -> tuple[list[Any], list[Any]]:
         serial: list[Any] = []
         copies: list[Any] = []
-        ends = [end for end in (self.problem.front, self.problem.tail) if end is not None]
-        for unit in (*self.problem.blocks, *ends):
+        for unit in self._units():
             costs = unit.on[name]
             here = self.layers[unit.name, name] if (unit.name, name) in self.layers else self.ends[unit.name, name]
             serial.append(costs.compute_ns[step] * here)
@@ -280,9 +308,8 @@ class _Model:
 
     def _longest_ns(self, step: str, name: str) -> int:
         """Return a time that no choice exceeds: every layer there, and every slice fetched from its slowest home."""
-        ends = [end for end in (self.problem.front, self.problem.tail) if end is not None]
         total = 0
-        for unit in (*self.problem.blocks, *ends):
+        for unit in self._units():
             costs, count = unit.on[name], len(unit.layers) if unit in self.problem.blocks else 1
             total += costs.compute_ns[step] * count
             for entry in costs.groups:
@@ -305,14 +332,15 @@ class _Model:
             self._hop_count = hops
         return self._hop_count
 
-    def run(self) -> tuple[cp_model.CpSolver, Any]:
+    def run(self, searches: Sequence[tuple[int, float]] = SEARCHES) -> tuple[cp_model.CpSolver, Any]:
         """Search until something is proven or the last limit is reached; each search starts from the last's answer."""
-        for level, limit in SEARCHES:
+        for level, limit in searches:
             solver = cp_model.CpSolver()
             solver.parameters.num_workers = 1
             solver.parameters.random_seed = 0
             solver.parameters.linearization_level = level
             solver.parameters.max_deterministic_time = limit
+            solver.parameters.max_time_in_seconds = LONGEST_SEARCH_S
             status = solver.solve(self.model)
             if status not in (cp_model.FEASIBLE, cp_model.UNKNOWN):
                 break
