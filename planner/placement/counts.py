@@ -31,6 +31,7 @@ SEARCHES = ((1, 0.3), (2, 0.3), (1, 10.0))
 SHORTFALL_SEARCHES = ((1, 0.3), (2, 0.3), (1, 1.0))
 # That clock can all but stand still while a search goes in circles. Only then does a wall clock end it.
 LONGEST_SEARCH_S = 30.0
+LONGEST_SHORTFALL_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +72,7 @@ def shortfall(problem: Problem, pool: str) -> Shortfall | None:
     """Return the least growth of one memory with which everything fits; None where that alone cannot help."""
     model = _Model(problem, grow=pool)
     model.model.minimize(model.growth)
-    solver, status = model.run(SHORTFALL_SEARCHES)
+    solver, status = model.run(SHORTFALL_SEARCHES, longest_s=LONGEST_SHORTFALL_S)
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return None
     entry = problem.hardware.pool(pool)
@@ -332,7 +333,9 @@ class _Model:
             self._hop_count = hops
         return self._hop_count
 
-    def run(self, searches: Sequence[tuple[int, float]] = SEARCHES) -> tuple[cp_model.CpSolver, Any]:
+    def run(
+        self, searches: Sequence[tuple[int, float]] = SEARCHES, *, longest_s: float = LONGEST_SEARCH_S
+    ) -> tuple[cp_model.CpSolver, Any]:
         """Search until something is proven or the last limit is reached; each search starts from the last's answer."""
         for level, limit in searches:
             solver = cp_model.CpSolver()
@@ -340,7 +343,7 @@ class _Model:
             solver.parameters.random_seed = 0
             solver.parameters.linearization_level = level
             solver.parameters.max_deterministic_time = limit
-            solver.parameters.max_time_in_seconds = LONGEST_SEARCH_S
+            solver.parameters.max_time_in_seconds = longest_s
             status = solver.solve(self.model)
             if status not in (cp_model.FEASIBLE, cp_model.UNKNOWN):
                 break

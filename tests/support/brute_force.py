@@ -198,9 +198,8 @@ class Ledger:
             busy = np.maximum(serial[rows], copies[rows]).sum(axis=0)
             edge = self.graph.edges[0]
             nbytes = edge.prefill_bytes if step == "prefill" else edge.decode_bytes
-            each = max(link.latency_ns for link in between) + nbytes * 10**9 // min(
-                link.bytes_per_s for link in between
-            )
+            rate = min((link.bytes_per_s for link in between), default=10**9)
+            each = max((link.latency_ns for link in between), default=0) + nbytes * 10**9 // rate
             self.cost += times * (busy + hops * each)
 
     def _usable(self, name: str) -> int:
