@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,8 @@ from planner.plan import Placement, Plan
 from planner.steps import layer_runs
 
 _ATTRIBUTE = "_loadplan_dispatch"
+# What would meet weights that are elsewhere, and is refused while they are.
+_REFUSED = ("_apply", "load_state_dict", "state_dict")
 # Reads of the checkpoint in flight at once while loading.
 _READERS = 4
 
@@ -60,6 +63,7 @@ def apply(
     weights = Weights(module, opened, offloaded=offloaded)
     state = _Dispatch(module, plan, targets, weights)
     state.check()
+    state.prepare()
     state.attach()
     setattr(module, _ATTRIBUTE, state)
     return module
@@ -82,74 +86,105 @@ def remove(model: torch.nn.Module) -> torch.nn.Module:
 
 
 class _Dispatch:
-    """What `apply` did to one model."""
+    """What `apply` did to one model. `prepare` reads and allocates and leaves the model alone; `attach` changes it."""
 
     def __init__(self, model: torch.nn.Module, plan: Plan, targets: dict[str, torch.device], weights: Weights):
         self.model, self.plan, self.targets, self.weights = model, plan, targets, weights
         self.placed = [
             (p, g, [f"{p.layer}.{t.name}" for t in g.tensors]) for p, g in with_groups(plan.graph, plan.placements)
         ]
+        self.reads_files = any(p.home == "disk" and waiting_slices(p, g) for p, g, _ in self.placed)
         self.rings: dict[tuple[str, str], SlotRing] = {}
-        self.groups: list[StreamedGroup] = []
+        self.resident: dict[str, torch.Tensor] = {}
+        self.groups: dict[tuple[str, str], StreamedGroup] = {}
         self.experts: list[tuple[torch.nn.Module, StreamedExperts]] = []
         self.mapped: list[str] = []
         self.hooked: list[torch.nn.Module] = []
         self.tied: dict[tuple[str, torch.device], torch.nn.Parameter] = {}
         self.moved: dict[int, tuple[Any, Any]] = {}
         self.before: dict[str, Any] = {}
+        self.calls = threading.RLock()
         self.warned = False
 
     def check(self) -> None:
-        """Refuse what cannot be done, while nothing has been changed."""
-        if any(p.is_meta for p in self.model.parameters()):
+        """Refuse what cannot be done."""
+        waiting = [(p, g, names) for p, g, names in self.placed if p.home == "disk" and waiting_slices(p, g)]
+        if not waiting:
             return
-        if self.weights.checkpoint is None and any(p.home == "disk" for p, _, _ in self.placed):
+        if self.weights.checkpoint is None:
             raise InputError(
                 "the plan lets weights wait on disk: give the checkpoint that holds them, or an offload_dir to write "
                 "them to"
             )
+        for placement, group, names in waiting:
+            if placement.run_on == "cpu" and group.slices == 1:
+                for name in names:
+                    self.weights.check_mappable(name)
+            for name in names if not self.weights.on_meta and not self.weights.offloaded else []:
+                if not self.weights.same_on_disk(name):
+                    raise InputError(
+                        f"{name} is another in the loaded model than in the checkpoint that it is to wait in; "
+                        "give an offload_dir instead of the checkpoint"
+                    )
 
-    def attach(self) -> None:
-        self._set_implementations()
+    def prepare(self) -> None:
+        """Load what stays, and make the stores of what waits."""
         for entry in self.plan.slots:
             wanted = ("disk", entry.device, entry.holds)
             staging = any((p.home, p.run_on, slot_kind(group)) == wanted for p, group, _ in self.placed)
             ring = SlotRing(self.targets[entry.device], entry.count, entry.slot_bytes, staging=staging)
             self.rings[entry.device, entry.holds] = ring
-        streamed: dict[str, list[StreamedGroup]] = {}
-        hosted: dict[tuple[str, str], StreamedGroup] = {}
         with ThreadPoolExecutor(_READERS) as pool:
-            resident = list(pool.map(self._load_resident, self.placed))
-        for (placement, group, names), loaded in zip(self.placed, resident, strict=True):
+            for loaded in pool.map(self._load_resident, self.placed):
+                self.resident.update(loaded)
+        for placement, group, names in self.placed:
+            if waiting_slices(placement, group) == 0 or (placement.run_on == "cpu" and group.slices == 1):
+                continue
             device = self.targets[placement.run_on]
-            if loaded is not None:
-                for name, tensor in loaded.items():
-                    self._put(name, tensor, device)
-            elif group.slices > 1:
+            if group.slices > 1:
                 self._stream_experts(placement, group, names, device)
             else:
-                hosted[placement.layer, placement.group] = self._stream_group(placement, names, device)
-        self._place_loose()
+                self.groups[placement.layer, placement.group] = self._stream_group(placement, names, device)
+        device = self.targets[self.plan.run_on()[0]]
+        for tensor in self.plan.graph.loose:
+            self.resident[tensor.name] = self.weights.load(tensor.name).to(device)
+
+    def attach(self) -> None:
+        """Make the model what was prepared."""
+        self._set_implementations()
+        for name, tensor in self.resident.items():
+            self._put(name, tensor)
+        self.resident.clear()
+        for module, source in self.experts:
+            source.leave()
+            setattr(module, implementations.SOURCE_ATTRIBUTE, source)
         # The order of copies is that of the plan's steps, not that in which groups were listed.
+        streamed: dict[str, list[StreamedGroup]] = {}
         for run in layer_runs(self.plan.graph, self.plan.placements):
             for part in run.parts:
-                item = hosted.get((part.placement.layer, part.placement.group))
+                item = self.groups.get((part.placement.layer, part.placement.group))
                 if item is not None:
+                    item.leave()
                     streamed.setdefault(run.device, []).append(item)
         self._hook(streamed)
 
-    def _load_resident(self, entry: tuple[Placement, WeightGroup, list[str]]) -> dict[str, torch.Tensor] | None:
-        """Return a group's tensors where they stay, or None for a group that is streamed."""
+    def _load_resident(self, entry: tuple[Placement, WeightGroup, list[str]]) -> dict[str, torch.Tensor]:
+        """Return the tensors of a group that stay where they are put; none for a group that is streamed."""
         placement, group, names = entry
         device = self.targets[placement.run_on]
         if waiting_slices(placement, group) == 0:
-            return {name: self.weights.load(name).to(device) for name in names}
+            there = any(place.get(*place.owner(self.model, name)).device == device for name in names)
+            if device.type == "cpu" or there:
+                return {name: self.weights.load(name).to(device) for name in names}
+            # One slab for a group: many small allocations would leave the allocator's segments half empty.
+            return self.weights.slab(names, device)
         if placement.run_on == "cpu" and group.slices == 1:
             self.mapped += names
             return {name: self.weights.map(name) for name in names}
-        return None
+        return {}
 
-    def _put(self, name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    def _put(self, name: str, tensor: torch.Tensor) -> None:
+        device = tensor.device
         module, leaf = place.owner(self.model, name)
         if leaf in module._buffers:
             place.put(module, leaf, tensor)
@@ -166,41 +201,31 @@ class _Dispatch:
         module._parameters[leaf] = shared
 
     def _stream_group(self, placement: Placement, names: list[str], device: torch.device) -> StreamedGroup:
-        on_disk = placement.home == "disk"
         owners = {name: place.owner(self.model, name) for name in names}
         buffers = [name for name, (module, leaf) in owners.items() if leaf in module._buffers]
         for name in buffers:
-            self._put(name, self.weights.load(name).to(device), device)
+            self.resident[name] = self.weights.load(name).to(device)
             del owners[name]
-        store = self.weights.store(list(owners), on_disk=on_disk, pinned=device.type == "cuda")
-        group = StreamedGroup(f"{placement.layer}.{placement.group}", owners, store)
-        self.groups.append(group)
-        return group
+        store = self.weights.store(list(owners), on_disk=placement.home == "disk", target=device)
+        return StreamedGroup(f"{placement.layer}.{placement.group}", owners, store)
 
     def _stream_experts(self, placement: Placement, group: WeightGroup, names: list[str], device: torch.device) -> None:
-        module = self.model.get_submodule(f"{placement.layer}.{placement.group}")
+        path = f"{placement.layer}.{placement.group}"
+        module = self.model.get_submodule(path)
         kept = placement.resident_slices or 0
-        leaves = {name: name.removeprefix(f"{placement.layer}.{placement.group}.") for name in names}
+        leaves = {name: name.removeprefix(f"{path}.") for name in names}
         resident = [
-            {leaves[name]: view for name, view in self.weights.expert(names, expert, device).items()}
+            {leaves[name]: view for name, view in self.weights.slab(names, device, expert=expert).items()}
             for expert in range(kept)
         ]
+        on_disk = placement.home == "disk"
         waiting = [
-            self.weights.store(
-                names, on_disk=placement.home == "disk", pinned=device.type == "cuda", expert=expert
-            ).renamed(leaves)
+            self.weights.store(names, on_disk=on_disk, target=device, expert=expert).renamed(leaves)
             for expert in range(kept, group.slices)
         ]
         owners = {leaf: (module, leaf) for leaf in leaves.values()}
-        ring = self.rings[placement.run_on, "experts"]
-        source = StreamedExperts(ring, owners, resident, waiting)
-        setattr(module, implementations.SOURCE_ATTRIBUTE, source)
+        source = StreamedExperts(self.rings[placement.run_on, "experts"], owners, resident, waiting)
         self.experts.append((module, source))
-
-    def _place_loose(self) -> None:
-        device = self.targets[self.plan.run_on()[0]]
-        for tensor in self.plan.graph.loose:
-            place.put(*place.owner(self.model, tensor.name), self.weights.load(tensor.name).to(device))
 
     def _hook(self, streamed: dict[str, list[StreamedGroup]]) -> None:
         several = len({self.targets[name] for name in self.plan.run_on()}) > 1
@@ -213,8 +238,10 @@ class _Dispatch:
                 self._attach(group.name, before=_acquirer(stream, group), after=_releaser(stream, group))
             stream.prefetch()
         if several or self.groups or self.experts or self.mapped:
-            hooks.attach(self.model, before=self._begin_call, after=self.moved.clear)
+            hooks.attach(self.model, before=self._begin_call, after=self._end_call)
             self.hooked.append(self.model)
+            for name in _REFUSED:
+                setattr(self.model, name, _refusal(name))
 
     def _attach(self, path: str, *, before: hooks.Before, after: hooks.After | None = None) -> None:
         module = self.model.get_submodule(path)
@@ -222,14 +249,20 @@ class _Dispatch:
         self.hooked.append(module)
 
     def _begin_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self.weights.checkpoint is not None and self._reads_files():
-            self.weights.checkpoint.check_unchanged()
-        self.moved.clear()
-        self._warn_if_larger(args, kwargs)
+        # Slots, and the parameters that are views of them, serve one call at a time; other threads wait here.
+        self.calls.acquire()
+        try:
+            if self.reads_files and self.weights.checkpoint is not None:
+                self.weights.checkpoint.check_unchanged()
+            self._warn_if_larger(args, kwargs)
+        except BaseException:
+            self.calls.release()
+            raise
         return args, kwargs
 
-    def _reads_files(self) -> bool:
-        return any(placement.home == "disk" for placement, _, _ in self.placed)
+    def _end_call(self) -> None:
+        self.moved.clear()
+        self.calls.release()
 
     def _warn_if_larger(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -259,16 +292,25 @@ class _Dispatch:
             model.set_experts_implementation(execution.experts)
 
     def detach(self) -> None:
+        """Read everything that waits, and only then change the model: a file that is gone leaves it as it is."""
+        if self.reads_files and self.weights.checkpoint is not None:
+            self.weights.checkpoint.check_unchanged()
+        for ring in self.rings.values():
+            ring.close()
+        groups = [(group, group.load()) for group in self.groups.values()]
+        experts = [(module, source, source.load()) for module, source in self.experts]
+        mapped = {name: place.get(*place.owner(self.model, name)).clone() for name in self.mapped}
         for module in self.hooked:
             hooks.detach(module)
-        for group in self.groups:
-            group.restore()
-        for module, source in self.experts:
-            source.restore()
+        for name in _REFUSED:
+            vars(self.model).pop(name, None)
+        for group, parameters in groups:
+            group.restore(parameters)
+        for module, source, whole in experts:
+            source.restore(whole)
             delattr(module, implementations.SOURCE_ATTRIBUTE)
-        for name in self.mapped:
-            owner = place.owner(self.model, name)
-            place.put(*owner, place.get(*owner).clone())
+        for name, tensor in mapped.items():
+            place.put(*place.owner(self.model, name), tensor)
         found = {tensor.device for _, tensor in place.named_tensors(self.model)}
         for name, tensor in list(place.named_tensors(self.model)) if len(found) > 1 else []:
             place.put(*place.owner(self.model, name), tensor.detach().to("cpu"))
@@ -286,6 +328,17 @@ class _Dispatch:
             for other in others:
                 target, other_leaf = place.owner(self.model, other)
                 target._parameters[other_leaf] = module._parameters[leaf]
+
+
+def _refusal(name: str) -> Any:
+    what = {"_apply": "moving or converting it"}.get(name, name)
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise InputError(
+            f"{what} is not carried yet for a model whose weights are streamed: call dispatch.remove first"
+        )
+
+    return refuse
 
 
 def _mover(device: torch.device, moved: dict[int, tuple[Any, Any]]) -> hooks.Before:

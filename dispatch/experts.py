@@ -32,7 +32,10 @@ class StreamedExperts:
         self._free: deque[int] = deque()
         self._held: int | None = None
         self._meta = {name: place.get(*owner).to("meta") for name, owner in owners.items()}
-        for name, owner in owners.items():
+
+    def leave(self) -> None:
+        """Put the module's parameters on meta: `fetch` gives what is computed with."""
+        for name, owner in self.owners.items():
             place.put(*owner, self._meta[name])
 
     def begin(self, module: torch.nn.Module, experts: list[int]) -> None:
@@ -61,8 +64,8 @@ class StreamedExperts:
             self._held = None
         self._copy()
 
-    def restore(self) -> None:
-        """Give the module whole parameters of its own again, in host memory."""
+    def load(self) -> dict[str, torch.Tensor]:
+        """Return the whole parameters, all experts of them, in host memory."""
         whole = {name: torch.empty(like.shape, dtype=like.dtype) for name, like in self._meta.items()}
         for expert in range(len(self._resident) + len(self._waiting)):
             if expert < len(self._resident):
@@ -71,12 +74,18 @@ class StreamedExperts:
                 tensors = self._waiting[expert - len(self._resident)].to_host()
             for name, tensor in tensors.items():
                 whole[name][expert].copy_(tensor)
+        return whole
+
+    def restore(self, loaded: dict[str, torch.Tensor]) -> None:
+        """Give the module what `load` returned."""
         for name, owner in self.owners.items():
-            place.put(*owner, whole[name])
+            place.put(*owner, loaded[name])
 
     def _copy(self) -> None:
         while self._queue and self._free:
-            expert, slot = self._queue.popleft(), self._free.popleft()
+            expert, slot = self._queue[0], self._free[0]
             with self.ring.context():
                 self.ring.copy(slot, self._waiting[expert - len(self._resident)])
+            self._queue.popleft()
+            self._free.popleft()
             self._pending.append((expert, slot))

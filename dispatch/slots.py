@@ -1,7 +1,8 @@
 """Static buffers on a device that streamed weights pass through, with the events that order their use.
 
 On a CUDA device copies run on a stream of their own: a copy waits (on the device) until the last use of its slot has
-ended, and a use waits for its copy; the host waits for neither. Elsewhere copies are done at once.
+ended, and a use waits for its copy. The host waits for neither, but it does read what comes from disk itself, and waits
+before that until the staging memory is free. Elsewhere copies are done at once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dispatch.stores import DiskStore, Store, new_slab
+from dispatch.stores import DiskStore, Store, host_slab, new_slab
 
 
 class SlotRing:
@@ -19,14 +20,17 @@ class SlotRing:
 
     def __init__(self, device: torch.device, count: int, slot_bytes: int, *, staging: bool):
         self.device = device
-        self.slabs = [new_slab(slot_bytes, device) for _ in range(count)]
         self._asynchronous = device.type == "cuda"
+        self.slabs = [new_slab(slot_bytes, device) for _ in range(count)]
         through_host = staging and device.type != "cpu"
-        host = torch.device("cpu")
-        self._staging = [
-            new_slab(slot_bytes, host, pinned=self._asynchronous) if through_host else None for _ in range(count)
-        ]
-        self._stream: Any = torch.cuda.Stream(device) if self._asynchronous else None
+        self._staging = [host_slab(slot_bytes, device) if through_host else None for _ in range(count)]
+        self._stream: Any = None
+        if self._asynchronous:
+            self._stream = torch.cuda.Stream(device)
+            # The slabs may be memory that kernels queued before are still reading.
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+            for slab in self.slabs:
+                slab.record_stream(self._stream)
         self._copied: list[Any] = [None] * count
         self._released: list[Any] = [None] * count
 
@@ -58,6 +62,11 @@ class SlotRing:
         """Say that what the current stream was given so far is the last use of a slot."""
         if self._asynchronous:
             self._released[slot] = torch.cuda.current_stream(self.device).record_event()
+
+    def close(self) -> None:
+        """Wait until no copy is under way: slots and the memory copied from may be given back after this."""
+        if self._asynchronous:
+            self._stream.synchronize()
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         return torch.cuda.device(self.device) if self._asynchronous else contextlib.nullcontext()

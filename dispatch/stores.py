@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -72,27 +71,46 @@ class Store(Protocol):
         """Return the weights as tensors in host memory that outlive the store."""
 
 
-def new_slab(nbytes: int, device: torch.device, *, pinned: bool = False) -> torch.Tensor:
-    """Return an uninitialised slab of `nbytes` on `device`; host memory may be pinned for CUDA.
+def new_slab(nbytes: int, device: torch.device) -> torch.Tensor:
+    """Return an uninitialised slab of `nbytes` on `device`."""
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def host_slab(nbytes: int, target: torch.device) -> torch.Tensor:
+    """Return a slab of host memory to be copied from to `target`: pinned where that is a CUDA device.
 
     Pages of its own are registered, and no more: torch's pinned allocator would round up to a power of two.
 
     Raises:
         InputError: the host has no such memory left, or does not let it be pinned.
     """
-    if not pinned:
-        return torch.empty(nbytes, dtype=torch.uint8, device=device)
-    pages = mmap.mmap(-1, max(nbytes, 1))
-    slab = torch.frombuffer(pages, dtype=torch.uint8, count=nbytes) if nbytes else torch.empty(0, dtype=torch.uint8)
-    runtime = torch.cuda.cudart()
-    failure = int(runtime.cudaHostRegister(slab.data_ptr(), nbytes, 0)) if nbytes else 0
+    if target.type != "cuda" or nbytes == 0:
+        return new_slab(nbytes, torch.device("cpu"))
+    pages = _PinnedPages(-1, nbytes)
+    slab = torch.frombuffer(pages, dtype=torch.uint8, count=nbytes)
+    with torch.cuda.device(target):
+        failure = int(torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), nbytes, _PORTABLE))
     if failure:
         raise InputError(
             f"{format_bytes(nbytes)} of host memory cannot be pinned (CUDA error {failure}); raise the limit of locked "
             "memory (ulimit -l), or plan with less --ram"
         )
-    weakref.finalize(pages, runtime.cudaHostUnregister, slab.data_ptr())
+    pages.registered = slab.data_ptr()
     return slab
+
+
+# cudaHostRegisterPortable: pinned for every device, not only for the current one.
+_PORTABLE = 1
+
+
+class _PinnedPages(mmap.mmap):
+    """Pages that are unregistered before they are unmapped, when the last tensor over them is gone."""
+
+    registered: int | None = None
+
+    def __del__(self) -> None:
+        if self.registered is not None:
+            torch.cuda.cudart().cudaHostUnregister(self.registered)
 
 
 class HostStore:

@@ -18,7 +18,6 @@ class StreamedGroup:
         self.name, self.store, self._owners = name, store, owners
         self._away = {name: place.as_parameter(place.get(*owner).to("meta")) for name, owner in owners.items()}
         self._present: dict[int, dict[str, torch.nn.Parameter]] = {}
-        self.leave()
 
     def arrive(self, slot: int, slab: torch.Tensor) -> None:
         """Make the parameters views of a slot. The views are made once a slot, then kept."""
@@ -31,9 +30,13 @@ class StreamedGroup:
         """Put the parameters back on meta."""
         self._set(self._away)
 
-    def restore(self) -> None:
-        """Give the parameters weights of their own in host memory."""
-        self._set({name: place.as_parameter(tensor) for name, tensor in self.store.to_host().items()})
+    def load(self) -> dict[str, torch.nn.Parameter]:
+        """Return the weights as parameters of their own in host memory."""
+        return {name: place.as_parameter(tensor) for name, tensor in self.store.to_host().items()}
+
+    def restore(self, loaded: dict[str, torch.nn.Parameter]) -> None:
+        """Give the modules what `load` returned."""
+        self._set(loaded)
 
     def _set(self, parameters: dict[str, torch.nn.Parameter]) -> None:
         for name, (module, leaf) in self._owners.items():
@@ -58,9 +61,10 @@ class GroupStream:
     def prefetch(self) -> None:
         """Begin as many copies as there are free slots."""
         while self._free and len(self._pending) + len(self._held) < len(self.groups):
-            slot, index = self._free.popleft(), self._next
+            slot, index = self._free[0], self._next
             with self.ring.context():
                 self.ring.copy(slot, self.groups[index].store)
+            self._free.popleft()
             self._pending.append((index, slot))
             self._next = (index + 1) % len(self.groups)
 

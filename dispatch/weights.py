@@ -10,7 +10,7 @@ import torch
 from dispatch import place
 from dispatch.checkpoint import Checkpoint
 from dispatch.sources import Piece, TensorSource, resolve_sources
-from dispatch.stores import DiskStore, HostStore, Layout, Store, new_slab
+from dispatch.stores import DiskStore, HostStore, Layout, Store, host_slab
 from planner.errors import InputError, TraceError
 
 _CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ class Weights:
     """
 
     def __init__(self, model: torch.nn.Module, checkpoint: Checkpoint | None, *, offloaded: bool = False):
-        self.model, self.checkpoint = model, checkpoint
+        self.model, self.checkpoint, self.offloaded = model, checkpoint, offloaded
         self.on_meta = any(parameter.is_meta for parameter in model.parameters())
         if self.on_meta and checkpoint is None:
             raise InputError("the model is on meta: give the checkpoint that its weights are to come from")
@@ -45,6 +45,21 @@ class Weights:
         self.sources[name].fill(self._checkpoint(), tensor)
         return tensor
 
+    def same_on_disk(self, name: str) -> bool:
+        """Tell whether the checkpoint holds the very bytes that the loaded model has."""
+        current = place.get(*place.owner(self.model, name))
+        stored = torch.empty(current.shape, dtype=current.dtype)
+        self.sources[name].fill(self._checkpoint(), stored)
+        return torch.equal(stored.view(torch.uint8), current.cpu().contiguous().view(torch.uint8))
+
+    def check_mappable(self, name: str) -> None:
+        """Raise InputError unless `map` can give this tensor."""
+        if name not in self.computed and self.sources[name].whole_entry() is None:
+            raise InputError(
+                f"{name} is planned to be used straight from the checkpoint's file, which holds it in another dtype or "
+                "in pieces; plan with the checkpoint's own dtype, or with more RAM"
+            )
+
     def map(self, name: str) -> torch.Tensor:
         """Return a tensor as a view of the checkpoint's mapped file.
 
@@ -53,28 +68,25 @@ class Weights:
         """
         if name in self.computed:
             return self.computed[name]
+        self.check_mappable(name)
         entry = self.sources[name].whole_entry()
-        if entry is None:
-            raise InputError(
-                f"{name} is planned to be used straight from the checkpoint's file, which holds it in another dtype or "
-                "in pieces; plan with the checkpoint's own dtype, or with more RAM"
-            )
+        assert entry is not None
         return self._checkpoint().map(entry)
 
-    def store(self, names: list[str], *, on_disk: bool, pinned: bool, expert: int | None = None) -> Store:
-        """Return where the named tensors wait; with `expert`, that slice of each."""
+    def store(self, names: list[str], *, on_disk: bool, target: torch.device, expert: int | None = None) -> Store:
+        """Return where the named tensors wait to be copied to `target`; with `expert`, that slice of each."""
         tensors = [(name, place.get(*place.owner(self.model, name))) for name in names]
         layout = Layout.of([(name, tuple(t.shape if expert is None else t.shape[1:]), t.dtype) for name, t in tensors])
         if on_disk:
             return DiskStore(layout, self._checkpoint(), [self.sources[name] for name in names], expert)
-        slab = new_slab(layout.nbytes, _CPU, pinned=pinned)
+        slab = host_slab(layout.nbytes, target)
         for name, view in layout.views(slab).items():
             self._fill(name, view, expert)
         return HostStore(layout, slab)
 
-    def expert(self, names: list[str], expert: int, device: torch.device) -> dict[str, torch.Tensor]:
-        """Return one slice of each of the named tensors, in a slab on `device`."""
-        store = self.store(names, on_disk=False, pinned=False, expert=expert)
+    def slab(self, names: list[str], device: torch.device, *, expert: int | None = None) -> dict[str, torch.Tensor]:
+        """Return the named tensors, or one slice of each, as views into one slab on `device`."""
+        store = self.store(names, on_disk=False, target=_CPU, expert=expert)
         assert isinstance(store, HostStore)
         slab = store.slab if device.type == "cpu" else store.slab.to(device)
         return store.layout.views(slab)

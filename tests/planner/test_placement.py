@@ -186,15 +186,17 @@ def test_reserved_memory_counts_in_what_is_needed() -> None:
 
 def test_memory_is_preferred_to_disk_where_both_cost_the_same() -> None:
     """Computing hides the copies from either, and memory has room for all: nothing waits on disk."""
-    case = streaming_case()
-    work = [span(held=100, peak=MIB, kv=(0, 4096), flops=10**13, moved=10**6)] * 3
-    kinds = (*case.graph.kinds[:2], LayerKind(name="Block", groups=(group("attn", 8 * MIB), group("mlp", 4 * MIB))))
-    order = [(layer.name, layer.kind) for layer in case.graph.layers]
-    graph = build_graph(list(kinds), [work] * 3, order)
-    placements, _, solver = find(graph, case.hardware, case.workload)
-    assert solver.status == "optimal"
-    assert any(p.home != p.run_on for p in placements)
-    assert not [p for p in placements if p.home == "disk"]
+    kinds = [end_kind("Embedding", MIB), end_kind("Head", MIB)]
+    kinds.append(LayerKind(name="Block", groups=(group("attn", 4 * MIB), group("mlp", 8 * MIB))))
+    ends = [span(held=100, peak=MIB, flops=10**6, moved=10**6)] * 3
+    work = [span(held=100, peak=2 * MIB, kv=(0, 4096), flops=10**12, moved=10**6)] * 3
+    graph = build_graph(kinds, [ends, ends, work], [("embed", 0), *[(f"b{i}", 2) for i in range(8)], ("head", 1)])
+    gpus = [gpu(0, product="big", flops=10**14, rate=10**12)]
+    for size, any_waits in ((100, True), (200, False)):
+        sizes = {"cuda:0": size * MIB, "cpu": 400 * MIB, "disk": 2**31}
+        placements, _, solver = find(graph, machine(gpus, sizes), Workload(prompt_tokens=8, new_tokens=12))
+        assert solver.status == "optimal"
+        assert {p.home for p in placements if p.home != p.run_on} == ({"cpu"} if any_waits else set())
 
 
 SEARCH = """
