@@ -19,7 +19,7 @@ from planner.units import MIB, round_up
 _OWN_SEGMENT_BYTES = 10 * MIB
 _SEGMENT_BYTES = 2 * MIB
 _ROUND_BYTES = 512
-# Smaller ones share segments of 20 MiB (above 1 MiB) and 2 MiB: at most one of each kind is begun and not full.
+# Smaller ones share segments of 20 MiB (above 1 MiB) and 2 MiB: one of each kind is taken to be begun and not full.
 ALLOCATOR_BYTES = 22 * MIB
 # One slot is computed with while the next group is copied into the other.
 SLOT_COUNT = 2
@@ -43,9 +43,16 @@ def resident_bytes(group: WeightGroup, slices: int, device: Device) -> int:
     return slices * allocation_bytes(group.slice_slab_bytes, device)
 
 
-def most_held(spans: Iterable[Span]) -> int:
-    """Return the most bytes of activations around one layer over the given spans of it."""
-    return max(span.held_bytes + span.peak_bytes for span in spans)
+def activation_bytes(graph: LayerGraph) -> tuple[int, ...]:
+    """Return for every layer the most bytes of activations around any layer of its kind, in any pass.
+
+    A model's first block may hold less than the others; counting them alike keeps alike layers exchangeable.
+    """
+    most = [0] * len(graph.kinds)
+    for entry in graph.passes:
+        for layer, span in zip(graph.layers, entry.per_layer(), strict=True):
+            most[layer.kind] = max(most[layer.kind], span.held_bytes + span.peak_bytes)
+    return tuple(most[layer.kind] for layer in graph.layers)
 
 
 def kv_bytes(spans: Sequence[Span]) -> int:
@@ -156,17 +163,18 @@ def planned_bytes(
     graph: LayerGraph, hardware: Hardware, placements: Sequence[Placement], slots: Sequence[Slots]
 ) -> dict[str, Usage]:
     """Return the bytes that are planned for on every memory: static ones, every layer's longest cache, and the most
-    activations of any layer there. This is what must not exceed the usable capacity.
+    activations around any layer of a kind that runs there. This is what must not exceed the usable capacity.
     """
     result = static_usage(graph, hardware, placements, slots)
     per_pass = [entry.per_layer() for entry in graph.passes]
+    held = activation_bytes(graph)
     for index, device in enumerate(_devices(graph, placements)):
         spans = [spans[index] for spans in per_pass]
         usage = result[device]
         result[device] = _with(
             usage,
             kv_cache=usage.kv_cache + kv_bytes(spans),
-            activations=max(usage.activations, most_held(spans)),
+            activations=max(usage.activations, held[index]),
         )
     return result
 

@@ -21,7 +21,7 @@ from ortools.sat.python import cp_model
 
 from planner import memory
 from planner.errors import NoSolutionInTimeError
-from planner.placement.problem import GroupCost, Problem, Tie, Unit, UnitCost
+from planner.placement.problem import GroupCost, Problem, Tie, Unit, UnitCost, likeness
 
 # (linearization level, limit) tried in turn: most instances are proven at once at one level or the other, and which
 # one is not known before. Limits are on CP-SAT's own deterministic clock, so that a search is cut off at the same
@@ -32,6 +32,7 @@ SHORTFALL_SEARCHES = ((1, 0.3), (2, 0.3), (1, 1.0))
 # That clock can all but stand still while a search goes in circles. Only then does a wall clock end it.
 LONGEST_SEARCH_S = 30.0
 LONGEST_SHORTFALL_S = 2.0
+MOST_OBJECTIVE = 2**60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,12 +91,14 @@ class _Model:
         self.on_disk: dict[tuple[str, str, str], Any] = {}
         self.ends: dict[tuple[str, str], Any] = {}
         self.held: dict[str, list[Any]] = {pool.name: [] for pool in problem.hardware.pools}
-        self.activations: dict[str, Any] = {}
-        self.slots: dict[tuple[str, str], Any] = {}
-        self.staging: dict[tuple[str, str], Any] = {}
+        # (bytes, literal) that a device's activations and slots must be as large as; literals of what comes from disk
+        self.activations: dict[str, list[tuple[int, Any]]] = {name: [] for name in self.devices}
+        self.slots: dict[tuple[str, str], list[tuple[int, Any]]] = {}
+        self.staged: dict[tuple[str, str], list[Any]] = {}
         self.used = {name: self.model.new_bool_var(f"used {name}") for name in self.devices}
         self.growth = self.model.new_int_var(0, self._most_growth() if grow else 0, "growth")
         self._variables()
+        self._buffers()
         self._memory(grow)
         if not ordered:
             self._order_alike_devices()
@@ -141,19 +144,41 @@ class _Model:
 
     def _device_buffers(self) -> None:
         for name in self.devices:
-            costs = [unit.on[name] for unit in self._units()]
-            most = max(entry.activation_bytes for entry in costs)
-            self.activations[name] = self.model.new_int_var(0, most, f"activations {name}")
             context, workspace = memory.fixed_bytes(self.problem.hardware.device(name))
-            self.held[name] += [self.activations[name], (context + workspace) * self.used[name]]
-            for holds in ("groups", "experts"):
-                slabs = [g for entry in costs for g in entry.groups if memory.slot_kind(g.group) == holds]
-                top = max((self._slot_bytes(g, name) for g in slabs), default=0)
-                self.slots[name, holds] = self.model.new_int_var(0, top, f"slots {name} {holds}")
-                self.staging[name, holds] = self.model.new_int_var(0, top, f"staging {name} {holds}")
-                self.held[name].append(self.slots[name, holds])
-                # Disk → GPU goes through host memory, in pieces as large as that GPU's slots.
-                self.held["cpu"].append(self.staging[name, holds])
+            # What stands outside every layer lives with the first one: with the front, or where that may be.
+            loose = self.problem.loose_bytes if self.problem.front is None else 0
+            self.held[name].append((context + workspace + loose) * self.used[name])
+
+    # [Constraint] a device holds its greatest activations and slots; disk → GPU goes through host memory, in pieces
+    # as large as that GPU's slots
+    def _buffers(self) -> None:
+        for name, needs in self.activations.items():
+            self.held[name] += [nbytes * level for nbytes, level in self._greatest(needs, f"activations {name}")]
+        for (name, holds), needs in self.slots.items():
+            for nbytes, level in self._greatest(needs, f"slots {name} {holds}"):
+                self.held[name].append(nbytes * level)
+                if not self.staged.get((name, holds)):
+                    continue
+                staging = self.model.new_bool_var(f"staging {name} {holds} {nbytes}")
+                for from_disk in self.staged[name, holds]:
+                    self.model.add_bool_or(staging, ~level, ~from_disk)
+                self.held["cpu"].append(nbytes * staging)
+
+    def _greatest(self, needs: list[tuple[int, Any]], what: str) -> list[tuple[int, Any]]:
+        """Return (bytes, bool) whose sum is the greatest that `needs` (bytes, literal) asks for: a step for each size.
+
+        An integer variable for the bytes instead sends CP-SAT into searches that its own clock hardly counts.
+        """
+        steps: list[tuple[int, Any]] = []
+        before = 0
+        for size in sorted({nbytes for nbytes, _ in needs if nbytes}):
+            level = self.model.new_bool_var(f"{what} above {before}")
+            for nbytes, wanted in needs:
+                if nbytes >= size:
+                    self.model.add_implication(wanted, level)
+            steps.append((size - before, level))
+            before = size
+        return steps
 
     def _slot_bytes(self, entry: GroupCost, name: str) -> int:
         device = self.problem.hardware.device(name)
@@ -182,7 +207,7 @@ class _Model:
         active = model.new_bool_var(f"active {unit.name} {name}")
         model.add(here <= len(unit.layers) * active)
         model.add_implication(active, self.used[name])
-        model.add(self.activations[name] >= costs.activation_bytes * active)
+        self.activations[name].append((costs.activation_bytes, active))
         self.held[name].append((costs.resident_bytes + costs.kv_bytes) * here)
         for entry in costs.groups:
             self._waiting(unit, name, entry, here)
@@ -211,14 +236,14 @@ class _Model:
             device = self.problem.hardware.device(name)
             size = self._slot_bytes(entry, name)
             key = (name, memory.slot_kind(group))
-            model.add(self.slots[key] >= size * streams)
+            self.slots.setdefault(key, []).append((size, streams))
             if device.kind != "cpu":
-                model.add(self.staging[key] >= self.slots[key]).only_enforce_if(from_disk)
+                self.staged.setdefault(key, []).append(from_disk)
 
     def _end_on(self, end: Unit, name: str, costs: UnitCost) -> None:
         here = self.ends[end.name, name]
         self.model.add_implication(here, self.used[name])
-        self.model.add(self.activations[name] >= costs.activation_bytes * here)
+        self.activations[name].append((costs.activation_bytes, here))
         loose = self.problem.loose_bytes if end is self.problem.front else 0
         self.held[name].append((costs.resident_bytes + costs.kv_bytes + loose) * here)
         for entry in costs.groups:
@@ -238,11 +263,7 @@ class _Model:
     def _order_alike_devices(self) -> None:
         hardware = self.problem.hardware
         for one, other in zip(hardware.devices, hardware.devices[1:], strict=False):
-            alike = (one.kind, one.product, hardware.pool(one.pool).usable_bytes) == (
-                other.kind,
-                other.product,
-                hardware.pool(other.pool).usable_bytes,
-            )
+            alike = likeness(hardware, one) == likeness(hardware, other)
             if alike:
                 blocks = self.problem.blocks
                 here = sum(self.layers[unit.name, one.name] for unit in blocks)
@@ -271,7 +292,7 @@ class _Model:
     def minimise_time(self) -> None:
         """Make the objective the cost model's: the longest lane of every device in every step, and the hops.
 
-        Among placements of equal cost, the one with the fewest layers on the CPU is taken.
+        Of equal costs, the one with the fewest layers on the CPU and slices that wait (those on disk twice) is taken.
         """
         problem, total = self.problem, []
         for step, times in problem.times.items():
@@ -287,8 +308,21 @@ class _Model:
             total.append(times * problem.hop_ns[step] * self._hops())
         self.time_ns = sum(total)
         on_cpu = [var for (_, name), var in (*self.layers.items(), *self.ends.items()) if name == "cpu"]
-        self.weight = 1 + sum(len(unit.layers) for unit in problem.blocks) + 2
-        self.model.minimize(self.weight * self.time_ns + sum(on_cpu))
+        on_disk = [slices for (*_, home), slices in self.away.items() if home == "disk"]
+        # Layers on the CPU, slices that wait, and again those on disk; none is more often than it exists.
+        graph = problem.graph
+        every = sum(1 + 2 * group.slices for layer in graph.layers for group in graph.kinds[layer.kind].groups)
+        self.weight = 1 + len(graph.layers) + every
+        second = sum([*on_cpu, *self.away.values(), *on_disk])
+        longest = sum(
+            times * (self._longest_ns(step, name) + 2 * problem.hop_ns[step])
+            for step, times in problem.times.items()
+            for name in self.devices
+        )
+        if self.weight * (longest + 1) > MOST_OBJECTIVE:
+            # Too long a time to leave room for a second thought in 64 bits.
+            self.weight, second = 1, 0
+        self.model.minimize(self.weight * self.time_ns + second)
 
     def _work(self, step: str, name: str) -> tuple[list[Any], list[Any]]:
         serial: list[Any] = []

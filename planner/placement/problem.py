@@ -84,11 +84,10 @@ class Problem:
     hop_ns: dict[str, int]
     ties: tuple[Tie, ...]
     loose_bytes: int
-    experts_stay: bool
 
 
-def build(graph: LayerGraph, hardware: Hardware, workload: Workload, *, experts_stay: bool) -> Problem:
-    """Return the problem's numbers. experts_stay: fused experts may not wait away from where they compute."""
+def build(graph: LayerGraph, hardware: Hardware, workload: Workload) -> Problem:
+    """Return the problem's numbers."""
     is_block = [any(group.streamable for group in graph.kind_of(i).groups) for i in range(len(graph.layers))]
     if True in is_block:
         first = is_block.index(True)
@@ -97,7 +96,7 @@ def build(graph: LayerGraph, hardware: Hardware, workload: Workload, *, experts_
         first, last = len(is_block), len(is_block) - 1
     steps = cost.steps_of(graph, workload)
     dtype = cost.weight_dtype(graph)
-    maker = _Maker(graph, hardware, steps, dtype, experts_stay)
+    maker = _Maker(graph, hardware, steps, dtype)
     front, tail = tuple(range(first)), tuple(range(last + 1, len(is_block)))
     classes: dict[object, list[int]] = {}
     for index in range(first, last + 1):
@@ -115,7 +114,6 @@ def build(graph: LayerGraph, hardware: Hardware, workload: Workload, *, experts_
         hop_ns={step.name: cost.step_hop_ns(graph, hardware, step) for step in steps},
         ties=_ties(graph, set(front), set(tail)),
         loose_bytes=sum(tensor.nbytes for tensor in graph.loose),
-        experts_stay=experts_stay,
     )
 
 
@@ -131,12 +129,22 @@ def _ties(graph: LayerGraph, front: set[int], tail: set[int]) -> tuple[Tie, ...]
     return tuple(found)
 
 
+def likeness(hardware: Hardware, device: Device) -> object:
+    """Return what makes two devices exchangeable: equal rates, capacity, and links to everything."""
+    links = [(link.target if link.source == device.name else link.source, link.source == device.name, link)
+             for link in hardware.links if device.name in (link.source, link.target)]  # fmt: skip
+    kinds = {other.name: other.kind for other in hardware.devices}
+    return (
+        device.kind, device.product, tuple(sorted(device.flops_per_s.items())), device.bytes_per_s, device.operator_ns,
+        device.context_bytes, device.workspace_bytes, hardware.pool(device.pool).usable_bytes,
+        tuple(sorted((kinds.get(other, other), out, link.bytes_per_s, link.latency_ns) for other, out, link in links)),
+    )  # fmt: skip
+
+
 class _Maker:
-    def __init__(
-        self, graph: LayerGraph, hardware: Hardware, steps: tuple[cost.Step, ...], dtype: str, experts_stay: bool
-    ):
+    def __init__(self, graph: LayerGraph, hardware: Hardware, steps: tuple[cost.Step, ...], dtype: str):
         self.graph, self.hardware, self.steps, self.dtype = graph, hardware, steps, dtype
-        self.experts_stay = experts_stay
+        self.held = memory.activation_bytes(graph)
         self.spans = [[entry.per_layer()[index] for entry in graph.passes] for index in range(len(graph.layers))]
 
     def signature(self, index: int) -> object:
@@ -168,7 +176,7 @@ class _Maker:
                 for step in self.steps
             },
             kv_bytes=sum(memory.kv_bytes(self.spans[index]) for index in counted),
-            activation_bytes=max(memory.most_held(self.spans[index]) for index in members),
+            activation_bytes=max(self.held[index] for index in members),
             resident_bytes=sum(memory.resident_bytes(group, group.slices, device) for _, group in groups),
             groups=tuple(
                 self._group(index, group, device)
@@ -178,8 +186,6 @@ class _Maker:
         )
 
     def _may_wait(self, group: WeightGroup, device: Device) -> bool:
-        if group.slices > 1 and self.experts_stay:
-            return False
         return group.streamable or device.kind == "cpu"
 
     def _group(self, layer: int, group: WeightGroup, device: Device) -> GroupCost:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from planner.hardware import Device, Hardware
+from planner.hardware import Hardware
 from planner.placement.counts import Counts
-from planner.placement.problem import Problem, Unit
+from planner.placement.problem import Problem, Unit, likeness
 from planner.plan import Placement
 
 
@@ -115,15 +115,11 @@ def _alike_in_order(hardware: Hardware, run_on: Sequence[str]) -> dict[str, str]
     met += [device.name for device in hardware.devices if device.name not in met]
     sets: dict[object, list[str]] = {}
     for device in hardware.devices:
-        sets.setdefault(_likeness(hardware, device), []).append(device.name)
+        sets.setdefault(likeness(hardware, device), []).append(device.name)
     names: dict[str, str] = {}
     for alike in sets.values():
         names.update(zip(sorted(alike, key=met.index), alike, strict=True))
     return names
-
-
-def _likeness(hardware: Hardware, device: Device) -> object:
-    return device.kind, device.product, device.bytes_per_s, hardware.pool(device.pool).usable_bytes
 
 
 def _memory(home: str, run_on: str) -> Literal["device", "pinned", "pageable", "disk"]:

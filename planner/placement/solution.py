@@ -15,7 +15,7 @@ from planner.workload import Workload
 
 
 def find(
-    graph: LayerGraph, hardware: Hardware, workload: Workload, *, experts_stay: bool = False
+    graph: LayerGraph, hardware: Hardware, workload: Workload
 ) -> tuple[tuple[Placement, ...], tuple[Slots, ...], Solver]:
     """Return the placement of least cost with its slots, and its proof.
 
@@ -26,7 +26,7 @@ def find(
     Raises:
         InfeasibleError: nothing fits. NoSolutionInTimeError: cut off before anything was found.
     """
-    problem = build(graph, hardware, workload, experts_stay=experts_stay)
+    problem = build(graph, hardware, workload)
     counts = counting.solve(problem)
     if counts is None:
         raise _infeasible(problem)
