@@ -204,7 +204,7 @@ def _proof_card(plan: Plan) -> _Card:
     if plan.solver is None:
         return ("proof", "none", "no solver was run", "")
     if plan.solver.status == "optimal":
-        return ("proof", "optimal", "no placement costs less under the cost model named below", "good")
+        return ("proof", "optimal", "none considered costs less under the cost model named below", "good")
     return (
         "proof",
         f"gap {plan.solver.gap:.1%}",
@@ -324,7 +324,7 @@ def _solver(plan: Plan) -> str:
     solver = plan.solver
     if solver is None:
         return f"<section><h2>Solver</h2><p>{_NO_SOLVER}</p></section>"
-    proven = "proven: no placement costs less" if solver.status == "optimal" else "found; a better one may exist"
+    proven = "proven: none considered costs less" if solver.status == "optimal" else "found; a better one may exist"
     pairs = [
         ("status", f"{solver.status} ({proven} under this cost model)"),
         ("objective", format_ns(solver.objective_ns)),

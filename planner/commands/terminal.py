@@ -215,7 +215,7 @@ def _proof(page: Page, plan: Plan) -> None:
         page.paragraph("None: no solver was run for this plan, so nothing is proven of how good it is.", first="  ")
         return
     if solver.status == "optimal":
-        text = "Proven optimal: no placement is faster under the cost model"
+        text = "Proven optimal: no placement that is considered costs less under the cost model"
     else:
         most = f"at most {solver.gap:.1%}" if solver.gap >= 0.001 else "less than 0.1%"
         text = f"Not proven optimal: another placement may be faster, by {most}, under the cost model"

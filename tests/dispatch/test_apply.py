@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -293,3 +294,110 @@ def test_what_several_layers_take_is_moved_once() -> None:
     assert kwargs["flag"] is True
     assert kwargs["none"] is None
     assert kwargs["pair"][0] is kwargs["pair"][1] is again[0]
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_threads_wait_for_each_other(make_case: Any, name: str) -> None:
+    case = make_case(name)
+    plan = streamed(case.plan(gpus="1x24GB"), "cpu")
+    case.run_like(plan)
+    want = case.logits(case.reference)
+    model = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: case.logits(model), range(24)))
+    assert all(torch.equal(result, want) for result in results)
+
+
+def test_remove_refuses_a_changed_file_and_can_be_tried_again(make_case: Any) -> None:
+    case = make_case("llama")
+    want = case.logits(case.reference)
+    model = dispatch.apply(case.meta(), half_on_disk(case), checkpoint=case.folder)
+    shard = sorted(case.folder.glob("*.safetensors"))[0]
+    kept = shard.with_suffix(".kept")
+    shard.rename(kept)
+    shard.write_bytes(kept.read_bytes())
+    with pytest.raises(InputError, match=shard.name):
+        dispatch.remove(model)
+    kept.replace(shard)
+    assert torch.equal(case.logits(model), want), "still dispatched, still right"
+    assert torch.equal(case.logits(dispatch.remove(model)), want)
+
+
+@pytest.mark.parametrize("mode", ["gpu from disk", "disk"])
+def test_a_removal_that_fails_leaves_the_model_dispatched(
+    make_case: Any, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    case = make_case("mixtral")
+    plan = plan_for(case, mode)
+    case.run_like(plan)
+    want = case.logits(case.reference)
+    model = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
+
+    def unreadable(self: Any) -> None:
+        raise InputError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dispatch.stores.DiskStore.to_host", unreadable)
+        with pytest.raises(InputError, match="the disk is gone"):
+            dispatch.remove(model)
+    assert torch.equal(case.logits(model), want)
+    assert torch.equal(case.logits(dispatch.remove(model)), want)
+
+
+def test_a_failed_copy_gives_its_slot_back(make_case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case("llama")
+    plan = streamed(case.plan(gpus="1x24GB"), "disk")
+    want = case.logits(case.reference)
+    model = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
+
+    def unreadable(*args: Any) -> None:
+        raise InputError("the disk stumbled")
+
+    for _ in range(5):
+        with monkeypatch.context() as patch:
+            patch.setattr("dispatch.stores.DiskStore.copy_to", unreadable)
+            with pytest.raises(InputError, match="stumbled"):
+                case.logits(model)
+    assert torch.equal(case.logits(model), want)
+
+
+def test_a_loaded_model_is_not_mixed_with_other_weights(make_case: Any, tmp_path: Path) -> None:
+    case = make_case("llama")
+    plan = half_on_disk(case)
+    model = case.loaded()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5)
+    want = case.logits(model)
+    with pytest.raises(InputError, match="offload_dir"):
+        dispatch.apply(model, plan, checkpoint=case.folder)
+    assert torch.equal(case.logits(model), want)
+    assert torch.equal(case.logits(dispatch.apply(model, plan, offload_dir=tmp_path / "offload")), want)
+
+
+def test_a_checkpoint_in_another_dtype_is_refused_before_anything_changes(make_case: Any, tmp_path: Path) -> None:
+    case = make_case("llama")
+    case.reference.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    model = case.meta()
+    model.set_attn_implementation("eager")
+    with pytest.raises(InputError, match="another dtype"):
+        dispatch.apply(model, half_on_disk(case), checkpoint=tmp_path / "half")
+    assert model.config._attn_implementation == "eager"
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_what_would_meet_weights_that_are_elsewhere_is_refused(make_case: Any, tmp_path: Path) -> None:
+    case = make_case("llama")
+    plan = streamed(case.plan(gpus="1x24GB"), "cpu")
+    model = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
+    for call in (
+        lambda: model.to(torch.bfloat16),
+        lambda: model.load_state_dict(case.reference.state_dict()),
+        lambda: model.state_dict(),
+        lambda: model.save_pretrained(tmp_path / "saved"),
+    ):
+        with pytest.raises(InputError, match=r"dispatch\.remove"):
+            call()
+    plain = dispatch.remove(model)
+    plain.load_state_dict(case.reference.state_dict())
+    assert torch.equal(case.logits(plain.to("cpu")), case.logits(case.reference))
