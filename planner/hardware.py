@@ -218,7 +218,7 @@ def parse_gpus(text: str | int, notes: list[str]) -> list[tuple[int, str]]:
         return []
     specs: list[tuple[int, str]] = []
     for part in str(text).split(","):
-        match = re.fullmatch(r"\s*(?:(\d+)\s*x\s*)?(\S+)\s*", part, flags=re.IGNORECASE)
+        match = re.fullmatch(r"\s*(?:(\d+)\s*[x\u00d7]\s*)?(\S+)\s*", part, flags=re.IGNORECASE)
         if match is None:
             raise InputError(_gpus_help(text))
         count = int(match[1]) if match[1] is not None else 1

@@ -13,6 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from planner.commands import options
 from planner.commands.layout import clean
@@ -44,6 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return PIPE_CLOSED
     except Exception as exc:
         return _fail(exc, words)
+
+
+def entry() -> NoReturn:
+    """Run `plan` as a process of its own, and leave at once.
+
+    Taking torch and its like apart at the interpreter's exit costs most of a second, and nothing is left to be done.
+    """
+    code = main()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _command(words: list[str]) -> int:
@@ -96,4 +109,4 @@ def _silence_stdout(*, only_if_broken: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()
