@@ -95,12 +95,17 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """Devices in order (GPUs first, then "cpu"), their pools ("disk" is a pool without a device), and links."""
+    """Devices in order (GPUs first, then "cpu"), their pools ("disk" is a pool without a device), and links.
+
+    pinned_limit_bytes: how much of the host's memory may be pinned for GPUs to copy from; None where only its size
+        limits that.
+    """
 
     devices: tuple[Device, ...]
     pools: tuple[MemoryPool, ...]
     links: tuple[Link, ...]
     assumptions: tuple[str, ...] = ()
+    pinned_limit_bytes: int | None = None
 
     def device(self, name: str) -> Device:
         return next(device for device in self.devices if device.name == name)
@@ -169,13 +174,14 @@ class Hardware:
         return hardware.with_max_memory(max_memory or {})
 
     def with_max_memory(self, max_memory: Mapping[str, str | int]) -> Hardware:
-        """Return this machine with pools capped: {"cuda:0": "20GiB", "cpu": "64GB"}; a cap never raises a capacity.
+        """Return this machine with pools capped: {"cuda:0": "20GiB", "cpu": "64GB", "pinned": "16GB"}; a cap never
+        raises a capacity.
 
         Raises:
             InputError: a name that this machine does not have, or a size that cannot be read.
         """
         caps = {_device_name(key): parse_bytes(value, what=f"max_memory of {key}") for key, value in max_memory.items()}
-        names = [pool.name for pool in self.pools]
+        names = [*(pool.name for pool in self.pools), "pinned"]
         for name in caps:
             if name not in names:
                 raise InputError(f"max_memory names {name!r}, which is not planned for; there are {', '.join(names)}")
@@ -188,7 +194,14 @@ class Hardware:
             for pool in self.pools
         )
         notes = tuple(f"{name} limited to {format_bytes(size)} by max_memory" for name, size in sorted(caps.items()))
-        return Hardware(devices=self.devices, pools=pools, links=self.links, assumptions=self.assumptions + notes)
+        limits = [limit for limit in (self.pinned_limit_bytes, caps.get("pinned")) if limit is not None]
+        return Hardware(
+            devices=self.devices,
+            pools=pools,
+            links=self.links,
+            assumptions=self.assumptions + notes,
+            pinned_limit_bytes=min(limits, default=None),
+        )
 
 
 _CPU = Device(

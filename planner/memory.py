@@ -159,6 +159,25 @@ def static_usage(
     return result
 
 
+def pinned_bytes(graph: LayerGraph, hardware: Hardware, placements: Sequence[Placement], slots: Sequence[Slots]) -> int:
+    """Return the host memory that is pinned: what waits there for GPUs, and what comes from disk through it."""
+    waiting = 0
+    staged: set[tuple[str, str]] = set()
+    for placement, group in with_groups(graph, placements):
+        slices = waiting_slices(placement, group)
+        if slices == 0 or hardware.device(placement.run_on).kind == "cpu":
+            continue
+        if placement.home == "cpu":
+            waiting += slices * group.slice_slab_bytes
+        else:
+            staged.add((placement.run_on, slot_kind(group)))
+    return waiting + sum(
+        entry.count * allocation_bytes(entry.slot_bytes, hardware.device(entry.device))
+        for entry in slots
+        if (entry.device, entry.holds) in staged
+    )
+
+
 def planned_bytes(
     graph: LayerGraph, hardware: Hardware, placements: Sequence[Placement], slots: Sequence[Slots]
 ) -> dict[str, Usage]:

@@ -98,6 +98,11 @@ def _check_memory(plan: Plan) -> list[Violation]:
                     f"{format_bytes(total - pool.usable_bytes)} too much",
                 )
             )
+    limit = plan.hardware.pinned_limit_bytes
+    pinned = memory.pinned_bytes(plan.graph, plan.hardware, plan.placements, plan.slots)
+    if limit is not None and pinned > limit:
+        message = f"{format_bytes(pinned)} of host memory would be pinned, and {format_bytes(limit)} may be"
+        found.append(Violation(rule="capacity", message=message))
     return found
 
 

@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     machine.add_argument("--disk", metavar="SIZE", help="disk for weights that fit nowhere else; 0 for none")
     machine.add_argument(
         "--max-memory", metavar="NAME=SIZE", action="append", default=[],
-        help="cap a device, such as cuda:0=20GiB,cpu=64GB; can be repeated",
+        help="cap a memory, such as cuda:0=20GiB,cpu=64GB,pinned=16GB; can be repeated",
     )  # fmt: skip
     work = result.add_argument_group("the work")
     work.add_argument("--batch", type=options.count, metavar="N", help="prompts at a time")

@@ -91,6 +91,7 @@ class _Model:
         self.on_disk: dict[tuple[str, str, str], Any] = {}
         self.ends: dict[tuple[str, str], Any] = {}
         self.held: dict[str, list[Any]] = {pool.name: [] for pool in problem.hardware.pools}
+        self.pinned: list[Any] = []
         # (bytes, literal) that a device's activations and slots must be as large as; literals of what comes from disk
         self.activations: dict[str, list[tuple[int, Any]]] = {name: [] for name in self.devices}
         self.slots: dict[tuple[str, str], list[tuple[int, Any]]] = {}
@@ -163,6 +164,7 @@ class _Model:
                 for from_disk in self.staged[name, holds]:
                     self.model.add_bool_or(staging, ~level, ~from_disk)
                 self.held["cpu"].append(nbytes * staging)
+                self.pinned.append(nbytes * staging)
 
     def _greatest(self, needs: list[tuple[int, Any]], what: str) -> list[tuple[int, Any]]:
         """Return (bytes, bool) whose sum is the greatest that `needs` (bytes, literal) asks for: a step for each size.
@@ -227,6 +229,8 @@ class _Model:
             self.away[unit.name, name, entry.key, home] = slices
             total.append(slices)
             self.held[home].append(entry.slab_bytes * slices)
+            if home == "cpu":
+                self.pinned.append(entry.slab_bytes * slices)
             # [Constraint] the waiting slices of one layer's group have one home
             model.add(slices <= group.slices * (disk_layers if home == "disk" else here - disk_layers))
             self.held[name].append(-entry.freed_bytes * slices)
@@ -258,6 +262,10 @@ class _Model:
         for pool in self.problem.hardware.pools:
             more = self.growth if pool.name == grow else 0
             self.model.add(sum(self.held[pool.name]) <= pool.usable_bytes + more)
+        limit = self.problem.hardware.pinned_limit_bytes
+        if limit is not None and self.pinned:
+            # [Constraint] no more host memory is pinned than may be
+            self.model.add(sum(self.pinned) <= limit)
 
     # [Constraint] of alike devices, an earlier one runs at least as many layers
     def _order_alike_devices(self) -> None:

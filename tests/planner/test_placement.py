@@ -391,3 +391,21 @@ def test_a_missing_prediction_of_a_memory_is_seen(plan: Plan) -> None:
     less = {name: size for name, size in plan.prediction.peak_bytes.items() if name != "cuda:0"}
     wrong = dataclasses.replace(plan.prediction, peak_bytes=less)
     assert rules(dataclasses.replace(plan, prediction=wrong)) == {"prediction"}
+
+
+# Pinned memory has a limit of its own
+
+
+def test_no_more_host_memory_is_pinned_than_may_be() -> None:
+    case = streaming_case()
+    free, slots, _ = find(case.graph, case.hardware, case.workload)
+    wanted = memory.pinned_bytes(case.graph, case.hardware, free, slots)
+    assert wanted > 0
+    for limit in (wanted, wanted - 1, wanted // 2, 0):
+        hardware = case.hardware.with_max_memory({"pinned": limit})
+        assert hardware.pinned_limit_bytes == limit
+        plan = plan_of(Case(case.graph, hardware, case.workload))
+        assert verify_plan(plan) == ()
+        assert memory.pinned_bytes(case.graph, hardware, plan.placements, plan.slots) <= limit
+        kept = dataclasses.replace(plan, placements=free, slots=slots, prediction=None)
+        assert [v.rule for v in verify_plan(kept)] == ([] if limit == wanted else ["capacity"])
