@@ -18,12 +18,12 @@ class Measurement:
     """One measured call.
 
     operator_outputs: per device ("cpu", "cuda:0"), the most bytes alive at once in tensors that operators made.
-    device_used: per CUDA device, the most bytes that the caching allocator had reserved.
+    reserved: per CUDA device, the most bytes that the caching allocator had taken from the driver.
     wall_ns: of the whole call, slowed by the measuring.
     """
 
     operator_outputs: dict[str, int]
-    device_used: dict[str, int]
+    reserved: dict[str, int]
     wall_ns: int
 
 
@@ -43,8 +43,8 @@ def measure(call: Callable[[], Any]) -> tuple[Any, Measurement]:
     for index in gpus:
         torch.cuda.synchronize(index)
     wall = time.perf_counter_ns() - started
-    used = {f"cuda:{index}": int(torch.cuda.max_memory_reserved(index)) for index in gpus}
-    return result, Measurement(operator_outputs=dict(meter.peak), device_used=used, wall_ns=wall)
+    reserved = {f"cuda:{index}": int(torch.cuda.max_memory_reserved(index)) for index in gpus}
+    return result, Measurement(operator_outputs=dict(meter.peak), reserved=reserved, wall_ns=wall)
 
 
 class _StorageMeter(TorchDispatchMode):

@@ -117,6 +117,7 @@ def _best(
     graph, execution = tracer.trace(routed=not may_group)
     report("placing")
     placements, slots, solver = find(graph, hardware, workload)
+    # The name is planner.execution.GROUPED_EXPERTS, whose module would load torch on a path that has the trace cached.
     if execution.experts == "loadplan_grouped" and not _experts_stay(placements):
         # Grouped matmul needs every expert where it computes; the best placement streams some, so run them by route.
         report("tracing routed experts")

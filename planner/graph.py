@@ -6,7 +6,6 @@ not listed. It holds everything that planning, simulating and verifying need; no
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -165,9 +164,6 @@ class LayerGraph:
     def kind_of(self, index: int) -> LayerKind:
         return self.kinds[self.layers[index].kind]
 
-    def pass_named(self, name: str) -> Pass | None:
-        return next((entry for entry in self.passes if entry.name == name), None)
-
     def tensors(self) -> Iterator[tuple[int, WeightGroup, str, Tensor]]:
         """Yield (layer index, group, full name, tensor) for every tensor of every layer, ties repeated."""
         for index, layer in enumerate(self.layers):
@@ -248,14 +244,3 @@ class LayerGraph:
                     raise PlanFormatError(
                         f"graph group {kind.name}.{group.name} cannot be cut into {group.slices} slices"
                     )
-
-
-@functools.cache
-def _dtype_bytes() -> dict[str, int]:
-    return {"bool": 1, "uint8": 1, "int8": 1, "int16": 2, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4,
-            "int64": 8, "float64": 8, "complex64": 8}  # fmt: skip
-
-
-def dtype_bytes(dtype: str) -> int:
-    """Return the size of one element of a torch dtype by its name."""
-    return _dtype_bytes()[dtype]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from planner.graph import SLAB_ALIGNMENT_BYTES, LayerGraph, LayerKind, Span, WeightGroup
+from planner.graph import SLAB_ALIGNMENT_BYTES, LayerGraph, Span, WeightGroup
 from planner.hardware import Device, Hardware
 from planner.plan import Placement, Slots
 from planner.units import MIB, round_up
@@ -235,11 +235,6 @@ def operator_outputs(graph: LayerGraph, placements: Sequence[Placement]) -> dict
             best[device] = max(best[device], cached[device] + span.held_bytes + span.peak_bytes)
             cached[device] += span.kv_after_bytes - span.kv_before_bytes
     return best
-
-
-def kind_weight_bytes(kind: LayerKind, device: Device) -> int:
-    """Return what one layer of a kind takes on `device` with all of its groups resident."""
-    return sum(resident_bytes(group, group.slices, device) for group in kind.groups)
 
 
 def _devices(graph: LayerGraph, placements: Sequence[Placement]) -> list[str]:

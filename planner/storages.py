@@ -11,7 +11,6 @@ Known limitations: scratch that kernels take inside an operator is not seen; ten
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -204,7 +203,3 @@ def nbytes_of(tensors: Iterable[torch.Tensor]) -> int:
     """Return the bytes of the distinct storages behind `tensors`."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
-
-
-def element_bytes(shape: Iterable[int], dtype: torch.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize

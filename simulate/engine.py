@@ -39,8 +39,3 @@ class Engine:
                     Interval(lane=lane, start_ns=start, end_ns=end, action=action, label=label, step=step)
                 )
         return end
-
-    def skip_to(self, instant: int) -> None:
-        """Let time pass: no lane starts anything before `instant`."""
-        for lane in self._free:
-            self._free[lane] = max(self._free[lane], instant)

@@ -34,3 +34,14 @@ def test_the_golden_plan_is_what_published_figures_say() -> None:
     assert decode["context_tokens"] == 512 + 128 - 1
     assert decode["spans"][1]["kv_after_bytes"] == decode["context_tokens"] * kv_per_token
     assert plan["solver"]["status"] == "optimal"
+
+
+def test_the_graph_is_a_networkx_chain_that_weighs_what_the_model_does() -> None:
+    graph = planner.Plan.load(GOLDEN).graph
+    view = graph.to_networkx()
+    assert [view.nodes[node]["name"] for node in view] == [layer.name for layer in graph.layers]
+    assert sorted(view.edges) == [(index, index + 1) for index in range(len(graph.layers) - 1)]
+    inside = sum(view.nodes[node]["nbytes"] for node in view)
+    assert inside + sum(tensor.nbytes for tensor in graph.loose) == graph.weight_bytes
+    # Hidden states of 512 tokens, 4096 wide, and two rotary tables of 128 columns, all in bfloat16.
+    assert view.edges[1, 2]["prefill_bytes"] >= 512 * (4096 + 2 * 128) * 2
