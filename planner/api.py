@@ -140,7 +140,7 @@ def _best(
         hardware=hardware,
         workload=workload,
         execution=execution,
-        assumptions=(*notes, *_execution_notes(graph, execution), *hardware.assumptions),
+        assumptions=(*notes, *_execution_notes(workload, execution), *hardware.assumptions),
         placements=placements,
         slots=slots,
         prediction=None,
@@ -348,8 +348,9 @@ def _dtype(wanted: str | None, source: ModelSource, module: Any, notes: list[str
     return name
 
 
-def _execution_notes(graph: LayerGraph, execution: Execution) -> list[str]:
-    notes = [f"{execution.attention} attention, dynamic cache, greedy decoding (assumed); prompts of equal length"]
+def _execution_notes(workload: Workload, execution: Execution) -> list[str]:
+    choice = "greedy decoding (assumed)" if workload.sampling == "greedy" else "sampling"
+    notes = [f"{execution.attention} attention, dynamic cache, {choice}; prompts of equal length"]
     if execution.experts is not None:
         notes.append(
             f"experts run as {execution.experts}: memory counts the worst routing, time the expected number of "
