@@ -107,6 +107,7 @@ class Span:
 
     held_bytes: neither weights nor cache, alive when the layer starts.
     peak_bytes: the most that is alive during the span, above what was alive (cache included) at its start.
+    scratch_bytes: what kernels take beside that at the worst instant of the span.
     kv_before_bytes, kv_after_bytes: this layer's cache.
     input_bytes: tensors handed to the layer, which must be on its device.
     flops: of matrix products, attention and convolutions (a multiply-add is 2).
@@ -117,12 +118,18 @@ class Span:
     count: int
     held_bytes: int
     peak_bytes: int
+    scratch_bytes: int
     kv_before_bytes: int
     kv_after_bytes: int
     input_bytes: int
     flops: int
     moved_bytes: int
     operators: int
+
+    @property
+    def requested_bytes(self) -> int:
+        """The most bytes asked for while the layer runs, its kernels' scratch with them, cache before it apart."""
+        return self.held_bytes + self.peak_bytes + self.scratch_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +153,7 @@ class Pass:
 class LayerGraph:
     """The traced model.
 
+    allocator_bytes: what a GPU's caching allocator reserves beyond what is requested of it, besides weights and slots.
     passes: "prefill", and where tokens are generated "decode_first" and "decode_last"; steps between are affine in
         the context length.
     ties: sets of full tensor names that share one storage.
@@ -159,6 +167,7 @@ class LayerGraph:
     edges: tuple[Edge, ...]
     ties: tuple[tuple[str, ...], ...]
     loose: tuple[Tensor, ...]
+    allocator_bytes: int
     passes: tuple[Pass, ...]
 
     def kind_of(self, index: int) -> LayerKind:

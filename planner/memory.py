@@ -19,8 +19,6 @@ from planner.units import MIB, round_up
 _OWN_SEGMENT_BYTES = 10 * MIB
 _SEGMENT_BYTES = 2 * MIB
 _ROUND_BYTES = 512
-# Smaller ones share segments of 20 MiB (above 1 MiB) and 2 MiB: one of each kind is taken to be begun and not full.
-ALLOCATOR_BYTES = 22 * MIB
 # One slot is computed with while the next group is copied into the other.
 SLOT_COUNT = 2
 
@@ -32,9 +30,12 @@ def allocation_bytes(nbytes: int, device: Device) -> int:
     return round_up(nbytes, _SEGMENT_BYTES if nbytes >= _OWN_SEGMENT_BYTES else _ROUND_BYTES)
 
 
-def fixed_bytes(device: Device) -> tuple[int, int]:
-    """Return (context, workspace) bytes that a device takes as soon as anything runs on it."""
-    extra = ALLOCATOR_BYTES if device.kind != "cpu" else 0
+def fixed_bytes(graph: LayerGraph, device: Device) -> tuple[int, int]:
+    """Return (context, workspace) bytes that a device takes as soon as anything runs on it.
+
+    The workspace is the matmul library's, and what the caching allocator holds beyond what is asked of it.
+    """
+    extra = graph.allocator_bytes if device.kind != "cpu" else 0
     return device.context_bytes, device.workspace_bytes + extra
 
 
@@ -51,7 +52,7 @@ def activation_bytes(graph: LayerGraph) -> tuple[int, ...]:
     most = [0] * len(graph.kinds)
     for entry in graph.passes:
         for layer, span in zip(graph.layers, entry.per_layer(), strict=True):
-            most[layer.kind] = max(most[layer.kind], span.held_bytes + span.peak_bytes)
+            most[layer.kind] = max(most[layer.kind], span.requested_bytes)
     return tuple(most[layer.kind] for layer in graph.layers)
 
 
@@ -146,7 +147,7 @@ def static_usage(
     used = {placement.run_on for placement in placements}
     result = {}
     for name, nbytes in weights.items():
-        context, workspace = fixed_bytes(hardware.device(name)) if name in used else (0, 0)
+        context, workspace = fixed_bytes(graph, hardware.device(name)) if name in used else (0, 0)
         result[name] = Usage(
             weights=nbytes,
             slots=slot_bytes.get(name, 0) + (staging if name == "cpu" else 0),
@@ -215,7 +216,7 @@ def peak(
         for device, span in zip(devices, spans, strict=True):
             cached[device] += span.kv_before_bytes
         for device, span in zip(devices, spans, strict=True):
-            usage = _with(static[device], kv_cache=cached[device], activations=span.held_bytes + span.peak_bytes)
+            usage = _with(static[device], kv_cache=cached[device], activations=span.requested_bytes)
             if usage.total > best[device].total:
                 best[device] = usage
             cached[device] += span.kv_after_bytes - span.kv_before_bytes

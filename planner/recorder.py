@@ -1,8 +1,9 @@
-"""Runs a model's skeleton and keeps, for every pass, one span per layer.
+"""Runs a model's skeleton and keeps the stream of allocations, cut into passes and spans of layers.
 
-Layers of one kind behave alike: each kind is run twice in every pass (the first, which follows something else, and
-one that follows its like), and later ones replay the last run: they fill their part of the cache and hand on a fresh
-output, so that a model of 126 layers is traced at the price of a few.
+A pass is a forward call and the caller's code after it. A span runs from the start of one layer to the start of the
+next. A layer that is like one already run in the same pass is not run again: the events of the other are played with
+blocks of its own, its part of the cache gets the state that the other's got, and a like output is handed on, so that
+a model of 126 layers is traced at the price of a few. A layer whose effects cannot all be named that way runs itself.
 """
 
 from __future__ import annotations
@@ -10,308 +11,583 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from planner import execution as implementations
-from planner.errors import TraceError
+from planner.lifetimes import Event
 from planner.storages import StorageTracer, nbytes_of
-from planner.workload import Workload
 
-# A kind's first layers that are run for real in each pass; later ones replay the last of them.
-RUNS_BEFORE_REPLAY = 2
+# Names in `vars(module)` that say which layer it is, not what it does.
+_NUMBERS = ("layer_idx", "layer_id", "training")
+
+
+@dataclass(slots=True)
+class RawSpan:
+    """One layer in one pass: events [start, end) of its run. kv_before_bytes, kv_after_bytes: of the layer's cache."""
+
+    layer: int
+    start: int
+    end: int = 0
+    input_bytes: int = 0
+    kv_before_bytes: int = 0
+    kv_after_bytes: int = 0
+    flops: int = 0
+    moved_bytes: int = 0
+    operators: int = 0
+
+
+@dataclass(slots=True)
+class RawPass:
+    """Events [start, end) of a run, and the spans in them, in order."""
+
+    start: int
+    end: int = 0
+    spans: list[RawSpan] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Run:
+    """One recorded call of the model or of `generate`.
+
+    cache_blocks: blocks that were part of a cache. first_call: events before the first forward call.
+    """
+
+    events: list[Event]
+    passes: list[RawPass]
+    maker: dict[int, int]
+    flows: set[tuple[int, int]]
+    unmodelled: set[str]
+    cache_blocks: set[int]
+    first_call: int = 0
+
+    def kept_by_caller_bytes(self, index: int) -> int:
+        """Return what the caller made before the first forward call and still holds when pass `index` starts."""
+        early = {event.block for event in self.events[: self.first_call]}
+        return sum(event.nbytes for event in self.events[: self.passes[index].start] if event.block in early)
+
+
+class _Enough(BaseException):
+    """As many passes as were asked for have been recorded."""
 
 
 class Recorder:
-    """Wraps the model and its layers; `run` traces. Spans are dicts until they are whole, in `passes`.
+    """Wraps a model and its layers, whose tensors are fake; `record` runs a call and returns what it did.
 
-    order: indices of layers as they are called.
+    layers: (path, module) of what is told apart; none of them lies in another.
+    replay: whether layers that are alike may stand for each other.
     """
 
-    def __init__(self, model: Any, layers: list[tuple[str, torch.nn.Module]], workload: Workload, fake: FakeTensorMode):
-        self.model, self.workload = model, workload
-        eos = model.config.get_text_config().eos_token_id
-        stops = set(eos if isinstance(eos, list) else [eos])
-        safe_token = next(token for token in itertools.count(1) if token not in stops)
-        experts = implementations.experts_modules(model).values()
-        self.tracer = StorageTracer(
-            fake,
-            safe_token=safe_token,
-            expert_storages=(p.untyped_storage()._cdata for m in experts for p in m.parameters(recurse=False)),
-        )
-        self.tracer.ignored = {t.untyped_storage()._cdata for t in itertools.chain(model.parameters(), model.buffers())}
-        self.layers = layers
-        self.signatures = [_signature(module) for _, module in layers]
-        self.order: list[int] = []
-        self.passes: list[list[dict[str, int]]] = []
-        self.keep = False
-        self._calls = self._start_serial = self._first_call_serial = self._kept_by_caller = 0
-        self._open: dict[str, int] | None = None
-        self._cache_bytes: dict[int, int] = {}
-        self._runs: dict[Any, int] = {}
-        self._recorded: dict[Any, _Replay] = {}
-        self._updates: list[Any] | None = None
+    def __init__(self, model: torch.nn.Module, layers: list[tuple[str, torch.nn.Module]], *, replay: bool = True):
+        self.model, self.layers, self.replay = model, layers, replay
+        self._signatures = [_signature(module) for _, module in layers]
+        self._numbers = [_layer_number(module) for _, module in layers]
+        self._weights = {t.untyped_storage()._cdata for t in itertools.chain(model.parameters(), model.buffers())}
+        self._tracer: StorageTracer
+        self._run: Run
+        self._open: RawSpan | None = None
+        self._most_passes: int | None = None
+        self._calls = 0
+        self._depth = self._nested = 0
+        self._templates: dict[Any, _Template] = {}
+        self._slots: dict[int, set[_Slot]] = {}
         self._wrap()
 
-    def run(self) -> None:
-        """Trace every pass that the workload needs, and leave them in `passes` in the order of the Plan's words."""
-        work = self.workload
-        ids = torch.ones(work.batch_size, work.prompt_tokens, dtype=torch.long)
-        if work.caller == "forward":
-            mask = torch.ones_like(ids)
-            with self._tracing():
-                self.model(input_ids=ids, attention_mask=mask, use_cache=False)
-            return
-        self._generate(ids, min(work.new_tokens, 3), None)
-        if work.new_tokens <= 3:
-            return
-        del self.passes[2]
-        kept_by_caller = self._kept_by_caller
-        # The last step, reached by way of two others: what a step leaves behind is held during the next.
-        cached = work.prompt_tokens + work.new_tokens - 4
-        ids = torch.ones(work.batch_size, cached + 1, dtype=torch.long)
-        self._cache_bytes.clear()
-        with self._tracing(keep=False):
-            cache = self.model(input_ids=ids[:, :cached], use_cache=True).past_key_values
-        self._generate(ids, 3, cache)
-        del self.passes[2:4]
-        # What `generate` made of its input before the first pass it keeps to the end; here that input was longer.
-        for span in self.passes[2]:
-            span["held_bytes"] += kept_by_caller - self._kept_by_caller
-
-    def _generate(self, ids: torch.Tensor, new_tokens: int, cache: Any) -> None:
-        options = {} if cache is None else {"past_key_values": cache}
-        if cache is None:
-            self._cache_bytes.clear()
-        del cache
-        mask = torch.ones_like(ids)
-        with self._tracing():
-            self.model.generate(
-                ids,
-                attention_mask=mask,
-                max_new_tokens=new_tokens,
-                do_sample=self.workload.sampling == "sample",
-                num_beams=1,
-                **options,
-            )
-
-    @contextlib.contextmanager
-    def _tracing(self, *, keep: bool = True) -> Iterator[None]:
-        self.keep = keep
+    def record(self, call: Callable[[], Any], tracer: StorageTracer, *, passes: int | None = None) -> Run:
+        """Run `call` under `tracer` and return its run, of at most `passes` forward calls."""
+        self._tracer = tracer
+        tracer.given |= self._weights
+        self._run = Run(tracer.events, [], tracer.maker, tracer.flows, tracer.unmodelled, set())
+        self._most_passes = passes
+        self._templates.clear()
+        self._slots.clear()
+        self._open = None
+        self._depth = self._nested = 0
+        self._begin_pass()
         self._calls = 0
-        self._start_serial = self.tracer.serial
-        self._begin_span()
-        with self.tracer, _recording_updates(self):
-            yield
+        with tracer, contextlib.suppress(_Enough):
+            kept = call()
+            del kept
         self._close_span()
-        self.keep = False
+        self._run.passes[-1].end = len(tracer.events)
+        return self._run
+
+    def where(self) -> str:
+        """Return " in <layer>" for the layer that was running last, or nothing."""
+        span = self._open
+        return f" in {self.layers[span.layer][0]!r}" if span is not None and span.layer >= 0 else ""
+
+    def _begin_pass(self) -> None:
+        self._close_span()
+        here = len(self._tracer.events)
+        if self._run.passes:
+            self._run.passes[-1].end = here
+        self._run.passes.append(RawPass(start=here))
+        self._open = None
+        self._begin_span(-1)
+
+    def _begin_span(self, layer: int) -> None:
+        """Open the span of `layer`; what comes before a pass's first layer belongs to that layer (-1 until known)."""
+        self._close_span()
+        self._open = RawSpan(layer=layer, start=len(self._tracer.events))
+        tracer = self._tracer
+        tracer.layer = layer
+        tracer.flops = tracer.moved_bytes = tracer.operators = 0
+
+    def _close_span(self) -> None:
+        span, tracer = self._open, self._tracer
+        self._open = None
+        if span is None:
+            return
+        span.end = len(tracer.events)
+        span.flops, span.moved_bytes, span.operators = tracer.flops, tracer.moved_bytes, tracer.operators
+        if span.layer >= 0 or span.end > span.start:
+            self._run.passes[-1].spans.append(span)
 
     def _wrap(self) -> None:
-        forward = self.model.forward
+        if not any(module is self.model for _, module in self.layers):
+            forward = self.model.forward
 
-        @functools.wraps(forward)
-        def whole(*args: Any, **kwargs: Any) -> Any:
-            if self.keep:
-                if self.passes and not self.passes[-1]:
-                    raise TraceError("the model called itself before its first layer: not carried yet")
-                if self.passes and self._open is not None and self._open.get("layer") is not None:
-                    self._begin_span()
-                self.passes.append([])
-                self._calls += 1
-                if self._calls == 1:
-                    self._first_call_serial = self.tracer.serial
-                self._kept_by_caller = self.tracer.alive_between(self._start_serial, self._first_call_serial)
-            self._runs.clear()
-            return forward(*args, **kwargs)
+            @functools.wraps(forward)
+            def whole(*args: Any, **kwargs: Any) -> Any:
+                if self._depth == 0:
+                    self._begin_call((args, kwargs))
+                return forward(*args, **kwargs)
 
-        self.model.forward = whole
+            self.model.forward = whole  # type: ignore[method-assign]
         for index, (_, module) in enumerate(self.layers):
-            module.forward = self._wrapped(index, module)
+            module.forward = self._wrapped(index, module)  # type: ignore[method-assign]
+
+    def _begin_call(self, inputs: Any) -> None:
+        self._calls += 1
+        if self._calls == 1:
+            self._run.first_call = len(self._tracer.events)
+        else:
+            if self._most_passes is not None and self._calls > self._most_passes:
+                self._close_span()
+                self._run.passes[-1].end = len(self._tracer.events)
+                raise _Enough
+            self._begin_pass()
+        for cache in _caches(inputs):
+            for slot in range(len(cache.layers)):
+                self._mark_cache(leaves(vars(cache.layers[slot])))
+
+    def _mark_cache(self, tensors: Iterator[torch.Tensor]) -> None:
+        blocks = (self._tracer.block_of(tensor) for tensor in tensors)
+        self._run.cache_blocks.update(block for block in blocks if block is not None)
 
     def _wrapped(self, index: int, module: torch.nn.Module) -> Any:
         forward = module.forward
+        has_children = next(module.named_children(), None) is not None
 
         @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> Any:
-            cache = next((v for v in (*args, *kwargs.values()) if hasattr(v, "get_seq_length")), None)
-            inputs = list(_leaves((args, kwargs)))
-            if self.keep:
-                self._enter_layer(index, nbytes_of(inputs))
-            key = (len(self.passes), self.keep, self.signatures[index], tuple(_shape(value) for value in inputs))
-            self._runs[key] = self._runs.get(key, 0) + 1
-            if self._runs[key] > RUNS_BEFORE_REPLAY and key in self._recorded:
-                replay = self._recorded[key]
-                if self.keep:
-                    replay.copy_span(self.passes[-1])
-                return replay.play(cache, module)
-            self._updates = []
-            out = forward(*args, **kwargs)
-            self._recorded[key] = _Replay(self._updates, module, out, len(self.passes[-1]) - 1)
-            self._updates = None
+            if module is self.model and self._depth == 0:
+                self._begin_call((args, kwargs))
+            inputs = list(leaves((args, kwargs)))
+            caches = list(_caches((args, kwargs)))
+            self._enter(index, inputs, caches)
+            self._depth += 1
+            self._nested += self._depth > 1
+            self._tracer.inside = True
+            try:
+                if self.replay and has_children:
+                    out = self._run_or_replay(index, forward, args, kwargs, inputs, caches)
+                else:
+                    out = forward(*args, **kwargs)
+            finally:
+                self._depth -= 1
+                self._tracer.inside = self._depth > 0
+            if caches:
+                self._leave(index, caches)
             return out
 
         return call
 
-    def _enter_layer(self, index: int, input_bytes: int) -> None:
-        spans = self.passes[-1]
-        position = len(spans)
-        if len(self.passes) == 1:
-            if index in self.order:
-                raise TraceError(f"layer {self.layers[index][0]} is called twice in one pass: not carried yet")
-            self.order.append(index)
-        elif position >= len(self.order) or self.order[position] != index:
-            raise TraceError("the order of layers changes between passes: not carried yet")
-        if position:
-            self._begin_span()
-        assert self._open is not None
-        self._open["layer"] = index
-        self._open["input_bytes"] = input_bytes
-        spans.append(self._open)
-
-    def _begin_span(self) -> None:
-        self._close_span()
-        self._open = {
-            "start": self.tracer.live_bytes,
-            "held_bytes": self.tracer.live_bytes - sum(self._cache_bytes.values()),
-            "kv_before_bytes": 0,
-            "kv_after_bytes": 0,
-            "input_bytes": 0,
-        }
-        self.tracer.reset_peak()
-        self.tracer.reset_work()
-
-    def _close_span(self) -> None:
+    def _enter(self, index: int, inputs: list[torch.Tensor], caches: list[Any]) -> None:
         span = self._open
-        self._open = None
-        if span is not None and self.keep and "layer" in span and "peak_bytes" not in span:
-            span["peak_bytes"] = self.tracer.peak_bytes - span["start"]
-            span["flops"] = self.tracer.flops
-            span["moved_bytes"] = self.tracer.moved_bytes
-            span["operators"] = self.tracer.operators
+        if span is not None and span.layer < 0:
+            span.layer = index
+            self._tracer.layer = index
+            for block in [b for b in self._tracer.maker if self._tracer.maker[b] < 0]:
+                self._tracer.maker[block] = index
+            early = {flow for flow in self._tracer.flows if flow[1] < 0}
+            self._tracer.flows -= early
+            self._tracer.flows |= {(block, index) for block, _ in early if self._tracer.maker[block] != index}
+        elif span is None or span.layer != index or self._depth == 0:
+            self._begin_span(index)
+            span = self._open
+        assert span is not None
+        span.input_bytes += nbytes_of(inputs)
+        if caches:
+            self._slots.setdefault(index, set()).update(self._own_slots(index, caches))
+            span.kv_before_bytes += self._kv_bytes(index, caches)
 
-    def cache_updated(self, layer_index: int, layer: Any) -> None:
-        """Take note of what the cache now holds for one of its layers."""
-        before = self._cache_bytes.get(layer_index, 0)
-        after = nbytes_of(_leaves(vars(layer)))
-        self._cache_bytes[layer_index] = after
+    def _own_slots(self, index: int, caches: list[Any]) -> list[_Slot]:
+        number = self._numbers[index]
+        if number is None:
+            return []
+        return [_Slot(at, number) for at, cache in enumerate(caches) if number < len(cache.layers)]
+
+    def _kv_bytes(self, index: int, caches: list[Any]) -> int:
+        slots = [slot for slot in self._slots.get(index, ()) if slot.cache < len(caches)]
+        return nbytes_of(leaf for slot in slots for leaf in leaves(vars(caches[slot.cache].layers[slot.layer])))
+
+    def _leave(self, index: int, caches: list[Any]) -> None:
+        self._slots.setdefault(index, set()).update(self._own_slots(index, caches))
+        for slot in self._slots[index]:
+            if slot.cache < len(caches):
+                self._mark_cache(leaves(vars(caches[slot.cache].layers[slot.layer])))
         if self._open is not None:
-            self._open["kv_before_bytes"] += before
-            self._open["kv_after_bytes"] += after
+            self._open.kv_after_bytes += self._kv_bytes(index, caches)
 
-
-class _Replay:
-    """What a layer did to the cache and what it returned, to be done again by a layer that is alike."""
-
-    def __init__(self, updates: list[Any], module: torch.nn.Module, out: Any, position: int):
-        self.updates = [
-            (_blueprint(args), _blueprint(kwargs), layer_index - _layer_index(module))
-            for args, kwargs, layer_index in updates
+    def _run_or_replay(
+        self, index: int, forward: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor], caches: list[Any]
+    ) -> Any:
+        number = self._numbers[index]
+        state = [
+            tuple(_shape(leaf) for leaf in leaves(vars(caches[slot.cache].layers[slot.layer])))
+            for slot in self._own_slots(index, caches)
         ]
-        self.out = _blueprint(out)
-        self.position = position
+        key = (len(self._run.passes), self._signatures[index], _plain((args, kwargs)), tuple(state))
+        template = self._templates.get(key)
+        if template is not None:
+            played = template.play(self._tracer, number, inputs, caches)
+            if played is not None:
+                return played[0]
+        return self._run_as_template(key, number, forward, args, kwargs, inputs, caches)
 
-    def play(self, cache: Any, module: torch.nn.Module) -> Any:
-        """Fill this layer's part of the cache, and return an output."""
-        for args, kwargs, offset in self.updates:
-            key, value = _build(args)
-            cache.update(key, value, _layer_index(module) + offset, **_build(kwargs))
-            del key, value
-        return _build(self.out)
-
-    def copy_span(self, spans: list[dict[str, int]]) -> None:
-        """Give the newest span the numbers of the one that was recorded."""
-        for name in ("peak_bytes", "flops", "moved_bytes", "operators"):
-            spans[-1][name] = spans[self.position][name]
-
-
-@contextlib.contextmanager
-def _recording_updates(recorder: Recorder) -> Iterator[None]:
-    from transformers.cache_utils import Cache
-
-    original = Cache.update
-
-    def update(self: Any, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        if recorder._updates is not None:
-            recorder._updates.append(((_Empty.like(key_states), _Empty.like(value_states)), kwargs, layer_idx))
-        out = original(self, key_states, value_states, layer_idx, *args, **kwargs)
-        recorder.cache_updated(layer_idx, self.layers[layer_idx])
+    def _run_as_template(
+        self, key: Any, number: int | None, forward: Any, args: Any, kwargs: Any, inputs: Any, caches: list[Any]
+    ) -> Any:
+        tracer = self._tracer
+        start, nested = len(tracer.events), self._nested
+        work = (tracer.flops, tracer.moved_bytes, tracer.operators)
+        flows_before, tracer.flows = tracer.flows, set()
+        names = _names(tracer, inputs, caches)
+        before = _slot_state(caches)
+        try:
+            out = forward(*args, **kwargs)
+        finally:
+            used, tracer.flows = tracer.flows, flows_before
+            tracer.flows |= used
+        if nested == self._nested:
+            changed = [slot for slot, value in _slot_state(caches).items() if before.get(slot) != value]
+            self._templates[key] = _Template(
+                tracer=tracer,
+                number=number,
+                events=tracer.events[start:],
+                names=names,
+                used=[names[block] for block, _ in used if block in names],
+                work=(tracer.flops - work[0], tracer.moved_bytes - work[1], tracer.operators - work[2]),
+                out=out,
+                states={slot: vars(caches[slot.cache].layers[slot.layer]) for slot in changed},
+                caches=caches,
+            )
         return out
 
-    Cache.update = update
-    try:
-        yield
-    finally:
-        Cache.update = original
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """A layer of one of the caches handed to a layer of the model."""
+
+    cache: int
+    layer: int
 
 
-class _Empty:
-    """The shape and strides of a tensor that is not kept alive."""
-
-    def __init__(self, shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype):
-        self.shape, self.stride, self.dtype = shape, stride, dtype
-
-    @classmethod
-    def like(cls, tensor: torch.Tensor) -> _Empty:
-        return cls(tensor.shape, tensor.stride(), tensor.dtype)
-
-    def build(self) -> torch.Tensor:
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
+# How a block that was there before a layer ran is found again for another layer: the layer's n-th input, or the n-th
+# tensor of its cache (which cache, layers away from its own, position).
+_Name = tuple[Any, ...]
 
 
-def _blueprint(value: Any) -> Any:
+class _Unnamed(Exception):
+    """A tensor cannot be found again from another layer."""
+
+
+class _Template:
+    """What a layer did, to be done again by one that is alike. `play` returns None where that cannot be."""
+
+    def __init__(
+        self,
+        *,
+        tracer: StorageTracer,
+        number: int | None,
+        events: list[Event],
+        names: dict[int, _Name],
+        used: list[_Name],
+        work: tuple[int, int, int],
+        out: Any,
+        states: dict[_Slot, dict[str, Any]],
+        caches: list[Any],
+    ):
+        self.events = [event for event in events if event.kind != "library"]
+        self.used, self.work = used, work
+        self.usable = True
+        made = {event.block for event in self.events if event.nbytes > 0}
+        freed = {event.block for event in self.events if event.nbytes < 0}
+        own = number or 0
+        self.names = {block: _relative(name, own) for block, name in names.items() if block in freed - made}
+        self.used = [_relative(name, own) for name in used]
+        known = {block: _relative(name, own) for block, name in names.items()}
+        try:
+            if states and number is None:
+                raise _Unnamed
+            self.out = _blueprint(out, tracer, made, known)
+            self.states = {
+                (slot.cache, slot.layer - own): (
+                    type(caches[slot.cache].layers[slot.layer]),
+                    _blueprint(state, tracer, made, known),
+                )
+                for slot, state in states.items()
+            }
+        except _Unnamed:
+            self.usable = False
+            return
+        kept = {ref.block for ref in _refs((self.out, [state for _, state in self.states.values()]))}
+        flags = [getattr(cache, "is_updated", None) for cache in caches]
+        self.flags = [isinstance(flag, dict) and flag.get(own) for flag in flags]
+        if made - freed - kept or (freed - made) - set(self.names):
+            self.usable = False
+
+    def play(
+        self, tracer: StorageTracer, number: int | None, inputs: list[torch.Tensor], caches: list[Any]
+    ) -> tuple[Any] | None:
+        """Emit the events under blocks of this layer's own, and return (its output,)."""
+        own = number or 0
+        if not self.usable or any(not 0 <= own + layer <= len(caches[at].layers) for at, layer in self.states):
+            return None
+        here = {_relative(name, own): block for block, name in _names(tracer, inputs, caches).items()}
+        tracer.muted, tracer.muted_frees = True, []
+        try:
+            builder = _Builder(inputs, caches, own)
+            out = builder.build(self.out)
+            fresh = {key: builder.build(state) for key, (_, state) in self.states.items()}
+            blocks = {ref: tracer.block_of(tensor) for ref, tensor in builder.made.items()}
+            del builder
+            for (at, layer), state in fresh.items():
+                _set_state(caches[at].layers, own + layer, self.states[at, layer][0], state)
+            fresh.clear()
+            for cache, flag in zip(caches, self.flags, strict=False):
+                if flag:
+                    cache.is_updated[own] = True
+        finally:
+            tracer.muted = False
+        gone = set(tracer.muted_frees)
+        mapped: dict[int, int] = {}
+        for event in self.events:
+            if event.nbytes > 0:
+                mapped[event.block] = blocks.get(event.block) or tracer.fresh_block()
+                tracer.events.append(Event(mapped[event.block], event.nbytes, event.kind))
+                continue
+            block = mapped.get(event.block) or here.get(self.names.get(event.block, ()))
+            if event.block not in mapped:
+                if block not in gone:
+                    continue
+                gone.discard(block)
+            assert block is not None
+            tracer.events.append(Event(block, event.nbytes, event.kind))
+        assert not gone, "a replay freed what the layer it stands for did not"
+        for name in self.used:
+            block = here.get(name)
+            if block is not None and tracer.maker[block] != tracer.layer:
+                tracer.flows.add((block, tracer.layer))
+        tracer.flops += self.work[0]
+        tracer.moved_bytes += self.work[1]
+        tracer.operators += self.work[2]
+        return (out,)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ref:
+    """A tensor of a blueprint: how it lies in a storage that is new (`block`) or is named. value: of a real tensor."""
+
+    block: int
+    name: _Name
+    nbytes: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    value: torch.Tensor | None
+
+
+def _blueprint(value: Any, tracer: StorageTracer, made: set[int], known: dict[int, _Name]) -> Any:
     if isinstance(value, torch.Tensor):
-        return _Empty.like(value)
+        block = tracer.block_of(value)
+        name: _Name = ()
+        if block is None or block not in made:
+            if block not in known:
+                raise _Unnamed
+            name = known[block]
+        real = None if hasattr(value, "fake_mode") else value.detach()
+        return _Ref(
+            block=0 if name or block is None else block,
+            name=name,
+            nbytes=value.untyped_storage().nbytes(),
+            shape=tuple(value.shape),
+            stride=tuple(value.stride()),
+            offset=int(value.storage_offset()),
+            dtype=value.dtype,
+            value=None if real is None or name else torch.empty_like(real).copy_(real),
+        )
     if isinstance(value, (list, tuple)):
-        return type(value)(_blueprint(item) for item in value)
+        items = [_blueprint(item, tracer, made, known) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
-        return {key: _blueprint(item) for key, item in value.items()}
-    return value
+        blue = {key: _blueprint(item, tracer, made, known) for key, item in value.items()}
+        return blue if type(value) is dict else type(value)(blue)
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, type, torch.Size)):
+        return value
+    raise _Unnamed
 
 
-def _build(value: Any) -> Any:
-    if isinstance(value, _Empty):
-        return value.build()
-    if isinstance(value, (list, tuple)):
-        return type(value)(_build(item) for item in value)
-    if isinstance(value, dict):
-        return {key: _build(item) for key, item in value.items()}
-    return value
+def _refs(value: Any) -> Iterator[_Ref]:
+    if isinstance(value, _Ref):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _refs(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _refs(item)
 
 
-def _leaves(value: Any) -> Iterator[torch.Tensor]:
+class _Builder:
+    """Builds what a blueprint says. made: {block of the template: a tensor in the storage that stands for it}."""
+
+    def __init__(self, inputs: list[torch.Tensor], caches: list[Any], own: int):
+        self.made: dict[int, torch.Tensor] = {}
+        self._inputs, self._own = inputs, own
+        self._states = [[list(leaves(vars(layer))) for layer in cache.layers] for cache in caches]
+
+    def build(self, value: Any) -> Any:
+        if isinstance(value, _Ref):
+            return self._tensor(value)
+        if isinstance(value, (list, tuple)):
+            items = [self.build(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if isinstance(value, dict):
+            built = {key: self.build(item) for key, item in value.items()}
+            return built if type(value) is dict else type(value)(built)
+        return value
+
+    def _tensor(self, ref: _Ref) -> torch.Tensor:
+        if ref.name:
+            if ref.name[0] == "input":
+                base = self._inputs[ref.name[1]]
+            else:
+                _, at, layer, position = ref.name
+                base = self._states[at][self._own + layer][position]
+        elif ref.block in self.made:
+            base = self.made[ref.block]
+        else:
+            if ref.value is not None:
+                base = ref.value.clone()
+            else:
+                base = torch.empty(ref.nbytes // ref.dtype.itemsize, dtype=ref.dtype)
+            self.made[ref.block] = base
+        if (tuple(base.shape), base.dtype, base.storage_offset()) == (ref.shape, ref.dtype, ref.offset):
+            return base
+        return base.as_strided(ref.shape, ref.stride, ref.offset)
+
+
+def _set_state(layers: list[Any], index: int, kind: type, state: dict[str, Any]) -> None:
+    if index == len(layers):
+        layers.append(kind.__new__(kind))
+    vars(layers[index]).clear()
+    vars(layers[index]).update(state)
+
+
+def _names(tracer: StorageTracer, inputs: list[torch.Tensor], caches: list[Any]) -> dict[int, _Name]:
+    """Return {block: how it is called} of everything that a layer is handed."""
+    found: dict[int, _Name] = {}
+    for position, tensor in enumerate(inputs):
+        block = tracer.block_of(tensor)
+        if block is not None:
+            found.setdefault(block, ("input", position))
+    for at, cache in enumerate(caches):
+        for number, layer in enumerate(cache.layers):
+            for position, tensor in enumerate(leaves(vars(layer))):
+                block = tracer.block_of(tensor)
+                if block is not None:
+                    found[block] = ("cache", at, number, position)
+    return found
+
+
+def _relative(name: _Name, own: int) -> _Name:
+    return name if name[0] == "input" else (name[0], name[1], name[2] - own, name[3])
+
+
+def _slot_state(caches: list[Any]) -> dict[_Slot, Any]:
+    """Return what tells whether a layer of a cache has changed: its tensors' identities and its plain attributes."""
+    return {
+        _Slot(at, number): (
+            tuple((id(leaf), _shape(leaf)) for leaf in leaves(vars(layer))),
+            _plain({key: value for key, value in vars(layer).items()}),
+        )
+        for at, cache in enumerate(caches)
+        for number, layer in enumerate(cache.layers)
+    }
+
+
+def _caches(values: Any) -> Iterator[Any]:
+    """Yield every cache of transformers among arguments; of an encoder-decoder's, both halves."""
+    for value in itertools.chain(values[0], values[1].values()):
+        halves = [getattr(value, f"{name}_attention_cache", None) for name in ("self", "cross")]
+        for cache in halves if halves[0] is not None else [value]:
+            if hasattr(cache, "get_seq_length") and isinstance(getattr(cache, "layers", None), list):
+                yield cache
+
+
+def leaves(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in nested lists, tuples and dicts, in order."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _leaves(item)
+            yield from leaves(item)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _leaves(item)
+            yield from leaves(item)
 
 
 def _shape(tensor: torch.Tensor) -> tuple[Any, ...]:
     return (*tensor.shape, tensor.dtype)
 
 
-def _layer_index(module: torch.nn.Module) -> int:
+def _plain(value: Any) -> Any:
+    """Return a hashable picture of arguments: shapes of tensors, plain values, classes of the rest."""
+    if isinstance(value, torch.Tensor):
+        return _shape(value)
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((key, _plain(item)) for key, item in value.items())
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return type(value)
+
+
+def _layer_number(module: torch.nn.Module) -> int | None:
     for child in module.modules():
         index = getattr(child, "layer_idx", None)
         if isinstance(index, int):
             return index
-    return 0
+    return None
 
 
-def _signature(module: torch.nn.Module) -> tuple[Any, ...]:
+def _signature(module: torch.nn.Module) -> Any:
     """Return what makes two layers alike: classes, plain attributes but the layer's number, and tensors."""
+    if next(module.named_children(), None) is None:
+        return None
     parts: list[Any] = []
     for name, child in module.named_modules():
         plain = {
             key: value
             for key, value in vars(child).items()
-            if isinstance(value, (bool, int, float, str)) and key not in ("layer_idx", "training", "layer_id")
+            if isinstance(value, (bool, int, float, str)) and key not in _NUMBERS
         }
         parts.append((name, type(child).__qualname__, tuple(sorted(plain.items()))))
     named = itertools.chain(module.named_parameters(), module.named_buffers())

@@ -1,63 +1,92 @@
 """Follows every storage that operators make, and counts their arithmetic, while a model runs without its numbers.
 
-Floating tensors are fake (shape and dtype only, on a pretended CPU, so that the CPU's fused attention is what is
-traced); integer and boolean tensors are real, so that code which looks at them (padding masks, stopping criteria,
-router offsets) runs as it would. An integer result of fake inputs becomes a harmless constant; a router's top-k
-becomes experts 0..k-1 for every token, which is the worst routing for memory.
+Floating tensors are fake (shape and dtype only, on a pretended CPU); integer and boolean tensors are real, so that
+code which looks at them (padding masks, stopping criteria, router offsets) runs as it would. An integer result of
+fake inputs becomes a harmless constant; a router's top-k becomes experts 0..k-1 for every token, which is the worst
+routing for memory, or a seeded draw where an expected value is asked for.
 
-Known limitations: scratch that kernels take inside an operator is not seen; tensors made from Python numbers by
-`torch.tensor(x)` are seen only when an operator uses them.
+Known limitations: tensors made from Python numbers by `torch.tensor(x)` are seen when an operator lifts them, and are
+not operator outputs.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from planner.errors import TraceError
+from planner.lifetimes import OUTPUTS_ONLY, Event, Kind, Scratch
 
 aten = torch.ops.aten
 
 # Real integer tensors larger than this many elements (a causal mask of 8k by 8k tokens) are kept fake.
 LARGEST_REAL_ELEMENTS = 2**26
 _LARGE_INPUT_ELEMENTS = 2**12
+# What `_grouped_mm` aligns the rows of its output to (aten/src/ATen/native/GroupedMMUtils.h).
+_GROUPED_ROW_BYTES = 16
+
+
+class Kernels(Protocol):
+    """The kernels of one device, as far as they allocate."""
+
+    def scratch(self, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> Scratch | None:
+        """Return what an operator takes beside its outputs, or None where that is not modelled."""
 
 
 class StorageTracer(TorchDispatchMode):
-    """Counts bytes alive in storages made by operators, and the operators' work since the last `reset_work`.
+    """Keeps the stream of allocations and frees, who made each block and who used it, and the operators' work.
 
-    live_bytes: now; peak_bytes: the most since `reset_peak`. Storages in `ignored` (weights) are never counted.
-    safe_token: the token id that argmax and multinomial "choose".
+    kernels: what adds scratch to the stream; None leaves the operators' outputs alone.
+    stop_tokens: token ids that argmax, multinomial and topk never "choose" outside of layers.
+    layer, inside: the layer that is running (blocks made now are its own), and whether its forward is.
+    flows: (block, layer) for every block that another layer than its maker has used.
+    unmodelled: names of operators met whose scratch is not modelled.
     """
 
-    def __init__(self, fake: FakeTensorMode, *, safe_token: int, expert_storages: Iterable[int] = ()):
+    def __init__(
+        self,
+        fake: FakeTensorMode,
+        *,
+        stop_tokens: Iterable[int] = (),
+        kernels: Kernels | None = None,
+        expert_storages: Iterable[int] = (),
+        routing_seed: int | None = None,
+    ):
         super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self.fake = fake
-        self.safe_token = safe_token
-        self.ignored: set[int] = set()
+        self.stop_tokens = frozenset(stop_tokens)
+        self.safe_token = next(token for token in itertools.count(1) if token not in self.stop_tokens)
+        self.kernels = kernels
+        self.given: set[int] = set()
         self.expert_storages = set(expert_storages)
-        self.live_bytes = 0
-        self.peak_bytes = 0
-        self.reset_work()
-        self.serial = 0
-        self._alive: dict[int, tuple[int, int]] = {}
-
-    def reset_work(self) -> None:
-        self.flops = 0
-        self.moved_bytes = 0
-        self.operators = 0
-
-    def reset_peak(self) -> None:
-        self.peak_bytes = self.live_bytes
+        self.events: list[Event] = []
+        self.maker: dict[int, int] = {}
+        self.flows: set[tuple[int, int]] = set()
+        self.layer = -1
+        self.inside = False
+        self.unmodelled: set[str] = set()
+        self.flops = self.moved_bytes = self.operators = 0
+        self.muted = False
+        self.muted_frees: list[int] = []
+        self.routing = None if routing_seed is None else torch.Generator().manual_seed(routing_seed)
+        self._serial = 0
+        self._alive: dict[int, tuple[int, int, Kind]] = {}
+        self._kept: set[str] = set()
+        self._fills: dict[int, float] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inputs = _tensors(args) + _tensors(kwargs.values())
+        inputs = tensors_in(args) + tensors_in(kwargs.values())
+        lifted = func is aten.lift_fresh.default
         for tensor in inputs:
-            self._ignore_unknown(tensor)
+            self._use(tensor, lifted=lifted)
         any_fake = any(isinstance(tensor, FakeTensor) for tensor in inputs)
         if any_fake:
             out = self._run_fake(func, args, kwargs, inputs)
@@ -65,9 +94,8 @@ class StorageTracer(TorchDispatchMode):
             out = self._run_real(func, args, kwargs, inputs)
         else:
             out = self._run_factory(func, args, kwargs)
-        outputs = _tensors((out,))
-        for tensor in outputs:
-            self._follow(tensor)
+        outputs = tensors_in((out,))
+        self._record(func, args, kwargs, outputs)
         self._count_work(func, args, kwargs, inputs, outputs, out)
         return out
 
@@ -75,20 +103,46 @@ class StorageTracer(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             return 0.0 if inputs[0].dtype.is_floating_point else 0
         with self.fake:
-            out = func(*args, **kwargs)
+            if func is aten._grouped_mm.default and args[0].dtype is not torch.bfloat16:
+                out = _grouped_output(args)
+            else:
+                try:
+                    out = func(*args, **kwargs)
+                except DynamicOutputShapeException as exc:
+                    raise TraceError(
+                        f"the result of {func} depends on the data, and memory cannot be known before the run"
+                    ) from exc
         if func is aten.topk.default:
             values, indices = out
-            ranks = torch.arange(indices.shape[-1]).expand(indices.shape).contiguous()
-            return values, ranks
+            return values, self._chosen(args[0], indices)
         token = self.safe_token if func in (aten.argmax.default, aten.multinomial.default) else 0
+        if func is aten.gt.Tensor and not self.inside:
+            # Running beams beat finished ones, so that a search goes on for as long as it may.
+            token = 1
+        if func is aten._to_copy.default:
+            token = int(self._fills.get(inputs[0].untyped_storage()._cdata, 0))
+        if func._schema.is_mutable:
+            self._fills.pop(inputs[0].untyped_storage()._cdata, None)
         given = {id(tensor) for tensor in inputs}
         return _map_tensors(out, lambda tensor: tensor if id(tensor) in given else _make_real(tensor, token))
+
+    def _chosen(self, scores: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Return what topk "chooses": in a layer the first experts for every token, or a draw; else safe tokens."""
+        k, among = indices.shape[-1], scores.shape[-1]
+        if not self.inside:
+            safe = (token for token in itertools.count(self.safe_token) if token not in self.stop_tokens)
+            chosen = torch.tensor([token if among > token else 0 for token in itertools.islice(safe, k)])
+        elif self.routing is None or len(indices.shape) != 2:
+            chosen = torch.arange(k)
+        else:
+            return torch.rand(*indices.shape[:-1], among, generator=self.routing).argsort(-1)[..., :k].contiguous()
+        return chosen.expand(indices.shape).contiguous()
 
     def _run_real(self, func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor]) -> Any:
         if max(tensor.numel() for tensor in inputs) > _LARGE_INPUT_ELEMENTS and not func._schema.is_mutable:
             with self.fake:
                 try:
-                    shapes = _tensors((func(*args, **kwargs),))
+                    shapes = tensors_in((func(*args, **kwargs),))
                 except DynamicOutputShapeException:
                     shapes = []
             if shapes and max(tensor.numel() for tensor in shapes) > LARGEST_REAL_ELEMENTS:
@@ -99,47 +153,114 @@ class StorageTracer(TorchDispatchMode):
     def _run_factory(self, func: Any, args: Any, kwargs: Any) -> Any:
         with self.fake:
             out = func(*args, **kwargs)
-        tensors = _tensors((out,))
+        tensors = tensors_in((out,))
         small_integer = all(
             not tensor.dtype.is_floating_point and tensor.numel() <= LARGEST_REAL_ELEMENTS for tensor in tensors
         )
+        if not small_integer and func in (aten.ones.default, aten.full.default) and len(tensors) == 1:
+            # A mask may be made as floats of one value and then turned into booleans, which are looked at.
+            fill = 1.0 if func is aten.ones.default else args[1]
+            key = tensors[0].untyped_storage()._cdata
+            if isinstance(fill, (bool, int, float)) and math.isfinite(fill):
+                self._fills[key] = float(fill)
+                weakref.finalize(tensors[0].untyped_storage(), self._fills.pop, key, None)
         return func(*args, **kwargs) if small_integer else out
 
-    def _follow(self, tensor: torch.Tensor) -> None:
+    def _record(self, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> None:
+        scratch: Scratch | None = OUTPUTS_ONLY
+        if self.kernels is not None:
+            scratch = self.kernels.scratch(func, args, kwargs, outputs)
+        if scratch is OUTPUTS_ONLY:
+            for tensor in outputs:
+                self._follow(tensor)
+            return
+        if scratch is None:
+            self.unmodelled.add(str(func))
+            scratch = OUTPUTS_ONLY
+        for name, nbytes in scratch.keeps:
+            if name not in self._kept:
+                self._kept.add(name)
+                self._emit(self._next(), nbytes, "library")
+        taken: list[tuple[int, int] | None] = []
+        for step in scratch.program:
+            if step == 0:
+                for tensor in outputs:
+                    self._follow(tensor)
+            elif step > 0:
+                taken.append((self._next(), step))
+                self._emit(*taken[-1], "scratch")
+            else:
+                self._give_back(taken, -step - 1)
+        for index in reversed(range(len(taken))):
+            self._give_back(taken, index)
+
+    def _give_back(self, taken: list[tuple[int, int] | None], index: int) -> None:
+        entry = taken[index]
+        if entry is not None:
+            self._emit(entry[0], -entry[1], "scratch")
+            taken[index] = None
+
+    def _next(self) -> int:
+        self._serial += 1
+        return self._serial
+
+    def _emit(self, block: int, nbytes: int, kind: Kind) -> None:
+        if not self.muted:
+            self.events.append(Event(block, nbytes, kind))
+
+    def _follow(self, tensor: torch.Tensor, kind: Kind = "activations") -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._alive or key in self.ignored:
+        if key in self._alive or key in self.given:
             return
         nbytes = storage.nbytes()
         if nbytes == 0:
             return
-        self.serial += 1
-        self._alive[key] = (nbytes, self.serial)
-        self.live_bytes += nbytes
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        block = self._next()
+        self._alive[key] = (block, nbytes, kind)
+        self.maker[block] = self.layer
+        self._emit(block, nbytes, kind)
         weakref.finalize(storage, self._freed, key)
 
-    def _ignore_unknown(self, tensor: torch.Tensor) -> None:
-        """Never count a storage that was there before: the caller's own inputs."""
+    def _use(self, tensor: torch.Tensor, *, lifted: bool) -> None:
+        """Note who uses a storage. One that was there before is the caller's own, and never counted."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key not in self._alive and key not in self.ignored:
-            self.ignored.add(key)
-            weakref.finalize(storage, self.ignored.discard, key)
+        entry = self._alive.get(key)
+        if entry is not None:
+            if self.maker[entry[0]] != self.layer:
+                self.flows.add((entry[0], self.layer))
+        elif key not in self.given:
+            if lifted:
+                self._follow(tensor, "scratch")
+                return
+            self.given.add(key)
+            weakref.finalize(storage, self.given.discard, key)
 
     def _freed(self, key: int) -> None:
-        self.live_bytes -= self._alive.pop(key)[0]
+        block, nbytes, kind = self._alive.pop(key)
+        if self.muted:
+            self.muted_frees.append(block)
+        else:
+            self.events.append(Event(block, -nbytes, kind))
 
-    def alive_between(self, first: int, last: int) -> int:
-        """Return the bytes still alive of the storages followed while `serial` went from `first` to `last`."""
-        return sum(nbytes for nbytes, serial in self._alive.values() if first < serial <= last)
+    def block_of(self, tensor: torch.Tensor) -> int | None:
+        """Return the number of the block that a tensor lies in, None for weights and the caller's own."""
+        entry = self._alive.get(tensor.untyped_storage()._cdata)
+        return None if entry is None else entry[0]
+
+    def fresh_block(self) -> int:
+        """Return a number for a block that a replay makes; it belongs to the layer that is running."""
+        block = self._next()
+        self.maker[block] = self.layer
+        return block
 
     def _count_work(
         self, func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor], out: Any
     ) -> None:
-        made = sum(tensor.numel() * tensor.element_size() for tensor in outputs)
         if not outputs or (_is_view(inputs, outputs) and not func._schema.is_mutable):
             return
+        made = sum(tensor.numel() * tensor.element_size() for tensor in outputs)
         self.operators += 1
         self.flops += _flops(func, args, kwargs, out)
         if func in (aten.embedding.default, aten.index.Tensor, aten.index_select.default):
@@ -153,13 +274,14 @@ class StorageTracer(TorchDispatchMode):
         self.moved_bytes += read + (0 if func._schema.is_mutable else made)
 
 
-def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
+def tensors_in(values: Iterable[Any]) -> list[torch.Tensor]:
+    """Return the tensors among `values`, inside lists and tuples too, in order."""
     found: list[torch.Tensor] = []
     for value in values:
         if isinstance(value, torch.Tensor):
             found.append(value)
         elif isinstance(value, (list, tuple)):
-            found += _tensors(value)
+            found += tensors_in(value)
     return found
 
 
@@ -176,6 +298,22 @@ def _make_real(tensor: torch.Tensor, fill: int) -> torch.Tensor:
     if is_number or not isinstance(tensor, FakeTensor) or tensor.numel() > LARGEST_REAL_ELEMENTS:
         return tensor
     return torch.full(tensor.shape, fill, dtype=tensor.dtype)
+
+
+def _grouped_output(args: Any) -> torch.Tensor:
+    """Return an output of `_grouped_mm` (rows by groups of columns) in a dtype that torch's meta kernel refuses."""
+    left, right = args[0], args[1]
+    rows, columns = left.shape[-2], right.shape[-1]
+    per_row = _GROUPED_ROW_BYTES // left.element_size()
+    stride = -(-columns // per_row) * per_row
+    if left.dim() == right.dim() == 2:
+        groups = args[2].shape[0]
+        return left.new_empty_strided((groups, rows, columns), (rows * stride, stride, 1))
+    if left.dim() == 3:
+        groups = left.shape[0]
+        if right.dim() == 3:
+            return left.new_empty_strided((groups, rows, columns), (rows * stride, stride, 1))
+    return left.new_empty_strided((rows, columns), (stride, 1))
 
 
 def _is_view(inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> bool:

@@ -1,12 +1,14 @@
-"""A model → LayerGraph: one run of the real `generate` (or `forward`) with fake numbers, on no device."""
+"""A model → LayerGraph: runs of the real `generate` (or `forward`) with fake numbers, on no device."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,53 +17,232 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from planner import execution as implementations
 from planner.errors import PlanError, TraceError
 from planner.graph import Edge, Layer, LayerGraph, LayerKind, Pass, Span
+from planner.inputs import Inputs
 from planner.layers import find_layers, loose_tensors, ties, weight_groups
-from planner.recorder import Recorder
+from planner.lifetimes import Event
+from planner.recorder import RawSpan, Recorder, Run
+from planner.storages import Kernels, StorageTracer
 from planner.workload import Workload
 
+# Steps traced from the start of the answer; a later one is reached through two others, with a prompt that much longer,
+# because what one step leaves behind is held during the next.
+_FIRST_STEPS = 3
 
-def trace(model: torch.nn.Module, workload: Workload, *, experts: str | None = None) -> LayerGraph:
-    """Return the layer graph of a causal language model of transformers, on meta or loaded; its weights are not read.
 
-    experts: the experts implementation to trace, of models that have one.
+@dataclass(frozen=True, slots=True)
+class TracedPass:
+    """One pass: its events and spans (whose positions count from its start), and what is held when it starts.
+
+    held_bytes: neither weights, cache, scratch nor library workspaces. library_bytes: workspaces taken before.
+    scratch_bytes: tensors that no operator returned and that stay, such as scalars lifted from Python numbers.
+    """
+
+    run: Run
+    events: list[Event]
+    spans: list[RawSpan]
+    tokens: int
+    context_tokens: int
+    held_bytes: int
+    cached_bytes: int
+    library_bytes: int
+    scratch_bytes: int
+
+
+class Tracing:
+    """One model's skeleton under one workload; passes are run when they are asked for.
+
+    experts: the experts implementation to trace, of models that have one. kernels: what adds scratch to the stream.
+    attention: a context that makes attention run as another device would. routing_seed: draws the routing of experts
+    instead of the worst one.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        workload: Workload,
+        *,
+        examples: Mapping[str, Any] | tuple[Any, ...] | None = None,
+        experts: str | None = None,
+        kernels: Kernels | None = None,
+        attention: contextlib.AbstractContextManager[Any] | None = None,
+        routing_seed: int | None = None,
+        replay: bool = True,
+    ):
+        self.model, self.workload, self.kernels, self.routing_seed = model, workload, kernels, routing_seed
+        self.attention = attention
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.skeleton = _skeleton(model, self.fake)
+        if experts is not None:
+            implementations.register()
+            self.skeleton.set_experts_implementation(experts)
+        self.layers = find_layers(self.skeleton)
+        self.recorder = Recorder(self.skeleton, self.layers, replay=replay)
+        self.inputs = Inputs(self.skeleton, workload, self.fake, examples)
+        self._first: Run | None = None
+        self._later: dict[int, TracedPass] = {}
+
+    @property
+    def first(self) -> Run:
+        """The run from the start: prefill, and the first decode steps."""
+        if self._first is None:
+            self._first = self._record(passes=min(self.inputs.steps, _FIRST_STEPS + 1))
+        return self._first
+
+    def step(self, number: int) -> TracedPass:
+        """Return forward call `number` of the workload; 0 is the prefill."""
+        prompt = self.workload.prompt_tokens
+        if number < len(self.first.passes):
+            return cut(self.first, number, prompt if number == 0 else 1, prompt + number)
+        if number not in self._later:
+            reached = self._reach(number)
+            if self.workload.num_beams > 1:
+                # Beam search holds tensors as long as the answer may get, which is less after a longer prompt.
+                onward = self.continued(number)
+                if onward is not None and _same_layers(reached, onward):
+                    reached = onward
+            self._later[number] = reached
+        return self._later[number]
+
+    def _reach(self, number: int) -> TracedPass:
+        """Run step `number` after a longer prompt, and make up for what the caller holds of that."""
+        longer = number - _FIRST_STEPS
+        run = self._record(longer=longer, new_tokens=self.workload.new_tokens - longer, passes=_FIRST_STEPS + 1)
+        reached = cut(run, _FIRST_STEPS, 1, self.workload.prompt_tokens + number)
+        before, after = (self.step(index).held_bytes for index in (_FIRST_STEPS - 1, _FIRST_STEPS))
+        return dataclasses.replace(reached, held_bytes=after + longer * (after - before))
+
+    def continued(self, number: int) -> TracedPass | None:
+        """Return step `number` as the first steps go on, every block growing as it did between the last two of them.
+
+        None where those two do not do the same.
+        """
+        before, after = self.step(_FIRST_STEPS - 1), self.step(_FIRST_STEPS)
+        if [(e.nbytes > 0, e.kind) for e in before.events] != [(e.nbytes > 0, e.kind) for e in after.events]:
+            return None
+        ahead = number - _FIRST_STEPS
+
+        def onward(one: int, two: int) -> int:
+            return two + ahead * (two - one)
+
+        pairs = zip(before.events, after.events, strict=True)
+        return dataclasses.replace(
+            after,
+            events=[Event(b.block, onward(a.nbytes, b.nbytes), b.kind) for a, b in pairs],
+            context_tokens=self.workload.prompt_tokens + number,
+            held_bytes=onward(before.held_bytes, after.held_bytes),
+            cached_bytes=onward(before.cached_bytes, after.cached_bytes),
+        )
+
+    def _record(self, *, passes: int, longer: int = 0, new_tokens: int | None = None) -> Run:
+        call = self.inputs.call(longer=longer, new_tokens=new_tokens)
+        experts = implementations.experts_modules(self.skeleton).values()
+        tracer = StorageTracer(
+            self.fake,
+            stop_tokens=_stop_tokens(self.skeleton),
+            kernels=self.kernels,
+            expert_storages=(p.untyped_storage()._cdata for m in experts for p in m.parameters(recurse=False)),
+            routing_seed=self.routing_seed,
+        )
+        try:
+            with _quiet(), torch.no_grad(), self.attention or contextlib.nullcontext():
+                run = self.recorder.record(call, tracer, passes=passes)
+        except PlanError:
+            raise
+        except Exception as exc:
+            where = self.recorder.where()
+            raise TraceError(
+                f"{type(self.model).__name__} could not be traced{where}: {type(exc).__name__}: {exc}"
+            ) from exc
+        if len(run.passes) != passes:
+            raise TraceError(
+                f"{type(self.model).__name__} made {len(run.passes)} forward passes where {passes} were expected"
+            )
+        return run
+
+    def graph(self, *, allocator_bytes: int = 0) -> LayerGraph:
+        """Return the layer graph, with the prefill, the first decode step and the last."""
+        steps = self.inputs.steps
+        chosen = {"prefill": 0, "decode_first": 1, "decode_last": steps - 1}
+        named = [(name, number) for name, number in chosen.items() if number < steps]
+        if steps == 2:
+            named = named[:2]
+        traced = [(name, self.step(number)) for name, number in named[: min(steps, 3)]]
+        return _graph(self.skeleton, self.layers, traced, self.workload, allocator_bytes)
+
+
+def cut(run: Run, index: int, tokens: int, context_tokens: int) -> TracedPass:
+    """Return pass `index` of a run by itself."""
+    raw = run.passes[index]
+    held = cached = library = scratch = 0
+    for event in run.events[: raw.start]:
+        if event.kind == "library":
+            library += event.nbytes
+        elif event.kind == "scratch":
+            scratch += event.nbytes
+        elif event.block in run.cache_blocks:
+            cached += event.nbytes
+        else:
+            held += event.nbytes
+    return TracedPass(
+        run=run,
+        events=run.events[raw.start : raw.end],
+        spans=[dataclasses.replace(s, start=s.start - raw.start, end=s.end - raw.start) for s in raw.spans],
+        tokens=tokens,
+        context_tokens=context_tokens,
+        held_bytes=held,
+        cached_bytes=cached,
+        library_bytes=library,
+        scratch_bytes=scratch,
+    )
+
+
+def _same_layers(one: TracedPass, other: TracedPass) -> bool:
+    """Tell whether two passes do the same in every layer but the first and last, which the caller's code adjoins."""
+    if [span.layer for span in one.spans] != [span.layer for span in other.spans]:
+        return False
+    return all(
+        [e.nbytes for e in one.events[a.start : a.end]] == [e.nbytes for e in other.events[b.start : b.end]]
+        for a, b in list(zip(one.spans, other.spans, strict=True))[1:-1]
+    )
+
+
+def trace(
+    model: torch.nn.Module,
+    workload: Workload,
+    *,
+    experts: str | None = None,
+    examples: Mapping[str, Any] | tuple[Any, ...] | None = None,
+) -> LayerGraph:
+    """Return the layer graph of a model, on meta or loaded; its weights are not read.
+
+    experts: the experts implementation to trace, of models that have one. examples: inputs to trace it by, needed for
+    modules that are not of transformers.
 
     Raises:
-        TraceError: the model is of a kind that is not carried yet, or failed while it was traced.
+        TraceError: the model cannot be traced, and where.
     """
-    check_carried(model)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    skeleton = _skeleton(model, fake)
-    if experts is not None:
-        implementations.register()
-        skeleton.set_experts_implementation(experts)
-    layers = find_layers(skeleton)
-    recorder = Recorder(skeleton, layers, workload, fake)
-    try:
-        with _quiet(), torch.no_grad():
-            recorder.run()
-    except PlanError:
-        raise
-    except Exception as exc:
-        raise TraceError(f"{type(model).__name__} could not be traced: {type(exc).__name__}: {exc}") from exc
-    return _graph(skeleton, layers, recorder, workload)
+    return Tracing(model, workload, experts=experts, examples=examples).graph()
 
 
-def check_carried(model: torch.nn.Module) -> None:
-    """Raise TraceError unless `model` is a decoder-only language model of transformers."""
+def _stop_tokens(model: Any) -> list[int]:
     config = getattr(model, "config", None)
-    name = type(model).__name__
-    if config is None or not hasattr(model, "prepare_inputs_for_generation"):
-        raise TraceError(f"{name} is not a language model of transformers: only those are carried yet")
-    if getattr(model, "_is_stateful", False):
-        raise TraceError(f"{name} keeps a state instead of a KV cache: only models with attention are carried yet")
-    if getattr(config, "is_encoder_decoder", False):
-        raise TraceError(f"{name} is an encoder-decoder: only decoder-only language models are carried yet")
+    if config is None or not hasattr(config, "get_text_config"):
+        return []
+    found: list[int] = []
+    for owner in (config.get_text_config(), getattr(model, "generation_config", None)):
+        stops = getattr(owner, "eos_token_id", None)
+        found += [token for token in (stops if isinstance(stops, list) else [stops]) if token is not None]
+    return found
 
 
 def _skeleton(model: torch.nn.Module, fake: FakeTensorMode) -> Any:
     """Return a copy of `model` whose tensors are fake; ties are kept and no byte of a weight is copied."""
     memo: dict[int, Any] = {}
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+            raise TraceError(
+                f"{name} has no shape yet: run {type(model).__name__} once, or give its modules their input sizes"
+            )
         meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         stand_in: torch.Tensor = FakeTensor(fake, meta, torch.device("cpu"))
         if isinstance(tensor, torch.nn.Parameter):
@@ -84,14 +265,23 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _graph(model: Any, layers: list[tuple[str, torch.nn.Module]], recorder: Recorder, workload: Workload) -> LayerGraph:
-    missing = [layers[index][0] for index in range(len(layers)) if index not in recorder.order]
-    if missing:
-        raise TraceError(f"layer {missing[0]} is not called by the model's forward: not carried yet")
+def _graph(
+    model: Any,
+    layers: list[tuple[str, torch.nn.Module]],
+    traced: list[tuple[str, TracedPass]],
+    workload: Workload,
+    allocator_bytes: int,
+) -> LayerGraph:
+    order: dict[int, None] = {}
+    for _, entry in traced:
+        order.update(dict.fromkeys(span.layer for span in entry.spans if span.layer >= 0))
+    # What no pass calls still has weights, which live with what is called.
+    order.update(dict.fromkeys(range(len(layers))))
+    position = {index: at for at, index in enumerate(order)}
     kinds: dict[Any, int] = {}
     kind_values: list[LayerKind] = []
     placed: list[Layer] = []
-    for index in recorder.order:
+    for index in order:
         name, module = layers[index]
         groups = weight_groups(module)
         key = (type(module).__name__, groups)
@@ -99,51 +289,108 @@ def _graph(model: Any, layers: list[tuple[str, torch.nn.Module]], recorder: Reco
             kinds[key] = len(kind_values)
             kind_values.append(LayerKind(name=type(module).__name__, groups=groups))
         placed.append(Layer(name=name, kind=kinds[key]))
-    passes = _passes(recorder, workload)
     return LayerGraph(
         model=type(model).__name__,
-        batch_size=workload.batch_size,
+        batch_size=workload.rows,
         kinds=tuple(kind_values),
         layers=tuple(placed),
-        edges=_edges(passes),
+        edges=_edges(traced, position),
         ties=ties(model),
         loose=loose_tensors(model, layers),
-        passes=passes,
+        allocator_bytes=allocator_bytes,
+        passes=tuple(_pass(name, entry, position) for name, entry in traced),
     )
 
 
-def _passes(recorder: Recorder, workload: Workload) -> tuple[Pass, ...]:
-    prompt, new = workload.prompt_tokens, workload.new_tokens
-    shapes = [("prefill", prompt, prompt)]
-    if workload.caller == "generate" and new > 1:
-        shapes.append(("decode_first", 1, prompt + 1))
-        if new > 2:
-            shapes.append(("decode_last", 1, prompt + new - 1))
-    if len(recorder.passes) != len(shapes):
-        raise TraceError(f"the model made {len(recorder.passes)} forward passes where {len(shapes)} were expected")
+def _pass(name: str, entry: TracedPass, position: dict[int, int]) -> Pass:
+    spans: list[Span] = []
+    for values in _layer_spans(entry, position):
+        if spans and all(getattr(spans[-1], field) == value for field, value in values.items()):
+            spans[-1] = Span(count=spans[-1].count + 1, **values)
+        else:
+            spans.append(Span(count=1, **values))
+    return Pass(name=name, tokens=entry.tokens, context_tokens=entry.context_tokens, spans=tuple(spans))
+
+
+def _layer_spans(entry: TracedPass, position: dict[int, int]) -> list[dict[str, int]]:
+    """Return the fields of one Span for every layer of the graph; a layer that is called twice has both in one."""
+    result: list[dict[str, int]] = [dict.fromkeys(_SPAN_FIELDS, 0) for _ in position]
+    called: set[int] = set()
+    for span, memory in zip(entry.spans, span_memory(entry), strict=True):
+        values = result[position[max(span.layer, 0)]]
+        if span.layer in called:
+            top = max(values["held_bytes"] + values["peak_bytes"], memory.held_bytes + memory.peak_bytes)
+            values["held_bytes"] = min(values["held_bytes"], memory.held_bytes)
+            values["peak_bytes"] = top - values["held_bytes"]
+        else:
+            values["held_bytes"], values["peak_bytes"] = memory.held_bytes, memory.peak_bytes
+            values["kv_before_bytes"] = span.kv_before_bytes
+            called.add(span.layer)
+        values["scratch_bytes"] = max(values["scratch_bytes"], memory.scratch_bytes)
+        values["kv_after_bytes"] = span.kv_after_bytes
+        for name in ("input_bytes", "flops", "moved_bytes", "operators"):
+            values[name] += getattr(span, name)
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class SpanMemory:
+    """What one span holds: bytes at its start without and with the cache, and the most above that.
+
+    scratch_bytes: what kernels add to that most, workspaces that libraries keep apart.
+    """
+
+    held_bytes: int
+    cached_bytes: int
+    peak_bytes: int
+    scratch_bytes: int
+
+
+def span_memory(entry: TracedPass) -> list[SpanMemory]:
+    """Return what every span of a pass holds, by playing its events."""
+    blocks = entry.run.cache_blocks
+    held, cached, extra = entry.held_bytes, entry.cached_bytes, entry.scratch_bytes
     result = []
-    for (name, tokens, context), raw in zip(shapes, recorder.passes, strict=True):
-        spans: list[Span] = []
-        fields = [name for name in Span.__slots__ if name != "count"]
-        for entry in raw:
-            values = {field: entry[field] for field in fields}
-            if spans and all(getattr(spans[-1], field) == value for field, value in values.items()):
-                spans[-1] = Span(count=spans[-1].count + 1, **values)
+    at = 0
+    for span in entry.spans:
+        assert span.start == at, "spans leave no event out"
+        before = held, cached
+        most, most_asked = held + cached, held + cached + extra
+        for event in entry.events[span.start : span.end]:
+            if event.kind == "scratch":
+                extra += event.nbytes
+            elif event.kind == "library":
+                continue
+            elif event.block in blocks:
+                cached += event.nbytes
             else:
-                spans.append(Span(count=1, **values))
-        result.append(Pass(name=name, tokens=tokens, context_tokens=context, spans=tuple(spans)))
-    return tuple(result)
+                held += event.nbytes
+            most, most_asked = max(most, held + cached), max(most_asked, held + cached + extra)
+        at = span.end
+        result.append(SpanMemory(before[0], before[1], most - sum(before), most_asked - most))
+    return result
 
 
-def _edges(passes: tuple[Pass, ...]) -> tuple[Edge, ...]:
-    prefill = passes[0].per_layer()
-    decode = passes[-1].per_layer() if len(passes) > 1 else None
+_SPAN_FIELDS = tuple(name for name in Span.__slots__ if name != "count")
+
+
+def _edges(traced: list[tuple[str, TracedPass]], position: dict[int, int]) -> tuple[Edge, ...]:
+    """Return who uses what others made, as bytes of distinct blocks, in the prefill and in the last step."""
+    sizes: list[dict[tuple[int, int], int]] = []
+    for _, entry in (traced[0], traced[-1]):
+        run, found = entry.run, {}
+        made = {event.block: event.nbytes for event in entry.events if event.nbytes > 0}
+        for block, user in run.flows:
+            if block in made and user >= 0 and block not in run.cache_blocks:
+                pair = (position[run.maker[block]], position[user])
+                if pair[0] < pair[1]:
+                    found[pair] = found.get(pair, 0) + made[block]
+        sizes.append(found)
+    prefill, decode = sizes
+    if len(traced) == 1:
+        decode = {}
     return tuple(
-        Edge(
-            source=index,
-            target=index + 1,
-            prefill_bytes=prefill[index + 1].input_bytes,
-            decode_bytes=decode[index + 1].input_bytes if decode else 0,
-        )
-        for index in range(len(prefill) - 1)
+        Edge(source=source, target=target, prefill_bytes=prefill.get((source, target), 0),
+             decode_bytes=decode.get((source, target), 0))
+        for source, target in sorted(prefill.keys() | decode.keys())
     )

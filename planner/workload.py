@@ -17,8 +17,11 @@ MOST_TOKENS = 2**25
 class Workload:
     """One call of the model: `batch_size` prompts of `prompt_tokens`, each answered by `new_tokens`.
 
-    caller: "generate" is transformers' `generate()`, whose own tensors are counted too; "forward" is one
-        `model(input_ids)` without a cache.
+    caller: "generate" is transformers' `generate()`, whose own tensors are counted too; "forward" with one new token
+        is one `model(input_ids)` without a cache, with more a plain loop over `model(...)` with the cache it returned.
+    sampling, top_p, num_beams, num_return_sequences: as `generate` takes them; top_p needs "sample".
+    cache: "dynamic" grows, "static" is as long as the whole answer from the start, "fp8" keeps keys and values in 8
+        bits (transformers' quantised cache); layers with a sliding window keep their window in each.
     objective: what the planner makes least; "latency" is the whole call, prefill and every decode step.
     """
 
@@ -27,13 +30,15 @@ class Workload:
     prompt_tokens: int = DEFAULT_PROMPT_TOKENS
     new_tokens: int = DEFAULT_NEW_TOKENS
     sampling: Literal["greedy", "sample"] = "greedy"
+    top_p: float | None = None
     num_beams: int = 1
-    cache: Literal["dynamic"] = "dynamic"
+    num_return_sequences: int = 1
+    cache: Literal["dynamic", "static", "fp8"] = "dynamic"
     kv_dtype: str | None = None
     objective: Literal["latency"] = "latency"
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "prompt_tokens", "new_tokens", "num_beams"):
+        for name in ("batch_size", "prompt_tokens", "new_tokens", "num_beams", "num_return_sequences"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise InputError(f"{name} must be a whole number, not {value!r}")
@@ -45,8 +50,13 @@ class Workload:
                 f"{tokens:,} tokens in one call (batch_size * (prompt_tokens + new_tokens)) are more than the "
                 f"{MOST_TOKENS:,} that can be traced; plan a smaller batch, or shorter prompts"
             )
-        if self.num_beams != 1:
-            raise InputError(f"num_beams={self.num_beams}: beam search is not carried yet; plan with one beam")
+        if self.top_p is not None and (self.sampling != "sample" or not 0 < self.top_p <= 1):
+            raise InputError(f"top_p={self.top_p}: it must lie in (0, 1], with sampling")
+        if self.num_return_sequences > max(self.num_beams, 1) and self.sampling != "sample":
+            raise InputError(
+                f"num_return_sequences={self.num_return_sequences} needs sampling, or at least as many beams "
+                f"(there are {self.num_beams})"
+            )
         if self.kv_dtype is not None:
             raise InputError(
                 f"kv_dtype={self.kv_dtype}: a KV cache in another dtype than the model's is not carried yet"
@@ -55,4 +65,9 @@ class Workload:
     @property
     def decode_steps(self) -> int:
         """Forward passes after the first: the prefill already yields one token."""
-        return self.new_tokens - 1 if self.caller == "generate" else 0
+        return self.new_tokens - 1
+
+    @property
+    def rows(self) -> int:
+        """Sequences that one forward call carries: the batch, times its beams or its several answers."""
+        return self.batch_size * max(self.num_beams, self.num_return_sequences)

@@ -21,14 +21,21 @@ ORDER = (
     ("units", "serial"),
     ("hardware", "workload", "graph"),
     ("plan",),
-    ("memory", "lifetimes", "cuda_allocator", "cache", "models"),
+    ("lifetimes",),
+    ("memory", "cuda_allocator", "cache", "models"),
     ("steps", "cost"),
-    ("execution", "storages", "layers", "recorder", "trace", "placement", "verify", "explain"),
+    ("execution", "kernels"),
+    ("storages", "layers", "recorder", "inputs"),
+    ("trace", "placement", "verify", "explain"),
+    ("footprint",),
     ("api",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 VALUES = {"errors", "units", "serial", "hardware", "workload", "graph", "plan"}
-TORCH = {"planner.execution", "planner.storages", "planner.layers", "planner.recorder", "planner.trace"}
+TORCH = {
+    "planner.execution", "planner.storages", "planner.layers", "planner.recorder", "planner.inputs", "planner.trace",
+    "planner.kernels.cpu", "planner.kernels.cuda", "planner.kernels.cuda_attention",
+}  # fmt: skip
 HEAVY = {"torch", "transformers", "ortools", "pandas", "plotly", "numpy", "networkx", "safetensors", "huggingface_hub"}
 
 

@@ -145,7 +145,7 @@ class _Model:
 
     def _device_buffers(self) -> None:
         for name in self.devices:
-            context, workspace = memory.fixed_bytes(self.problem.hardware.device(name))
+            context, workspace = memory.fixed_bytes(self.problem.graph, self.problem.hardware.device(name))
             # What stands outside every layer lives with the first one: with the front, or where that may be.
             loose = self.problem.loose_bytes if self.problem.front is None else 0
             self.held[name].append((context + workspace + loose) * self.used[name])
@@ -194,7 +194,7 @@ class _Model:
         """Return more bytes than any one memory can lack: everything there, and waiting there, at once."""
         total = self.problem.loose_bytes
         for name in self.devices:
-            total += sum(memory.fixed_bytes(self.problem.hardware.device(name)))
+            total += sum(memory.fixed_bytes(self.problem.graph, self.problem.hardware.device(name)))
             for unit in self._units():
                 costs = unit.on[name]
                 count = len(unit.layers) if unit in self.problem.blocks else 1

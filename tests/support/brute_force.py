@@ -116,7 +116,7 @@ class Ledger:
             spans = [entry.per_layer()[index] for entry in self.graph.passes]
             held[device] += max(s.kv_after_bytes for s in spans)
             most["activations", device] = max(
-                most["activations", device], max(s.held_bytes + s.peak_bytes for s in spans)
+                most["activations", device], max(s.held_bytes + s.peak_bytes + s.scratch_bytes for s in spans)
             )
             for step, _, passes in self.steps:
                 times["serial", step, device] += self._compute(index, passes, device)

@@ -66,6 +66,7 @@ def build_graph(
         ),
         ties=ties,
         loose=loose if loose_bytes else (),
+        allocator_bytes=22 * 2**20,
         passes=passes,
     )
     graph.check()
@@ -76,7 +77,7 @@ def span(
     *, held: int = 0, peak: int = 0, kv: tuple[int, int] = (0, 0), flops: int = 0, moved: int = 0, operators: int = 1
 ) -> Span:
     return Span(
-        count=1, held_bytes=held, peak_bytes=peak, kv_before_bytes=kv[0], kv_after_bytes=kv[1], input_bytes=64,
+        count=1, held_bytes=held, peak_bytes=peak, scratch_bytes=peak // 5, kv_before_bytes=kv[0], kv_after_bytes=kv[1], input_bytes=64,
         flops=flops, moved_bytes=moved, operators=operators,
     )  # fmt: skip
 

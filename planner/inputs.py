@@ -1,0 +1,188 @@
+"""What a model is fed while it is traced, and the call that a user makes with it.
+
+Token ids and masks are real and all ones; pictures, sound and other floating inputs are fake. They belong to the
+caller, and are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from planner.errors import InputError
+from planner.workload import Workload
+
+# Inputs with one entry a token, which grow with the prompt.
+_BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids")
+
+
+class Inputs:
+    """The inputs of one model for one workload.
+
+    examples: inputs that the caller gave, by name; they replace what would be made up, and set the prompt's length.
+    notes: what was assumed, in words.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        workload: Workload,
+        fake: FakeTensorMode,
+        examples: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    ):
+        self.model, self.workload, self._fake = model, workload, fake
+        self.notes: list[str] = []
+        self.generates = workload.caller == "generate" and can_generate(model)
+        self._args: tuple[Any, ...] = ()
+        self._given: dict[str, Any] = {}
+        if isinstance(examples, Mapping):
+            self._given = {name: self._taken(value) for name, value in examples.items()}
+        elif examples is not None:
+            self._args = tuple(self._taken(value) for value in examples)
+        elif getattr(model, "main_input_name", None) is None:
+            raise InputError(f"{type(model).__name__} is not a model of transformers: give example inputs to trace it by")
+        else:
+            self._given = self._made_up()
+        if workload.caller == "generate" and not self.generates:
+            self.notes.append(f"{type(model).__name__} does not generate: one forward call")
+
+    @property
+    def steps(self) -> int:
+        """Forward calls: a prefill, and one for every further token."""
+        return self.workload.new_tokens if self.generates or self._loops else 1
+
+    @property
+    def _loops(self) -> bool:
+        return self.workload.caller == "forward" and self.workload.new_tokens > 1 and can_generate(self.model)
+
+    def call(self, *, longer: int = 0, new_tokens: int | None = None) -> Callable[[], Any]:
+        """Return the user's call, its prompt longer by so many tokens, that makes `new_tokens` (the workload's).
+
+        With the caller "forward" and several new tokens it is a plain loop: the prompt, then one token at a time with
+        the cache that the call before returned.
+        """
+        work = self.workload
+        given = self._lengthened(longer)
+        if self.generates:
+            options = generate_options(work)
+            options["max_new_tokens"] = work.new_tokens if new_tokens is None else new_tokens
+            return lambda: self.model.generate(**given, **options)
+        if not self._loops:
+            extra = {"use_cache": False} if can_generate(self.model) else {}
+            return lambda: self.model(*self._args, **{**extra, **given})
+        count = work.new_tokens if new_tokens is None else new_tokens
+        name = "decoder_input_ids" if _is_encoder_decoder(self.model) else "input_ids"
+        step = torch.ones(work.batch_size, 1, dtype=torch.long)
+        return lambda: forward_loop(self.model, given, {name: step}, count)
+
+    def _taken(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            if value.dtype.is_floating_point or value.dtype.is_complex or value.is_meta:
+                meta = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+                return _fake_like(meta, self._fake)
+            return value.detach().cpu()
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._taken(item) for item in value)
+        if isinstance(value, dict):
+            return {name: self._taken(item) for name, item in value.items()}
+        return value
+
+    def _made_up(self) -> dict[str, Any]:
+        work, config = self.workload, self.model.config
+        name = self.model.main_input_name
+        ids = torch.ones(work.batch_size, work.prompt_tokens, dtype=torch.long)
+        if name == "input_ids":
+            vision = getattr(config, "vision_config", None)
+            if vision is not None:
+                self.notes.append("no picture in the prompt: give example inputs to count its tower")
+            given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            if _is_encoder_decoder(self.model) and not self.generates:
+                given["decoder_input_ids"] = self._decoder_start()
+            return given
+        if name == "pixel_values":
+            return {name: self._fake_floats(work.batch_size, *_image_shape(config))}
+        if name == "input_features" and hasattr(config, "num_mel_bins"):
+            frames = 2 * config.max_source_positions
+            self.notes.append(f"sound of {frames} frames")
+            given = {name: self._fake_floats(work.batch_size, config.num_mel_bins, frames)}
+            if not self.generates:
+                given["decoder_input_ids"] = self._decoder_start()
+            return given
+        raise InputError(f"{type(self.model).__name__} takes {name}: give example inputs to trace it by")
+
+    def _decoder_start(self) -> torch.Tensor:
+        first = self.model.generation_config.decoder_start_token_id if can_generate(self.model) else None
+        return torch.full((self.workload.batch_size, 1), 1 if first is None else first, dtype=torch.long)
+
+    def _fake_floats(self, *shape: int) -> torch.Tensor:
+        dtype = next((p.dtype for p in self.model.parameters() if p.dtype.is_floating_point), torch.float32)
+        return _fake_like(torch.empty(shape, dtype=dtype, device="meta"), self._fake)
+
+    def _lengthened(self, longer: int) -> dict[str, Any]:
+        if not longer:
+            return dict(self._given)
+        if _is_encoder_decoder(self.model):
+            start = self._given.get("decoder_input_ids")
+            if start is None:
+                start = self._decoder_start()
+            return {**self._given, "decoder_input_ids": _padded(start, longer)}
+        return {name: _padded(v, longer) if name in _BY_TOKEN else v for name, v in self._given.items()}
+
+
+def forward_loop(model: Any, first: Mapping[str, Any], step: Mapping[str, Any], calls: int) -> None:
+    """Call `model` with `first`, then with `step` and the cache, `calls` times in all: the caller named "forward"."""
+    out = model(**first, use_cache=True)
+    for _ in range(calls - 1):
+        name = "past_key_values" if hasattr(out, "past_key_values") else "cache_params"
+        rest = {name: getattr(out, name)}
+        if hasattr(out, "encoder_last_hidden_state"):
+            rest["encoder_outputs"] = (out.encoder_last_hidden_state,)
+        out = model(**step, **rest, use_cache=True)
+
+
+def generate_options(work: Workload) -> dict[str, Any]:
+    """Return the options of `generate` that a workload stands for, but the number of tokens."""
+    options: dict[str, Any] = {"do_sample": work.sampling == "sample", "num_beams": work.num_beams}
+    if work.num_return_sequences > 1:
+        options["num_return_sequences"] = work.num_return_sequences
+    if work.top_p is not None:
+        options["top_p"] = work.top_p
+    if work.cache == "static":
+        options["cache_implementation"] = "static"
+    elif work.cache == "fp8":
+        options["cache_implementation"] = "quantized"
+        options["cache_config"] = {"backend": "fp8"}
+    return options
+
+
+def can_generate(model: Any) -> bool:
+    """Tell whether a model answers prompts by `generate`."""
+    return hasattr(model, "generate") and bool(model.can_generate())
+
+
+def _is_encoder_decoder(model: Any) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _image_shape(config: Any) -> tuple[int, int, int]:
+    config = getattr(config, "vision_config", config)
+    size = getattr(config, "image_size", None)
+    if isinstance(size, int):
+        size = (size, size)
+    if not size:
+        raise InputError("the config names no image size: give example inputs")
+    return getattr(config, "num_channels", 3), int(size[0]), int(size[1])
+
+
+def _padded(tensor: torch.Tensor, longer: int) -> torch.Tensor:
+    return torch.cat([tensor, tensor[..., -1:].expand(*tensor.shape[:-1], longer)], dim=-1)
+
+
+def _fake_like(meta: torch.Tensor, fake: FakeTensorMode) -> torch.Tensor:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    result: torch.Tensor = FakeTensor(fake, meta, torch.device("cpu"))
+    return result
