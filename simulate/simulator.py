@@ -75,7 +75,7 @@ class _Simulation:
             span, other = first[run.index], last[run.index]
             if run.hop_from is not None:
                 now = self._hop(run, span, now, step)
-            held = _between(span.held_bytes + span.peak_bytes, other.held_bytes + other.peak_bytes, weight)
+            held = _between(span.requested_bytes, other.requested_bytes, weight)
             self._sample(now, run.device, self.static[run.device], cached[run.device], held)
             now = self._layer(run, span, other, weight, now, step)
             cached[run.device] += _between(
