@@ -24,12 +24,19 @@ ORDER = (
     ("memory", "lifetimes", "cuda_allocator", "cache", "models"),
     ("headers",),
     ("steps", "cost"),
-    ("execution", "storages", "layers", "recorder", "trace", "placement", "verify", "explain"),
+    ("execution", "conversions", "storages", "layers", "recorder", "trace", "placement", "verify", "explain"),
     ("api",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 VALUES = {"errors", "units", "serial", "hardware", "workload", "graph", "plan"}
-TORCH = {"planner.execution", "planner.storages", "planner.layers", "planner.recorder", "planner.trace"}
+TORCH = {
+    "planner.execution",
+    "planner.conversions",
+    "planner.storages",
+    "planner.layers",
+    "planner.recorder",
+    "planner.trace",
+}
 HEAVY = {"torch", "transformers", "ortools", "pandas", "plotly", "numpy", "networkx", "safetensors", "huggingface_hub"}
 
 
@@ -167,7 +174,7 @@ def test_dispatch_works_without_what_plans(name: str) -> None:
         assert top(target) not in ("ortools", "pandas", "plotly", "simulate", "reports"), f"{name} imports {target}"
         if top(target) == "planner":
             late = {"api", "models"} if entry.lazy else set()
-            allowed = VALUES | {"steps", "memory", "execution", "headers"} | late
+            allowed = VALUES | {"steps", "memory", "execution", "headers", "conversions"} | late
             assert room(target) in allowed, f"{name} imports {target}"
 
 
