@@ -16,22 +16,15 @@ from pathlib import Path
 import torch
 
 from planner.errors import InputError
-from planner.headers import AGAIN, StoredTensor, combine, locate, open_regular, os_errors, parse_header
+from planner.headers import AGAIN, DTYPES, StoredTensor, combine, locate, open_regular, os_errors, parse_header
+from planner.loading import BUFFER_BYTES
 from planner.units import MIB
 
 _READ_CHUNK_BYTES = 64 * MIB
 # Linux's MAP_NORESERVE, which Python names only from 3.13 on; 0 where its value is not known.
 _USUAL_LINUX = platform.system() == "Linux" and platform.machine() in {"x86_64", "aarch64", "riscv64"}
 _MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if _USUAL_LINUX else 0)
-_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
-    "U16": torch.uint16, "I16": torch.int16, "U32": torch.uint32, "I32": torch.int32,
-    "U64": torch.uint64, "I64": torch.int64,
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-    "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-}  # fmt: skip
+_DTYPES = {name: getattr(torch, torch_name) for name, (torch_name, _) in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,12 +143,16 @@ class Checkpoint:
         return torch.frombuffer(memory, dtype=entry.dtype, count=count, offset=entry.offset_bytes).reshape(entry.shape)
 
     def equal(self, one: TensorEntry, other: TensorEntry) -> bool:
-        """Return whether two entries have one dtype and shape and equal bytes. Reads up to a difference."""
+        """Return whether two entries have one dtype and shape and equal bytes. Reads up to a difference.
+
+        Takes as much memory as one of them, and no more than a reader's buffer.
+        """
         if (one.dtype, one.shape) != (other.dtype, other.shape):
             return False
-        pair = torch.empty((2, min(_READ_CHUNK_BYTES, one.nbytes)), dtype=torch.uint8)
-        for start in range(0, one.nbytes, _READ_CHUNK_BYTES):
-            stop = min(start + _READ_CHUNK_BYTES, one.nbytes)
+        step = min(BUFFER_BYTES // 2, (one.nbytes + 1) // 2)
+        pair = torch.empty((2, step), dtype=torch.uint8)
+        for start in range(0, one.nbytes, step or 1):
+            stop = min(start + step, one.nbytes)
             left, right = pair[0, : stop - start], pair[1, : stop - start]
             self.read_into(one, left, start=start, stop=stop)
             self.read_into(other, right, start=start, stop=stop)

@@ -6,18 +6,18 @@ stacking them in memory is here written down as pieces instead, so that one expe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from dispatch import buffers
 from dispatch.checkpoint import Checkpoint, TensorEntry
 from planner.conversions import Claim, match, targets_of, tied_names
 from planner.errors import InputError, PlanMismatchError, TraceError
-from planner.units import MIB
 
-_CONVERT_CHUNK_BYTES = 32 * MIB
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _SHOWN = 3
 
@@ -46,11 +46,11 @@ class TensorSource:
         entry = self.pieces[0].entry
         return entry if (entry.dtype, entry.shape) == (self.dtype, self.shape) else None
 
-    def fill(self, checkpoint: Checkpoint, destination: torch.Tensor) -> None:
-        """Read the whole tensor into `destination`, of this shape.
+    def fill(self, checkpoint: Checkpoint, destination: torch.Tensor, buffer: torch.Tensor | None = None) -> None:
+        """Read the whole tensor into `destination`, of this shape and on any device.
 
         Pieces of the destination's own dtype go straight into its memory if that is contiguous and on the
-        CPU; others pass through at most 32 MiB of memory, or one piece where its place is not contiguous.
+        CPU; others pass through `buffer`, or one that is made (see `planner.loading`).
 
         Raises:
             InputError: the checkpoint cannot be read.
@@ -58,9 +58,11 @@ class TensorSource:
         """
         _check_shape(self.name, destination, self.shape)
         for piece in self.pieces:
-            _read(checkpoint, piece.entry, 0, piece.entry.nbytes, destination[piece.index])
+            buffers.read(checkpoint, piece.entry, 0, piece.entry.nbytes, destination[piece.index], buffer)
 
-    def fill_slice(self, checkpoint: Checkpoint, e: int, destination: torch.Tensor) -> None:
+    def fill_slice(
+        self, checkpoint: Checkpoint, e: int, destination: torch.Tensor, buffer: torch.Tensor | None = None
+    ) -> None:
         """Read target[e], one expert, into `destination` of shape `shape[1:]`, and no byte of the others.
 
         Memory and dtypes are as in `fill`.
@@ -74,7 +76,34 @@ class TensorSource:
             raise IndexError(f"{self.name} of shape {self.shape} has no slice {e}")
         _check_shape(f"{self.name}[{e}]", destination, self.shape[1:])
         for entry, start, stop, index in self._ranges_of_slice(e):
-            _read(checkpoint, entry, start, stop, destination[index])
+            buffers.read(checkpoint, entry, start, stop, destination[index], buffer)
+
+    def same(self, checkpoint: Checkpoint, tensor: torch.Tensor) -> bool:
+        """Return whether the checkpoint holds the very bytes of `tensor`. Takes one buffer, for each piece in turn."""
+        _check_shape(self.name, tensor, self.shape)
+        return all(
+            torch.equal(part.cpu().contiguous().view(torch.uint8), stored.view(torch.uint8))
+            for piece in self.pieces
+            for part, stored in buffers.parts(
+                checkpoint, piece.entry, 0, tensor[piece.index].detach(), None, convert=True
+            )
+        )
+
+    def buffer_bytes(self, device: torch.device, *, sliced: bool) -> int:
+        """Return the buffer that the largest piece wants when it is read into `device`, whole or slice by slice."""
+        most = 0
+        for piece in self.pieces:
+            index, shape, count = piece.index, self.shape, math.prod(piece.entry.shape)
+            if sliced:
+                if index and isinstance(index[0], slice):
+                    count //= len(range(*index[0].indices(shape[0])))
+                elif not index:
+                    count //= shape[0]
+                index, shape = index[1:], shape[1:]
+            in_place = _is_one_run(index, shape)
+            needed = buffers.needed_bytes(piece.entry, count, self.dtype, device, in_place=in_place)
+            most = max(most, needed)
+        return most
 
     def _ranges_of_slice(self, e: int) -> Iterator[tuple[TensorEntry, int, int, tuple[slice | int, ...]]]:
         """Yield (entry, start, stop, index): bytes [start, stop) of the entry are target[e][index]."""
@@ -215,26 +244,13 @@ def _check_tie(checkpoint: Checkpoint, one: TensorSource, other: TensorSource) -
         )
 
 
-def _read(checkpoint: Checkpoint, entry: TensorEntry, start: int, stop: int, place: torch.Tensor) -> None:
-    """Read bytes [start, stop) of `entry` into `place`, converting where the dtypes differ."""
-    if start == stop:
-        return
-    place = place.detach()
-    if not place.is_contiguous():
-        whole = torch.empty(place.shape, dtype=entry.dtype)
-        checkpoint.read_into(entry, whole, start=start, stop=stop)
-        place.copy_(whole)
-    elif place.dtype == entry.dtype and place.device.type == "cpu":
-        checkpoint.read_into(entry, place, start=start, stop=stop)
-    else:
-        flat, itemsize = place.view(-1), entry.dtype.itemsize
-        step = _CONVERT_CHUNK_BYTES // itemsize
-        temporary = torch.empty(min(step, flat.numel()), dtype=entry.dtype)
-        for begin in range(0, flat.numel(), step):
-            part = temporary[: min(step, flat.numel() - begin)]
-            at = start + begin * itemsize
-            checkpoint.read_into(entry, part, start=at, stop=at + part.nbytes)
-            flat[begin : begin + len(part)].copy_(part)
+def _is_one_run(index: tuple[slice | int, ...], shape: tuple[int, ...]) -> bool:
+    """Return whether tensor[index] of a contiguous tensor is contiguous: nothing is cut behind a whole dimension."""
+    cut = [
+        dim for dim, (part, size) in enumerate(zip(index, shape, strict=False))
+        if isinstance(part, slice) and len(range(*part.indices(size))) < size
+    ]  # fmt: skip
+    return all(isinstance(index[dim], int) or shape[dim] == 1 for dim in range(max(cut, default=0)))
 
 
 def _check_shape(name: str, destination: torch.Tensor, shape: tuple[int, ...]) -> None:

@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from planner import cache, memory
+from planner import cache, loading, memory
 from planner.errors import InputError, PlanFormatError
 from planner.graph import LayerGraph
 from planner.hardware import Hardware
@@ -135,6 +135,7 @@ def _best(
             num_parameters=graph.num_parameters,
             weight_bytes=graph.weight_bytes,
             versions=cache.versions(),
+            loaded=tracer.loaded,
         ),
         graph=graph,
         hardware=hardware,
@@ -147,7 +148,9 @@ def _best(
         solver=solver,
     )
     report("simulating")
-    return _replace(plan, prediction=predict(plan))
+    shortage = loading.shortage(plan)
+    assumptions = plan.assumptions if shortage is None else (*plan.assumptions, shortage)
+    return _replace(plan, assumptions=assumptions, prediction=predict(plan))
 
 
 def _experts_stay(placements: Sequence[Placement]) -> bool:
@@ -162,10 +165,6 @@ def predict(plan: Plan) -> Prediction:
     outputs = memory.operator_outputs(plan.graph, plan.placements)
     decode_ns = timeline.decode_ns_per_token
     per_token = decode_ns or timeline.prefill_ns
-    on_host = sum(
-        group.slice_slab_bytes * (group.slices if p.home != "disk" else group.slices - memory.waiting_slices(p, group))
-        for p, group in memory.with_groups(plan.graph, plan.placements)
-    )
     disk = plan.hardware.link("disk", "cpu")
     return Prediction(
         peak_bytes={name: usage.total for name, usage in sorted(peaks.items())},
@@ -175,7 +174,8 @@ def predict(plan: Plan) -> Prediction:
         decode_ns_per_token=decode_ns,
         total_ns=timeline.total_ns,
         tokens_per_s=round(plan.workload.batch_size * 1e9 / per_token, 3) if per_token else 0.0,
-        load_ns=on_host * 10**9 // disk.bytes_per_s,
+        load_ns=loading.read_bytes(plan) * 10**9 // disk.bytes_per_s,
+        load_peak_bytes=loading.load_peak_bytes(plan),
     )
 
 
@@ -195,6 +195,7 @@ class _Tracer:
     ):
         self.source, self.module, self.workload, self.dtype = source, module, workload, dtype
         self.trust_remote_code, self.use_cache, self.report = trust_remote_code, use_cache, report
+        self.loaded = module is not None and not any(parameter.is_meta for parameter in module.parameters())
 
     def weight_bytes(self) -> int:
         """Return the bytes of the model's weights, ties once."""

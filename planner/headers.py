@@ -26,14 +26,18 @@ from planner.models import HUB_TIMEOUT_S
 HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library itself
 AGAIN = "download or save it again"
 _PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-# Bytes of one element, by safetensors' name of the dtype.
-ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8,
-    "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "C64": 8,
-    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
+# safetensors' name of a dtype → (torch's name, bytes of one element).
+DTYPES = {
+    "BOOL": ("bool", 1), "U8": ("uint8", 1), "I8": ("int8", 1),
+    "U16": ("uint16", 2), "I16": ("int16", 2), "U32": ("uint32", 4), "I32": ("int32", 4),
+    "U64": ("uint64", 8), "I64": ("int64", 8),
+    "F16": ("float16", 2), "BF16": ("bfloat16", 2), "F32": ("float32", 4), "F64": ("float64", 8),
+    "C64": ("complex64", 8),
+    "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1), "F8_E8M0": ("float8_e8m0fnu", 1),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 1), "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1),
 }  # fmt: skip
-# The dtypes that weights are computed in, by torch's name of each.
-FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+# The dtypes that weights are computed in; floats of eight bits are a quantiser's.
+FLOATS = ("BF16", "F16", "F32", "F64")
 
 # Fills a range of a file: (offset, count) → count bytes, or InputError where the file ends too soon.
 Read = Callable[[int, int], bytes]
@@ -73,7 +77,7 @@ class Headers:
 
         Eight-bit floats are a quantiser's and do not count.
         """
-        return next((FLOATS[name] for name in self.bytes_by_dtype() if name in FLOATS), None)
+        return next((DTYPES[name][0] for name in self.bytes_by_dtype() if name in FLOATS), None)
 
     def is_quantised(self) -> bool:
         """Return whether tensors with more than one element are stored in what no model computes with."""
@@ -286,13 +290,13 @@ def _entry(path: Path, name: str, value: object, data_start: int) -> StoredTenso
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
         raise InputError(f"{about} is described without dtype, shape and data_offsets; {AGAIN}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise InputError(f"{about} has the dtype {dtype!r}, which is not one of {', '.join(ITEM_BYTES)}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise InputError(f"{about} has the dtype {dtype!r}, which is not one of {', '.join(DTYPES)}")
     if not _are_counts(shape) or math.prod(size for size in shape if size) >= 2**63:
         raise InputError(f"{about} has the shape {shape!r}, which no tensor can have; {AGAIN}")
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise InputError(f"{about} has the offsets {offsets!r}, which are not [begin, end]; {AGAIN}")
-    nbytes, needed = offsets[1] - offsets[0], math.prod(shape) * ITEM_BYTES[dtype]
+    nbytes, needed = offsets[1] - offsets[0], math.prod(shape) * DTYPES[dtype][1]
     if nbytes != needed:
         raise InputError(f"{about} has {nbytes:,} bytes, and {dtype} {shape} needs {needed:,}; {AGAIN}")
     start = data_start + offsets[0]
