@@ -79,11 +79,6 @@ class Headers:
         """
         return next((DTYPES[name][0] for name in self.bytes_by_dtype() if name in FLOATS), None)
 
-    def is_quantised(self) -> bool:
-        """Return whether tensors with more than one element are stored in what no model computes with."""
-        plain = {*FLOATS, "BOOL", "I64"}
-        return any(t.dtype not in plain and math.prod(t.shape) > 1 for t in self.tensors.values())
-
     def digest(self) -> str:
         """Return SHA-256, in hex, of every name, dtype and shape."""
         told = sorted((t.name, t.dtype, t.shape) for t in self.tensors.values())
@@ -103,6 +98,28 @@ def read_headers(path: str | os.PathLike[str]) -> Headers:
     with os_errors(where):
         paths, index = locate(where)
     return Headers(tensors=combine(where, index, (_header_of(file) for file in paths)))
+
+
+def find_headers(*, folder: str | None, hub: bool, name: str, revision: str | None, notes: list[str]) -> Headers | None:
+    """Return the headers of a model's checkpoint, in its folder or on the Hub; None where it has none to be read, of
+    which `notes` is told.
+
+    Raises:
+        InputError: a checkpoint is in the folder and damaged.
+    """
+    reason = None
+    if folder is not None:
+        reason = not_fetched(folder)
+        if reason is None:
+            return read_headers(folder)
+    elif hub:
+        try:
+            return hub_headers(name, revision)
+        except InputError as error:
+            reason = str(error)
+    if reason is not None:
+        notes.append(f"sizes are what the config says: {reason}")
+    return None
 
 
 def not_fetched(folder: str | os.PathLike[str]) -> str | None:

@@ -142,7 +142,7 @@ def _kept(plan: Plan) -> Iterator[tuple[str, int]]:
                 yield from (("cpu", each) for _ in range(waiting))
             if group.slices == 1 and not (on_cpu and loaded):
                 yield from ((placement.run_on, tensor.nbytes) for tensor in tensors if tensor.buffer)
-    first = plan.placements[0].run_on if not plan.graph.layers else plan.run_on()[0]
+    first = plan.run_on()[0]
     if first != "cpu" or not loaded:
         yield from ((first, tensor.nbytes) for tensor in plan.graph.loose)
     if loaded:

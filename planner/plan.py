@@ -28,6 +28,7 @@ class ModelInfo:
 
     config_digest: SHA-256 of the canonical JSON of its config; None for a module given as such.
     loaded: it was given with its weights in memory, and not on meta; loading is predicted for that.
+    stored_bytes: of the checkpoint's tensors, as its headers say; None where these were not read.
     """
 
     id: str
@@ -40,6 +41,7 @@ class ModelInfo:
     weight_bytes: int
     versions: dict[str, str]
     loaded: bool = False
+    stored_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ ORDER = (
     ("memory", "lifetimes", "cuda_allocator", "cache", "models"),
     ("headers",),
     ("steps", "cost", "loading"),
-    ("execution", "conversions", "storages", "layers", "recorder", "trace", "placement", "verify", "explain"),
+    ("execution", "conversions", "stored", "storages", "layers", "recorder", "trace", "placement", "verify", "explain"),
     ("api",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -5,38 +5,41 @@ code as for CUDA but for pinning and streams, and a memory of its own that is co
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from load_meter import live_everywhere
-from safetensors.torch import load_file, save_file
 
 import dispatch
-import planner
 from planner import loading
 from planner.plan import Plan
-from tiny_models import Case, streamed
+from tiny_models import WORK, Case, streamed
 
 BF16, F32 = torch.bfloat16, torch.float32
 
 
-def half_on_disk(case: Case, **options: Any) -> Plan:
-    whole = case.plan(gpus=0)
+def plan_of(case: Case, **options: Any) -> Plan:
+    """Return the plan for a checkpoint's folder: its headers are read."""
+    dtype = str(case.dtype).removeprefix("torch.")
+    return planner.plan_model(str(case.folder), weight_dtype=dtype, use_cache=False, **WORK, **options)
+
+
+def half_on_disk(case: Case) -> Plan:
+    whole = plan_of(case, gpus=0)
     assert whole.prediction is not None
     cap = whole.prediction.peak_bytes["cpu"] - whole.model.weight_bytes // 2
-    plan = case.plan(gpus=0, max_memory={"cpu": cap}, **options)
+    plan = plan_of(case, gpus=0, max_memory={"cpu": cap})
     assert any(p.home == "disk" for p in plan.placements)
     return plan
 
 
 def make_plan(case: Case, mode: str) -> Plan:
     if mode == "cpu":
-        return case.plan(gpus=0)
+        return plan_of(case, gpus=0)
     if mode == "disk":
         return half_on_disk(case)
-    one = case.plan(gpus="1x24GB")
+    one = plan_of(case, gpus="1x24GB")
     return one if mode == "gpu" else streamed(one, {"from host": "cpu", "from disk": "disk"}[mode])
 
 
