@@ -17,7 +17,7 @@ import torch
 
 from planner.errors import InputError
 from planner.headers import AGAIN, DTYPES, StoredTensor, combine, locate, open_regular, os_errors, parse_header
-from planner.loading import BUFFER_BYTES
+from planner.loading import COMPARE_BYTES
 from planner.units import MIB
 
 _READ_CHUNK_BYTES = 64 * MIB
@@ -145,11 +145,11 @@ class Checkpoint:
     def equal(self, one: TensorEntry, other: TensorEntry) -> bool:
         """Return whether two entries have one dtype and shape and equal bytes. Reads up to a difference.
 
-        Takes as much memory as one of them, and no more than a reader's buffer.
+        Takes no more than COMPARE_BYTES of memory.
         """
         if (one.dtype, one.shape) != (other.dtype, other.shape):
             return False
-        step = min(BUFFER_BYTES // 2, (one.nbytes + 1) // 2)
+        step = min(COMPARE_BYTES // 2, one.nbytes)
         pair = torch.empty((2, step), dtype=torch.uint8)
         for start in range(0, one.nbytes, step or 1):
             stop = min(start + step, one.nbytes)

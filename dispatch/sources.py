@@ -17,6 +17,7 @@ from dispatch import buffers
 from dispatch.checkpoint import Checkpoint, TensorEntry
 from planner.conversions import Claim, match, targets_of, tied_names
 from planner.errors import InputError, PlanMismatchError, TraceError
+from planner.loading import COMPARE_BYTES
 
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _SHOWN = 3
@@ -79,13 +80,14 @@ class TensorSource:
             buffers.read(checkpoint, entry, start, stop, destination[index], buffer)
 
     def same(self, checkpoint: Checkpoint, tensor: torch.Tensor) -> bool:
-        """Return whether the checkpoint holds the very bytes of `tensor`. Takes one buffer, for each piece in turn."""
+        """Return whether the checkpoint holds the very bytes of `tensor`. Takes COMPARE_BYTES of memory."""
         _check_shape(self.name, tensor, self.shape)
+        buffer = torch.empty(COMPARE_BYTES, dtype=torch.uint8)
         return all(
             torch.equal(part.cpu().contiguous().view(torch.uint8), stored.view(torch.uint8))
             for piece in self.pieces
             for part, stored in buffers.parts(
-                checkpoint, piece.entry, 0, tensor[piece.index].detach(), None, convert=True
+                checkpoint, piece.entry, 0, tensor[piece.index].detach(), buffer, convert=True
             )
         )
 

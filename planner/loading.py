@@ -19,12 +19,14 @@ from planner.memory import (
     with_groups,
 )
 from planner.plan import Placement, Plan
-from planner.units import MIB, format_bytes, round_up
+from planner.units import KIB, MIB, format_bytes, round_up
 
 # Reads of the checkpoint in flight at once.
 READERS = 4
 # The most that one reader holds of what it cannot read to where it belongs: bytes for a GPU, or of another dtype.
 BUFFER_BYTES = 8 * MIB
+# What comparing stored bytes takes.
+COMPARE_BYTES = 128 * KIB
 # Parts of a buffer start at multiples of this: the itemsize of the widest dtype that is converted.
 BUFFER_ALIGNMENT_BYTES = 8
 
@@ -45,7 +47,8 @@ def load_peak(plan: Plan) -> dict[str, Usage]:
     Host ("cpu"): bytes requested, exactly; buffers are its `workspace`, staging counts as slots, and a model that was
     given with its weights in memory counts whole, for it stays until all is copied. GPUs: device-used bytes (context,
     allocations rounded, begun segments), without the matmul library's workspace, which comes with the first matmul.
-    Not counted: headers and other Python objects, and the page cache of mapped files.
+    Not counted: headers and other Python objects, the page cache of mapped files, and COMPARE_BYTES before anything is
+    loaded, where tied weights are stored twice or a loaded model is compared with the files that it is to wait in.
     """
     kept: dict[str, int] = {pool.name: 0 for pool in plan.hardware.pools if pool.name != "disk"}
     slots = dict(kept)
@@ -65,9 +68,8 @@ def load_peak(plan: Plan) -> dict[str, Usage]:
             context=device.context_bytes if on_gpu else 0,
         )
     host = result["cpu"]
-    compared = _compared_bytes(plan)
-    buffers = max(_preparing_bytes(plan), _prefetching_bytes(plan), compared - host.weights - host.slots)
-    result["cpu"] = Usage(weights=host.weights, slots=host.slots, workspace=max(0, buffers))
+    buffers = max(_preparing_bytes(plan), _prefetching_bytes(plan))
+    result["cpu"] = Usage(weights=host.weights, slots=host.slots, workspace=buffers)
     return result
 
 
@@ -204,25 +206,6 @@ def _prefetching_bytes(plan: Plan) -> int:
         ),
         default=0,
     )
-
-
-def _compared_bytes(plan: Plan) -> int:
-    """Return what comparing takes before anything is loaded: tied tensors that the checkpoint holds twice, and what
-    a loaded model holds with what it is to wait in.
-    """
-    tied = {name for names in plan.graph.ties for name in names}
-    most = max((min(BUFFER_BYTES, t.nbytes + 1) for _, _, name, t in plan.graph.tensors() if name in tied), default=0)
-    if not plan.model.loaded:
-        return most
-    on_disk = [
-        tensor
-        for placement, group in with_groups(plan.graph, plan.placements)
-        if placement.home == "disk" and waiting_slices(placement, group)
-        for tensor in group.tensors
-    ]
-    for tensor in on_disk:
-        most = max(most, buffer_bytes(*_largest_read(tensor, None, sliced=False), _item_bytes(tensor)))
-    return plan.graph.weight_bytes + most
 
 
 def _buffer_bytes(tensor: Tensor, group: WeightGroup | None, target: str, *, sliced: bool) -> int:
