@@ -105,21 +105,17 @@ def find_headers(*, folder: str | None, hub: bool, name: str, revision: str | No
     which `notes` is told.
 
     Raises:
-        InputError: a checkpoint is in the folder and damaged.
+        InputError: a checkpoint is there and damaged.
     """
-    reason = None
+    found: Headers | str | None = None
     if folder is not None:
-        reason = not_fetched(folder)
-        if reason is None:
-            return read_headers(folder)
+        found = not_fetched(folder) or read_headers(folder)
     elif hub:
-        try:
-            return hub_headers(name, revision)
-        except InputError as error:
-            reason = str(error)
-    if reason is not None:
-        notes.append(f"sizes are what the config says: {reason}")
-    return None
+        found = hub_headers(name, revision)
+    if isinstance(found, str):
+        notes.append(f"sizes are what the config says: {found}")
+        return None
+    return found
 
 
 def not_fetched(folder: str | os.PathLike[str]) -> str | None:
@@ -139,11 +135,12 @@ def not_fetched(folder: str | os.PathLike[str]) -> str | None:
     return None
 
 
-def hub_headers(name: str, revision: str | None) -> Headers:
-    """Return what the headers of a model on the Hub describe; some kilobytes to megabytes are fetched.
+def hub_headers(name: str, revision: str | None) -> Headers | str:
+    """Return what the headers of a model on the Hub describe, or in words why they could not be had: the Hub cannot
+    be reached, or has no safetensors files of the model. Some kilobytes to megabytes are fetched.
 
     Raises:
-        InputError: the Hub cannot be reached, has no safetensors files of the model, or these are damaged.
+        InputError: what was fetched is no header.
     """
     import huggingface_hub
 
@@ -154,7 +151,7 @@ def hub_headers(name: str, revision: str | None) -> Headers:
         found = huggingface_hub.get_safetensors_metadata(name, revision=revision)
     except Exception as exc:  # a dead network raises errors of httpx or httpx2, by huggingface_hub's version
         reason = str(exc).partition("\n")[0] or type(exc).__name__
-        raise InputError(f"the headers of {name} could not be fetched from the Hub ({reason})") from exc
+        return f"the headers of {name} could not be fetched from the Hub ({reason})"
     parts = []
     for file, metadata in sorted(found.files_metadata.items()):
         path = Path(file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,9 @@ def compare(model: Any, headers: Headers, dtype: str) -> Comparison:
     parts = {name: [headers.tensors[n] for column in c.columns() for n in column] for name, c in matched.claims.items()}
     beside = _beside(targets, matched.unexpected, headers)
     quantised = {name for name, found in parts.items() if _is_packed(found, str(targets[name].dtype))}
-    quantised |= {name for name, found in beside.items() if name not in parts or name in quantised}
+    quantised |= {
+        name for name, found in beside.items() if name not in parts and _is_packed(found, str(targets[name].dtype))
+    }
     ties = tied_names(targets)
     stored = {
         name: _stored(parts.get(name, []), beside.get(name, []) if name in quantised else [], matched.claims.get(name))
@@ -48,7 +50,7 @@ def compare(model: Any, headers: Headers, dtype: str) -> Comparison:
         stored.update({name: held for name in names if held is not None})
     notes = [_total_note(headers, targets, dtype)]
     if quantised:
-        notes.append(_quantised_note([headers, stored, quantised], dtype))
+        notes.append(_quantised_note(headers, stored, quantised, dtype))
     notes += _dtype_notes(headers, parts, quantised, dtype)
     notes += _shape_notes(targets, matched.claims, parts, quantised)
     missing = [name for name in targets if name not in stored]
@@ -64,8 +66,8 @@ def compare(model: Any, headers: Headers, dtype: str) -> Comparison:
     if extra and not conversions:
         nbytes = sum(headers.tensors[name].nbytes for name in extra)
         notes.append(
-            f"the checkpoint has {len(extra):,} tensors ({format_bytes(nbytes)}) that the config does not describe and "
-            f"that are not loaded: {_some(extra)}"
+            f"the checkpoint has {_count(extra)} ({format_bytes(nbytes)}) beyond what the config describes, "
+            f"not loaded: {_some(extra)}"
         )
     return Comparison(stored=stored, notes=tuple(notes))
 
@@ -126,7 +128,9 @@ def _is_packed(parts: list[StoredTensor], dtype: str) -> bool:
 def _beside(
     targets: Mapping[str, Any], unexpected: Mapping[str, str], headers: Headers
 ) -> dict[str, list[StoredTensor]]:
-    """Return {target: stored tensors of no target of their own that lie in its module}; the largest target has them."""
+    """Return {target: stored tensors of no target of their own that lie in its module, or deeper where the model has
+    none (of one expert of fused ones)}; the largest target of a module has them.
+    """
     largest: dict[str, str] = {}
     for name, tensor in targets.items():
         parent = name.rpartition(".")[0]
@@ -135,6 +139,8 @@ def _beside(
     found: dict[str, list[StoredTensor]] = {}
     for name, renamed in unexpected.items():
         parent = renamed.rpartition(".")[0]
+        while parent and parent not in largest:
+            parent = parent.rpartition(".")[0]
         if parent in largest:
             found.setdefault(largest[parent], []).append(headers.tensors[name])
     return found
@@ -149,8 +155,7 @@ def _total_note(headers: Headers, targets: Mapping[str, Any], dtype: str) -> str
     )
 
 
-def _quantised_note(found: Any, dtype: str) -> str:
-    headers, stored, quantised = found
+def _quantised_note(headers: Headers, stored: Mapping[str, Stored], quantised: set[str], dtype: str) -> str:
     nbytes = sum(stored[name].nbytes for name in quantised)
     return (
         f"THE CHECKPOINT IS QUANTISED: {len(quantised):,} weights take {format_bytes(nbytes)} of its "
@@ -172,9 +177,9 @@ def _dtype_notes(
             if DTYPES[tensor.dtype][0] != usual and "float" in DTYPES[tensor.dtype][0]:
                 others.setdefault(DTYPES[tensor.dtype][0], []).append(tensor)
     notes = [
-        f"{len(tensors):,} tensors ({format_bytes(sum(t.nbytes for t in tensors))}) are stored in {name}, not in "
+        f"{_count(tensors)} ({format_bytes(sum(t.nbytes for t in tensors))}) stored in {name}, not in "
         f"{usual}: {_some([t.name for t in tensors])}"
-        + ("" if name == dtype else f"; they become {dtype} while loading")
+        + ("" if name == dtype else f"; converted to {dtype} while loading")
         for name, tensors in sorted(others.items())
     ]
     if usual is not None and usual != dtype and not packed:
@@ -204,9 +209,13 @@ def _shape_notes(
     name, shape, found = wrong[0]
     held = str(found[0].shape) if len(found) == 1 else f"{len(found)} tensors of {found[0].shape}"
     return [
-        f"THE CHECKPOINT IS NOT OF THIS CONFIG: {len(wrong):,} tensors have other shapes, such as {name}, which is "
+        f"THE CHECKPOINT IS NOT OF THIS CONFIG: {_count(wrong)} of another shape, such as {name}, which is "
         f"{held} in the checkpoint and {shape} by the config; it will not load"
     ]
+
+
+def _count(items: Sized) -> str:
+    return f"{len(items):,} tensor" + ("" if len(items) == 1 else "s")
 
 
 def _some(names: list[str]) -> str:
