@@ -204,7 +204,7 @@ def _time(page: Page, plan: Plan, prediction: Prediction) -> None:
     minutes = f", {prediction.total_ns / 60e9:,.0f} minutes" if prediction.total_ns >= 120 * 10**9 else ""
     rows.append(("whole call", format_ns(prediction.total_ns), f"for {made}{minutes}"))
     held = format_bytes(prediction.load_peak_bytes.get("cpu", 0))
-    words = f"once before, to read the weights from disk; at most {held} of host RAM meanwhile"
+    words = f"once, from disk; takes at most {held} of host RAM"
     rows.append(("loading", format_ns(prediction.load_ns), words))
     for name, duration, words in rows:
         page.line(f"  {name:<10}  {duration:>9}  {words}")

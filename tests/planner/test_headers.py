@@ -299,7 +299,7 @@ def test_what_is_converted_is_not_used_from_the_file(tmp_path: Path) -> None:
     half = plan_of(folder, weight_dtype="bf16")
     assert half.prediction is not None
     less = half.prediction.peak_bytes["cpu"] - half.model.weight_bytes // 4
-    with pytest.raises(planner.InfeasibleError):
+    with pytest.raises(planner.InfeasibleError, match=r"or the dtype that the weights are stored in \(float32\)"):
         plan_of(folder, weight_dtype="bf16", max_memory={"cpu": less})
 
 
