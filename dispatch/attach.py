@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from dispatch.weights import Weights, write_offload
 from planner import execution as implementations
 from planner.errors import InputError, PlanMismatchError
 from planner.graph import WeightGroup
+from planner.loading import READERS, resident_ties
 from planner.memory import slot_kind, waiting_slices, with_groups
 from planner.plan import Placement, Plan
 from planner.steps import layer_runs
@@ -28,8 +29,6 @@ from planner.steps import layer_runs
 _ATTRIBUTE = "_loadplan_dispatch"
 # What would meet weights that are elsewhere, and is refused while they are.
 _REFUSED = ("_apply", "load_state_dict", "state_dict")
-# Reads of the checkpoint in flight at once while loading.
-_READERS = 4
 
 
 def apply(
@@ -99,6 +98,7 @@ class _Dispatch:
         self.groups: dict[tuple[str, str], StreamedGroup] = {}
         self.experts: list[tuple[torch.nn.Module, StreamedExperts]] = []
         self.mapped: list[str] = []
+        self.shared = resident_ties(plan.graph, plan.placements)
         self.hooked: list[torch.nn.Module] = []
         self.tied: dict[tuple[str, torch.device], torch.nn.Parameter] = {}
         self.moved: dict[int, tuple[Any, Any]] = {}
@@ -134,20 +134,34 @@ class _Dispatch:
             staging = any((p.home, p.run_on, slot_kind(group)) == wanted for p, group, _ in self.placed)
             ring = SlotRing(self.targets[entry.device], entry.count, entry.slot_bytes, staging=staging)
             self.rings[entry.device, entry.holds] = ring
-        with ThreadPoolExecutor(_READERS) as pool:
-            for loaded in pool.map(self._load_resident, self.placed):
-                self.resident.update(loaded)
+        with self.weights.reading(READERS, self._reads()):
+            with ThreadPoolExecutor(READERS) as pool:
+                for loaded in pool.map(self._load_resident, self.placed):
+                    self.resident.update(loaded)
+            self.resident.update({name: self.resident[first] for name, first in self.shared.items()})
+            for placement, group, names in self.placed:
+                if waiting_slices(placement, group) == 0 or (placement.run_on == "cpu" and group.slices == 1):
+                    continue
+                device = self.targets[placement.run_on]
+                if group.slices > 1:
+                    self._stream_experts(placement, group, names, device)
+                else:
+                    self.groups[placement.layer, placement.group] = self._stream_group(placement, names, device)
+            device = self.targets[self.plan.run_on()[0]]
+            for tensor in self.plan.graph.loose:
+                self.resident[tensor.name] = self.weights.load(tensor.name, device)
+
+    def _reads(self) -> Iterator[tuple[str, torch.device, bool]]:
+        """Yield (name, device, whether slice by slice) of everything that `prepare` may read."""
         for placement, group, names in self.placed:
-            if waiting_slices(placement, group) == 0 or (placement.run_on == "cpu" and group.slices == 1):
-                continue
-            device = self.targets[placement.run_on]
-            if group.slices > 1:
-                self._stream_experts(placement, group, names, device)
-            else:
-                self.groups[placement.layer, placement.group] = self._stream_group(placement, names, device)
-        device = self.targets[self.plan.run_on()[0]]
+            device, waiting = self.targets[placement.run_on], waiting_slices(placement, group)
+            for name, tensor in zip(names, group.tensors, strict=True):
+                if waiting < group.slices or (tensor.buffer and placement.run_on != "cpu"):
+                    yield name, device, waiting > 0 and group.slices > 1
+                if waiting and placement.home == "cpu":
+                    yield name, torch.device("cpu"), group.slices > 1
         for tensor in self.plan.graph.loose:
-            self.resident[tensor.name] = self.weights.load(tensor.name).to(device)
+            yield tensor.name, self.targets[self.plan.run_on()[0]], False
 
     def attach(self) -> None:
         """Make the model what was prepared."""
@@ -173,9 +187,10 @@ class _Dispatch:
         placement, group, names = entry
         device = self.targets[placement.run_on]
         if waiting_slices(placement, group) == 0:
-            there = any(place.get(*place.owner(self.model, name)).device == device for name in names)
-            if device.type == "cpu" or there:
-                return {name: self.weights.load(name).to(device) for name in names}
+            names = [name for name in names if name not in self.shared]
+            own = [place.get(*place.owner(self.model, name)) for name in names]
+            if device.type == "cpu" or any(not tensor.is_meta and tensor.device == device for tensor in own):
+                return {name: self.weights.load(name, device) for name in names}
             # One slab for a group: many small allocations would leave the allocator's segments half empty.
             return self.weights.slab(names, device)
         if placement.run_on == "cpu" and group.slices == 1:
@@ -204,7 +219,7 @@ class _Dispatch:
         owners = {name: place.owner(self.model, name) for name in names}
         buffers = [name for name, (module, leaf) in owners.items() if leaf in module._buffers]
         for name in buffers:
-            self.resident[name] = self.weights.load(name).to(device)
+            self.resident[name] = self.weights.load(name, device)
             del owners[name]
         store = self.weights.store(list(owners), on_disk=placement.home == "disk", target=device)
         return StreamedGroup(f"{placement.layer}.{placement.group}", owners, store)

@@ -1,30 +1,24 @@
 """Which byte ranges of a checkpoint make up each tensor of a model.
 
-A checkpoint's names and shapes are not always the model's: base models lack a prefix, tied weights are stored
-once, and transformers 5 holds all experts of a layer in one 3-D parameter while checkpoints keep a tensor an
-expert. The renaming rules are transformers' own; what its loader does by stacking tensors in memory is here
-written down as pieces instead, so that one expert can be read without the others.
-
-Carried: renamings, MergeModulelist(dim=0), Concatenate, and the two in this order. Any other conversion that
-a model needs (Transpose, Chunk, a quantiser's) is refused by name.
+Which stored tensors belong to which of the model's is told by `planner.conversions`. What transformers' loader does by
+stacking them in memory is here written down as pieces instead, so that one expert can be read without the others.
 """
 
 from __future__ import annotations
 
-import sys
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from dispatch import buffers
 from dispatch.checkpoint import Checkpoint, TensorEntry
+from planner.conversions import Claim, match, targets_of, tied_names
 from planner.errors import InputError, PlanMismatchError, TraceError
-from planner.units import MIB
+from planner.loading import COMPARE_BYTES
 
-_CONVERT_CHUNK_BYTES = 32 * MIB
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _SHOWN = 3
 
@@ -53,11 +47,11 @@ class TensorSource:
         entry = self.pieces[0].entry
         return entry if (entry.dtype, entry.shape) == (self.dtype, self.shape) else None
 
-    def fill(self, checkpoint: Checkpoint, destination: torch.Tensor) -> None:
-        """Read the whole tensor into `destination`, of this shape.
+    def fill(self, checkpoint: Checkpoint, destination: torch.Tensor, buffer: torch.Tensor | None = None) -> None:
+        """Read the whole tensor into `destination`, of this shape and on any device.
 
         Pieces of the destination's own dtype go straight into its memory if that is contiguous and on the
-        CPU; others pass through at most 32 MiB of memory, or one piece where its place is not contiguous.
+        CPU; others pass through `buffer`, or one that is made (see `planner.loading`).
 
         Raises:
             InputError: the checkpoint cannot be read.
@@ -65,9 +59,11 @@ class TensorSource:
         """
         _check_shape(self.name, destination, self.shape)
         for piece in self.pieces:
-            _read(checkpoint, piece.entry, 0, piece.entry.nbytes, destination[piece.index])
+            buffers.read(checkpoint, piece.entry, 0, piece.entry.nbytes, destination[piece.index], buffer)
 
-    def fill_slice(self, checkpoint: Checkpoint, e: int, destination: torch.Tensor) -> None:
+    def fill_slice(
+        self, checkpoint: Checkpoint, e: int, destination: torch.Tensor, buffer: torch.Tensor | None = None
+    ) -> None:
         """Read target[e], one expert, into `destination` of shape `shape[1:]`, and no byte of the others.
 
         Memory and dtypes are as in `fill`.
@@ -81,7 +77,35 @@ class TensorSource:
             raise IndexError(f"{self.name} of shape {self.shape} has no slice {e}")
         _check_shape(f"{self.name}[{e}]", destination, self.shape[1:])
         for entry, start, stop, index in self._ranges_of_slice(e):
-            _read(checkpoint, entry, start, stop, destination[index])
+            buffers.read(checkpoint, entry, start, stop, destination[index], buffer)
+
+    def same(self, checkpoint: Checkpoint, tensor: torch.Tensor) -> bool:
+        """Return whether the checkpoint holds the very bytes of `tensor`. Takes COMPARE_BYTES of memory."""
+        _check_shape(self.name, tensor, self.shape)
+        buffer = torch.empty(COMPARE_BYTES, dtype=torch.uint8)
+        return all(
+            torch.equal(part.cpu().contiguous().view(torch.uint8), stored.view(torch.uint8))
+            for piece in self.pieces
+            for part, stored in buffers.parts(
+                checkpoint, piece.entry, 0, tensor[piece.index].detach(), buffer, convert=True
+            )
+        )
+
+    def buffer_bytes(self, device: torch.device, *, sliced: bool) -> int:
+        """Return the buffer that the largest piece wants when it is read into `device`, whole or slice by slice."""
+        most = 0
+        for piece in self.pieces:
+            index, shape, count = piece.index, self.shape, math.prod(piece.entry.shape)
+            if sliced:
+                if index and isinstance(index[0], slice):
+                    count //= len(range(*index[0].indices(shape[0])))
+                elif not index:
+                    count //= shape[0]
+                index, shape = index[1:], shape[1:]
+            in_place = _is_one_run(index, shape)
+            needed = buffers.needed_bytes(piece.entry, count, self.dtype, device, in_place=in_place)
+            most = max(most, needed)
+        return most
 
     def _ranges_of_slice(self, e: int) -> Iterator[tuple[TensorEntry, int, int, tuple[slice | int, ...]]]:
         """Yield (entry, start, stop, index): bytes [start, stop) of the entry are target[e][index]."""
@@ -110,10 +134,11 @@ def resolve_sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tenso
         PlanMismatchError: a shape differs: the checkpoint is of another model.
         TraceError: a tensor needs a conversion that is not carried yet.
     """
-    targets = _targets(model)
-    found, blocked = _match(model, checkpoint, targets)
-    sources = {name: _source(name, targets[name], claim) for name, claim in found.items()}
-    for names in _tied_names(targets):
+    targets = targets_of(model)
+    matched = match(model, targets, checkpoint.names())
+    blocked = matched.blocked
+    sources = {name: _source(name, targets[name], claim, checkpoint) for name, claim in matched.claims.items()}
+    for names in tied_names(targets):
         held = [name for name in names if name in sources]
         for other in held[1:]:
             _check_tie(checkpoint, sources[held[0]], sources[other])
@@ -135,119 +160,10 @@ def resolve_sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tenso
     return {name: sources[name] for name in targets}
 
 
-@dataclass(slots=True)
-class _Claim:
-    """The entries of one target, by source pattern and in the loader's order, and what is done with them."""
-
-    operations: tuple[Any, ...]
-    patterns: tuple[str, ...]
-    entries: dict[str, list[TensorEntry]] = field(default_factory=lambda: defaultdict(list))
-
-
-def _targets(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the parameters and persistent buffers of `model` under every name, tied ones too."""
-    targets: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-            if name not in module._non_persistent_buffers_set:
-                targets[f"{prefix}.{name}" if prefix else name] = buffer
-    return targets
-
-
-def _tied_names(targets: Mapping[str, torch.Tensor]) -> list[list[str]]:
-    names: dict[int, list[str]] = defaultdict(list)
-    for name, tensor in targets.items():
-        names[id(tensor)].append(name)
-    return [group for group in names.values() if len(group) > 1]
-
-
-def _match(
-    model: nn.Module, checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, _Claim], dict[str, str]]:
-    """Return what the checkpoint holds for each target, and {target: conversion} where that is not."""
-    found: dict[str, _Claim] = {}
-    blocked: dict[str, str] = {}
-    names = _TransformersNames(model, targets) if _is_pretrained(model) else _PlainNames()
-    for name in sorted(checkpoint.names(), key=names.order):
-        target, converter, pattern = names.rename(name)
-        if converter is not None and not _is_carried(converter.operations):
-            first, conversion = converter.target_patterns[0], " + ".join(map(repr, converter.operations))
-            for other in converter.target_patterns:
-                blocked[target.replace(first, other)] = conversion
-        elif target in targets:
-            operations = () if converter is None else tuple(converter.operations)
-            patterns = ("",) if converter is None else tuple(converter.source_patterns)
-            claim = found.setdefault(target, _Claim(operations, patterns))
-            if claim.entries and (converter is None or claim.patterns != patterns):
-                other = next(iter(claim.entries.values()))[0].name
-                raise InputError(
-                    f"both {other!r} and {name!r} of the checkpoint stand for {target!r}; remove one of them"
-                )
-            claim.entries[pattern or ""].append(checkpoint[name])
-    return found, blocked
-
-
-class _PlainNames:
-    """Checkpoint name → (the model's name, no converter, no pattern): they are the same."""
-
-    def order(self, name: str) -> Any:
-        return name
-
-    def rename(self, name: str) -> tuple[str, Any, str | None]:
-        return name, None, None
-
-
-def _is_pretrained(model: nn.Module) -> bool:
-    if "transformers" not in sys.modules:  # then no model can be one of its classes
-        return False
-    from transformers.modeling_utils import PreTrainedModel
-
-    return isinstance(model, PreTrainedModel)
-
-
-class _TransformersNames:
-    """Checkpoint name → (the model's name, converter, its pattern), as transformers' loader finds them.
-
-    The rules and the renaming are transformers' own; what is called here is the same in 5.17 and 5.23 (read).
-    """
-
-    def __init__(self, model: Any, targets: Mapping[str, torch.Tensor]):
-        from transformers import conversion_mapping, core_model_loading
-
-        quantizer = getattr(model, "hf_quantizer", None)
-        transforms = conversion_mapping.get_model_conversion_mapping(model, None, quantizer)
-        self.order = core_model_loading.dot_natural_key
-        self._rename = core_model_loading.rename_source_key
-        self._renamings = [t for t in transforms if isinstance(t, core_model_loading.WeightRenaming)]
-        self._converters = [t for t in transforms if isinstance(t, core_model_loading.WeightConverter)]
-        self._by_pattern = {pattern: c for c in self._converters for pattern in c.source_patterns}
-        self._prefix = model.base_model_prefix
-        self._targets = targets
-
-    def rename(self, name: str) -> tuple[str, Any, str | None]:
-        target, pattern = self._rename(name, self._renamings, self._converters, self._prefix, self._targets)
-        if target not in self._targets and name in self._targets:
-            # The checkpoint already has the model's own layout, which a pattern happened to match.
-            target, pattern = self._rename(name, [], [], self._prefix, self._targets)
-        return target, None if pattern is None else self._by_pattern[pattern], pattern
-
-
-def _is_carried(operations: list[Any]) -> bool:
-    from transformers.core_model_loading import Concatenate, MergeModulelist
-
-    # By exact class, so that a subclass that does more is not taken for its parent.
-    kinds = [type(operation) for operation in operations]
-    if kinds == [Concatenate]:
-        return bool(operations[0].dim >= 0)
-    if kinds == [MergeModulelist, Concatenate]:
-        return bool(operations[0].dim == 0 and operations[1].dim > 0)
-    return bool(kinds == [MergeModulelist] and operations[0].dim == 0)
-
-
-def _source(name: str, target: torch.Tensor, claim: _Claim) -> TensorSource:
+def _source(name: str, target: torch.Tensor, claim: Claim, checkpoint: Checkpoint) -> TensorSource:
     """Lay the entries of `claim` out in the target, and check that they are it."""
     shape = tuple(target.shape)
-    columns = [claim.entries[pattern] for pattern in claim.patterns if pattern in claim.entries]
+    columns = [[checkpoint[stored] for stored in column] for column in claim.columns()]
     if not claim.operations:
         pieces = [Piece(entry=columns[0][0], index=())]
         held: tuple[int, ...] = columns[0][0].shape
@@ -287,12 +203,12 @@ def _concatenated(
 
 
 def _stacked(
-    name: str, claim: _Claim, columns: list[list[TensorEntry]], shape: tuple[int, ...]
+    name: str, claim: Claim, columns: list[list[TensorEntry]], shape: tuple[int, ...]
 ) -> tuple[list[Piece], tuple[int, ...]]:
     """Return the pieces of stack(entries), with several columns joined along the second operation's dim."""
     experts = shape[0] if shape else 0
     if len(columns) != len(claim.patterns) or any(not _are_all(column, experts) for column in columns):
-        counts = ", ".join(f"{len(claim.entries.get(pattern, ()))} of {pattern}" for pattern in claim.patterns)
+        counts = ", ".join(f"{len(claim.names.get(pattern, ()))} of {pattern}" for pattern in claim.patterns)
         raise InputError(f"{name} needs {experts} experts, numbered from 0, and the checkpoint has {counts}")
     pieces: list[Piece] = []
     shapes: set[tuple[int, ...]] = set()
@@ -330,26 +246,13 @@ def _check_tie(checkpoint: Checkpoint, one: TensorSource, other: TensorSource) -
         )
 
 
-def _read(checkpoint: Checkpoint, entry: TensorEntry, start: int, stop: int, place: torch.Tensor) -> None:
-    """Read bytes [start, stop) of `entry` into `place`, converting where the dtypes differ."""
-    if start == stop:
-        return
-    place = place.detach()
-    if not place.is_contiguous():
-        whole = torch.empty(place.shape, dtype=entry.dtype)
-        checkpoint.read_into(entry, whole, start=start, stop=stop)
-        place.copy_(whole)
-    elif place.dtype == entry.dtype and place.device.type == "cpu":
-        checkpoint.read_into(entry, place, start=start, stop=stop)
-    else:
-        flat, itemsize = place.view(-1), entry.dtype.itemsize
-        step = _CONVERT_CHUNK_BYTES // itemsize
-        temporary = torch.empty(min(step, flat.numel()), dtype=entry.dtype)
-        for begin in range(0, flat.numel(), step):
-            part = temporary[: min(step, flat.numel() - begin)]
-            at = start + begin * itemsize
-            checkpoint.read_into(entry, part, start=at, stop=at + part.nbytes)
-            flat[begin : begin + len(part)].copy_(part)
+def _is_one_run(index: tuple[slice | int, ...], shape: tuple[int, ...]) -> bool:
+    """Return whether tensor[index] of a contiguous tensor is contiguous: nothing is cut behind a whole dimension."""
+    cut = [
+        dim for dim, (part, size) in enumerate(zip(index, shape, strict=False))
+        if isinstance(part, slice) and len(range(*part.indices(size))) < size
+    ]  # fmt: skip
+    return all(isinstance(index[dim], int) or shape[dim] == 1 for dim in range(max(cut, default=0)))
 
 
 def _check_shape(name: str, destination: torch.Tensor, shape: tuple[int, ...]) -> None:

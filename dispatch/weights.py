@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dispatch import place
+from dispatch.buffers import Buffers
 from dispatch.checkpoint import Checkpoint
 from dispatch.sources import Piece, TensorSource, resolve_sources
-from dispatch.stores import DiskStore, HostStore, Layout, Store, host_slab
+from dispatch.stores import DiskStore, HostStore, Layout, Store, host_slab, new_slab
 from planner.errors import InputError, TraceError
 
 _CPU = torch.device("cpu")
@@ -33,24 +36,40 @@ class Weights:
         elif checkpoint is not None:
             self.sources = resolve_sources(model, checkpoint)
         self.computed = recomputed_buffers(model)
+        self._buffers = Buffers(0, 0)
 
-    def load(self, name: str) -> torch.Tensor:
-        """Return a tensor in memory: the model's own where it has one, else read from the checkpoint."""
+    @contextmanager
+    def reading(self, readers: int, reads: Iterable[tuple[str, torch.device, bool]]) -> Iterator[None]:
+        """Hold the buffers that so many threads read through: one each, as large as the largest of `reads` wants.
+
+        reads: (name, device that it is read to, whether slice by slice).
+        """
+        needs = (
+            self.sources[name].buffer_bytes(device, sliced=sliced)
+            for name, device, sliced in reads
+            if name not in self.computed and place.get(*place.owner(self.model, name)).is_meta
+        )
+        self._buffers = Buffers(readers, max(needs, default=0))
+        try:
+            yield
+        finally:
+            self._buffers = Buffers(0, 0)
+
+    def load(self, name: str, device: torch.device = _CPU) -> torch.Tensor:
+        """Return a tensor on `device`: the model's own where it is there, else copied, or read from the checkpoint."""
         current = place.get(*place.owner(self.model, name))
         if not current.is_meta:
-            return current
+            return current.to(device)
         if name in self.computed:
-            return self.computed[name]
-        tensor = torch.empty(current.shape, dtype=current.dtype)
-        self.sources[name].fill(self._checkpoint(), tensor)
+            return self.computed[name].to(device)
+        tensor = torch.empty(current.shape, dtype=current.dtype, device=device)
+        self._fill(name, tensor, None)
         return tensor
 
     def same_on_disk(self, name: str) -> bool:
         """Tell whether the checkpoint holds the very bytes that the loaded model has."""
         current = place.get(*place.owner(self.model, name))
-        stored = torch.empty(current.shape, dtype=current.dtype)
-        self.sources[name].fill(self._checkpoint(), stored)
-        return torch.equal(stored.view(torch.uint8), current.cpu().contiguous().view(torch.uint8))
+        return self.sources[name].same(self._checkpoint(), current)
 
     def check_mappable(self, name: str) -> None:
         """Raise InputError unless `map` can give this tensor."""
@@ -75,8 +94,7 @@ class Weights:
 
     def store(self, names: list[str], *, on_disk: bool, target: torch.device, expert: int | None = None) -> Store:
         """Return where the named tensors wait to be copied to `target`; with `expert`, that slice of each."""
-        tensors = [(name, place.get(*place.owner(self.model, name))) for name in names]
-        layout = Layout.of([(name, tuple(t.shape if expert is None else t.shape[1:]), t.dtype) for name, t in tensors])
+        layout = self._layout(names, expert)
         if on_disk:
             return DiskStore(layout, self._checkpoint(), [self.sources[name] for name in names], expert)
         slab = host_slab(layout.nbytes, target)
@@ -86,10 +104,15 @@ class Weights:
 
     def slab(self, names: list[str], device: torch.device, *, expert: int | None = None) -> dict[str, torch.Tensor]:
         """Return the named tensors, or one slice of each, as views into one slab on `device`."""
-        store = self.store(names, on_disk=False, target=_CPU, expert=expert)
-        assert isinstance(store, HostStore)
-        slab = store.slab if device.type == "cpu" else store.slab.to(device)
-        return store.layout.views(slab)
+        layout = self._layout(names, expert)
+        views = layout.views(new_slab(layout.nbytes, device))
+        for name, view in views.items():
+            self._fill(name, view, expert)
+        return views
+
+    def _layout(self, names: list[str], expert: int | None) -> Layout:
+        tensors = [(name, place.get(*place.owner(self.model, name))) for name in names]
+        return Layout.of([(name, tuple(t.shape if expert is None else t.shape[1:]), t.dtype) for name, t in tensors])
 
     def _fill(self, name: str, view: torch.Tensor, expert: int | None) -> None:
         current = place.get(*place.owner(self.model, name))
@@ -97,10 +120,12 @@ class Weights:
             view.copy_(current if expert is None else current[expert])
         elif name in self.computed:
             view.copy_(self.computed[name])
-        elif expert is None:
-            self.sources[name].fill(self._checkpoint(), view)
         else:
-            self.sources[name].fill_slice(self._checkpoint(), expert, view)
+            with self._buffers.lend() as buffer:
+                if expert is None:
+                    self.sources[name].fill(self._checkpoint(), view, buffer)
+                else:
+                    self.sources[name].fill_slice(self._checkpoint(), expert, view, buffer)
 
     def _checkpoint(self) -> Checkpoint:
         assert self.checkpoint is not None

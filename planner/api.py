@@ -14,10 +14,11 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from planner import cache, memory
+from planner import cache, loading, memory
 from planner.errors import InputError, PlanFormatError
 from planner.graph import LayerGraph
 from planner.hardware import Hardware
+from planner.headers import Headers, find_headers
 from planner.models import ModelSource, load_config, resolve_model
 from planner.plan import SCHEMA_VERSION, Execution, ModelInfo, Placement, Plan, Prediction
 from planner.serial import decode, encode
@@ -69,19 +70,25 @@ def plan_model(
     elif max_memory:
         hardware = hardware.with_max_memory(max_memory)
     source, module = _source(model, hub=hub, revision=revision, trust_remote_code=trust_remote_code)
-    dtype = _dtype(weight_dtype, source, module, notes)
+    stored = None
+    if source.source in ("local", "hub"):
+        on_hub = source.source == "hub"
+        stored = find_headers(folder=source.folder, hub=on_hub, name=source.id, revision=source.revision, notes=notes)
+    dtype = _dtype(weight_dtype, source, module, stored, notes)
     question = {
         "model": [source.id, source.source, source.revision, source.config_digest],
         "hardware": hardware,
         "workload": workload,
         "dtype": dtype,
         "notes": notes,
+        "stored": stored and stored.digest(),
     }
     name = cache.key("plan", question)
     cacheable = use_cache and module is None
     if cacheable and (kept := _kept_plan(name)) is not None:
         return kept
     tracer = _Tracer(source, module, workload, dtype, trust_remote_code, use_cache=cacheable, report=report)
+    tracer.headers = stored
     with _collector_paused():
         plan = _best(tracer, hardware, workload, source, dtype, notes, report)
     if cacheable:
@@ -135,19 +142,23 @@ def _best(
             num_parameters=graph.num_parameters,
             weight_bytes=graph.weight_bytes,
             versions=cache.versions(),
+            loaded=tracer.loaded,
+            stored_bytes=None if tracer.headers is None else tracer.headers.total_bytes,
         ),
         graph=graph,
         hardware=hardware,
         workload=workload,
         execution=execution,
-        assumptions=(*notes, *_execution_notes(workload, execution), *hardware.assumptions),
+        assumptions=(*notes, *tracer.notes, *_execution_notes(workload, execution), *hardware.assumptions),
         placements=placements,
         slots=slots,
         prediction=None,
         solver=solver,
     )
     report("simulating")
-    return _replace(plan, prediction=predict(plan))
+    shortage = loading.shortage(plan)
+    assumptions = plan.assumptions if shortage is None else (*plan.assumptions, shortage)
+    return _replace(plan, assumptions=assumptions, prediction=predict(plan))
 
 
 def _experts_stay(placements: Sequence[Placement]) -> bool:
@@ -162,10 +173,6 @@ def predict(plan: Plan) -> Prediction:
     outputs = memory.operator_outputs(plan.graph, plan.placements)
     decode_ns = timeline.decode_ns_per_token
     per_token = decode_ns or timeline.prefill_ns
-    on_host = sum(
-        group.slice_slab_bytes * (group.slices if p.home != "disk" else group.slices - memory.waiting_slices(p, group))
-        for p, group in memory.with_groups(plan.graph, plan.placements)
-    )
     disk = plan.hardware.link("disk", "cpu")
     return Prediction(
         peak_bytes={name: usage.total for name, usage in sorted(peaks.items())},
@@ -175,7 +182,8 @@ def predict(plan: Plan) -> Prediction:
         decode_ns_per_token=decode_ns,
         total_ns=timeline.total_ns,
         tokens_per_s=round(plan.workload.batch_size * 1e9 / per_token, 3) if per_token else 0.0,
-        load_ns=on_host * 10**9 // disk.bytes_per_s,
+        load_ns=loading.read_bytes(plan) * 10**9 // disk.bytes_per_s,
+        load_peak_bytes=loading.load_peak_bytes(plan),
     )
 
 
@@ -195,6 +203,9 @@ class _Tracer:
     ):
         self.source, self.module, self.workload, self.dtype = source, module, workload, dtype
         self.trust_remote_code, self.use_cache, self.report = trust_remote_code, use_cache, report
+        self.headers: Headers | None = None
+        self.notes: tuple[str, ...] = ()
+        self.loaded = module is not None and not any(parameter.is_meta for parameter in module.parameters())
 
     def weight_bytes(self) -> int:
         """Return the bytes of the model's weights, ties once."""
@@ -215,6 +226,17 @@ class _Tracer:
         return self.module
 
     def trace(self, *, routed: bool) -> tuple[LayerGraph, Execution]:
+        """Return the graph, with what the checkpoint's headers say of each tensor where they were read."""
+        graph, execution = self._kept_or_traced(routed=routed)
+        if self.headers is None:
+            return graph, execution
+        from planner.stored import compare, with_stored
+
+        comparison = compare(self.built(), self.headers, self.dtype)
+        self.notes = comparison.notes
+        return with_stored(graph, comparison.stored), execution
+
+    def _kept_or_traced(self, *, routed: bool) -> tuple[LayerGraph, Execution]:
         parts = {"config": self.source.config_digest, "workload": self.workload, "dtype": self.dtype, "routed": routed}
         name = cache.key("graph", parts)
         kept = cache.read(name) if self.use_cache else None
@@ -328,7 +350,10 @@ def _workload(batch: int | None, prompt: int | None, new: int | None, notes: lis
     )
 
 
-def _dtype(wanted: str | None, source: ModelSource, module: Any, notes: list[str]) -> str:
+def _dtype(wanted: str | None, source: ModelSource, module: Any, stored: Headers | None, notes: list[str]) -> str:
+    """Return what the weights run in: as the caller says, else as most of the checkpoint is stored, else as the
+    config says.
+    """
     if module is not None:
         own = {str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters()}
         if wanted is not None and own != {DTYPES.get(wanted, wanted)}:
@@ -339,10 +364,21 @@ def _dtype(wanted: str | None, source: ModelSource, module: Any, notes: list[str
         text = source.config.get("text_config")
         if stated is None and isinstance(text, dict):
             stated = text.get("dtype") or text.get("torch_dtype")
-        name = str(stated).removeprefix("torch.") if stated else "bfloat16"
-        notes.append(f"weights in {name} ({'as the config says' if stated else 'assumed'})")
+        configured = str(stated).removeprefix("torch.") if stated else None
+        in_files = stored.float_dtype() if stored is not None else None
+        name = in_files or configured or "bfloat16"
+        why = "as the checkpoint stores them" if in_files else "as the config says" if stated else "assumed"
+        if in_files and configured and configured != in_files:
+            why += f"; its config says {configured}"
+        notes.append(f"weights in {name} ({why})")
     else:
         name = DTYPES.get(wanted, wanted)
+    quantised = source.config.get("quantization_config")
+    if stored is None and isinstance(quantised, dict):
+        notes.append(
+            f"the published weights are quantised ({quantised.get('quant_method', 'it is not said how')}): the plan is "
+            f"for weights in {name}, and quantised ones are not carried yet"
+        )
     if name not in ("bfloat16", "float16", "float32"):
         raise InputError(f"weights in {name} are not carried yet; choose bfloat16, float16 or float32")
     return name

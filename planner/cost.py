@@ -63,9 +63,14 @@ def copy_ns(hardware: Hardware, home: str, device: str, nbytes: int) -> int:
     return latency + nbytes * 10**9 // rate
 
 
+def waiting_bytes(group: WeightGroup, home: str) -> int:
+    """Return what one slice takes where it waits: in a slab, or as the checkpoint stores it."""
+    return group.slice_stored_bytes if home == "disk" else group.slice_slab_bytes
+
+
 def slice_copy_ns(hardware: Hardware, group: WeightGroup, home: str, device: str, *, tokens: int) -> int:
     """Return the expected time per pass that one waiting slice costs: its copy, times the chance that it is used."""
-    whole = copy_ns(hardware, home, device, group.slice_slab_bytes)
+    whole = copy_ns(hardware, home, device, waiting_bytes(group, home))
     return int(whole * group.expected_slices(tokens) / group.slices)
 
 

@@ -23,8 +23,28 @@ SLAB_ALIGNMENT_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """What a checkpoint's files hold of one tensor, as their headers say.
+
+    dtype: torch's name of it; of several, that of most bytes.
+    pieces: stored tensors that the tensor is made of; largest_bytes: of the largest of them.
+    in_place: every piece is one run of bytes of the tensor, so that it can be read to where it belongs.
+    """
+
+    dtype: str
+    item_bytes: int
+    nbytes: int
+    pieces: int
+    largest_bytes: int
+    in_place: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tensor:
-    """A parameter or buffer; `name` is relative to its layer ("self_attn.q_proj.weight")."""
+    """A parameter or buffer; `name` is relative to its layer ("self_attn.q_proj.weight").
+
+    stored: what the checkpoint holds of it; None where no checkpoint was looked at, or it holds nothing of it.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -32,6 +52,21 @@ class Tensor:
     nbytes: int
     buffer: bool = False
     persistent: bool = True
+    stored: Stored | None = None
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in the checkpoint's files; as many as in memory where these were not looked at."""
+        return self.nbytes if self.stored is None else self.stored.nbytes
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether it is stored in another dtype than it is computed in."""
+        return self.stored is not None and self.stored.dtype != self.dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +92,18 @@ class WeightGroup:
     def slice_slab_bytes(self) -> int:
         """Bytes of one slice laid out in a slab, each tensor from an aligned start."""
         return sum(round_up(tensor.nbytes // self.slices, SLAB_ALIGNMENT_BYTES) for tensor in self.tensors)
+
+    @property
+    def slice_stored_bytes(self) -> int:
+        """Bytes of one slice where it waits on disk: those of the checkpoint's files, or of a slab if not known."""
+        if all(tensor.stored is None for tensor in self.tensors):
+            return self.slice_slab_bytes
+        return sum(tensor.stored_bytes for tensor in self.tensors) // self.slices
+
+    @property
+    def is_mappable(self) -> bool:
+        """Whether the files hold each tensor as it is computed with, so that it can be used straight from there."""
+        return all(t.stored is None or (t.stored.pieces == 1 and not t.is_converted) for t in self.tensors)
 
     def expected_slices(self, tokens: int) -> float:
         """Return how many distinct slices `tokens` independent tokens are expected to use: E * (1 - (1 - k/E)^T).

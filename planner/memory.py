@@ -132,7 +132,8 @@ def static_usage(
         device = hardware.device(placement.run_on)
         waiting = waiting_slices(placement, group)
         weights[placement.run_on] += resident_bytes(group, group.slices - waiting, device)
-        weights[placement.home] += group.slice_slab_bytes * waiting
+        each = group.slice_stored_bytes if placement.home == "disk" else group.slice_slab_bytes
+        weights[placement.home] += each * waiting
         if placement.home == "disk" and waiting and device.kind != "cpu":
             staged.add((device.name, slot_kind(group)))
     for name, saved in tied.items():
@@ -248,7 +249,8 @@ def _tied_bytes(graph: LayerGraph, placements: Sequence[Placement]) -> dict[str,
     homes = {(placement.layer, placement.group): placement.home for placement in placements}
     sizes: dict[str, tuple[str, int]] = {}
     for index, group, name, tensor in graph.tensors():
-        sizes[name] = (homes[graph.layers[index].name, group.name], round_up(tensor.nbytes, SLAB_ALIGNMENT_BYTES))
+        home, nbytes = homes[graph.layers[index].name, group.name], round_up(tensor.nbytes, SLAB_ALIGNMENT_BYTES)
+        sizes[name] = (home, tensor.stored.nbytes if home == "disk" and tensor.stored is not None else nbytes)
     saved: dict[str, int] = {}
     for names in graph.ties:
         seen: set[str] = set()

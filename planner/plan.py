@@ -27,6 +27,8 @@ class ModelInfo:
     """Which model the Plan is for, and what built it.
 
     config_digest: SHA-256 of the canonical JSON of its config; None for a module given as such.
+    loaded: it was given with its weights in memory, and not on meta; loading is predicted for that.
+    stored_bytes: of the checkpoint's tensors, as its headers say; None where these were not read.
     """
 
     id: str
@@ -38,6 +40,8 @@ class ModelInfo:
     num_parameters: int
     weight_bytes: int
     versions: dict[str, str]
+    loaded: bool = False
+    stored_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +92,8 @@ class Prediction:
     peak_breakdown: the same by kind of memory; each kind at its own greatest, so their sum is the peak.
     counters: per device, predictions named by the counter they are tested against; "operator_outputs" are the bytes
         of tensors that operators made (cache and activations), exact on one device.
+    load_peak_bytes: per memory but the disk, the most while `dispatch.apply` loads (see `planner.loading`): bytes
+        requested on the host, device-used on GPUs.
     """
 
     peak_bytes: dict[str, int]
@@ -98,6 +104,7 @@ class Prediction:
     total_ns: int
     tokens_per_s: float
     load_ns: int
+    load_peak_bytes: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

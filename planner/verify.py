@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from planner import memory
+from planner import loading, memory
 from planner.plan import Plan
 from planner.units import format_bytes
 
@@ -22,7 +22,7 @@ def verify_plan(plan: Plan) -> tuple[Violation, ...]:
 
     Checked: every group of every layer is placed once, on devices and homes that exist and can be reached; a layer
     runs on one device; groups that must not wait elsewhere do not; slots are large enough and no fewer than the rule;
-    no memory holds more than its usable capacity; the prediction's peaks are those of the placement.
+    no memory holds more than its usable capacity; the prediction's peaks, those of loading too, are the placement's.
     """
     found = _check_placements(plan)
     if found:
@@ -111,12 +111,15 @@ def _check_prediction(plan: Plan) -> list[Violation]:
         return []
     peaks = memory.peak(plan.graph, plan.hardware, plan.placements, plan.slots)
     totals = {name: usage.total for name, usage in peaks.items()}
-    stated = plan.prediction.peak_bytes
+    compared = (
+        ("peak", plan.prediction.peak_bytes, totals),
+        ("peak while loading", plan.prediction.load_peak_bytes, loading.load_peak_bytes(plan)),
+    )
     return [
         Violation(
-            rule="prediction",
-            message=f"{name}: predicted peak {stated.get(name)}, recomputed {totals.get(name)}",
+            rule="prediction", message=f"{name}: predicted {what} {stated.get(name)}, recomputed {found.get(name)}"
         )
-        for name in sorted({*stated, *totals})
-        if stated.get(name) != totals.get(name)
+        for what, stated, found in compared
+        for name in sorted({*stated, *found})
+        if stated.get(name) != found.get(name)
     ]

@@ -190,7 +190,8 @@ def _time_cards(plan: Plan, timeline: Timeline) -> list[_Card]:
         rate = seen.tokens_per_s
         digits = 0 if rate >= 100 else 1 if rate >= 10 else 2
         cards.append(("tokens/s", f"{rate:,.{digits}f}", f"whole call {format_ns(seen.total_ns)}", ""))
-        cards.append(("loading", format_ns(seen.load_ns), "once, before the first call", ""))
+        held = format_bytes(seen.load_peak_bytes.get("cpu", 0))
+        cards.append(("loading", format_ns(seen.load_ns), f"once, before; {held} of host RAM at most", ""))
         return cards
     if not timeline.step_ns:
         return [("prefill", "not predicted", "nothing was simulated", "")]

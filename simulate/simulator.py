@@ -168,7 +168,7 @@ class _Simulation:
             "copy",
             f"{part.placement.layer} {part.group.name}",
             lanes=_lanes(home, device),
-            duration_ns=cost.copy_ns(self.hardware, home, device, part.group.slice_slab_bytes),
+            duration_ns=cost.copy_ns(self.hardware, home, device, cost.waiting_bytes(part.group, home)),
             after=slot_free,
             step=step,
         )

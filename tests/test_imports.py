@@ -23,9 +23,10 @@ ORDER = (
     ("plan",),
     ("lifetimes",),
     ("memory", "cuda_allocator", "cache", "models"),
-    ("steps", "cost"),
+    ("headers",),
+    ("steps", "cost", "loading"),
     ("execution", "kernels"),
-    ("storages", "layers", "recorder", "inputs"),
+    ("conversions", "stored", "storages", "layers", "recorder", "inputs"),
     ("trace", "placement", "verify", "explain"),
     ("footprint",),
     ("api",),
@@ -33,8 +34,8 @@ ORDER = (
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 VALUES = {"errors", "units", "serial", "hardware", "workload", "graph", "plan"}
 TORCH = {
-    "planner.execution", "planner.storages", "planner.layers", "planner.recorder", "planner.inputs", "planner.trace",
-    "planner.kernels.cpu", "planner.kernels.cuda", "planner.kernels.cuda_attention",
+    "planner.execution", "planner.conversions", "planner.storages", "planner.layers", "planner.recorder",
+    "planner.inputs", "planner.trace", "planner.kernels.cpu", "planner.kernels.cuda", "planner.kernels.cuda_attention",
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "ortools", "pandas", "plotly", "numpy", "networkx", "safetensors", "huggingface_hub"}
 
@@ -173,7 +174,7 @@ def test_dispatch_works_without_what_plans(name: str) -> None:
         assert top(target) not in ("ortools", "pandas", "plotly", "simulate", "reports"), f"{name} imports {target}"
         if top(target) == "planner":
             late = {"api", "models"} if entry.lazy else set()
-            allowed = VALUES | {"steps", "memory", "execution"} | late
+            allowed = VALUES | {"steps", "memory", "execution", "headers", "conversions", "loading"} | late
             assert room(target) in allowed, f"{name} imports {target}"
 
 

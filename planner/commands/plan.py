@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     work.add_argument("--batch", type=options.count, metavar="N", help="prompts at a time")
     work.add_argument("--prompt", type=options.count, metavar="N", help="tokens of each prompt")
     work.add_argument("--new-tokens", type=options.count, metavar="N", help="tokens generated for each prompt")
-    work.add_argument("--dtype", metavar="NAME", help="bfloat16, float16 or float32 (default: as the config says)")
+    work.add_argument("--dtype", metavar="NAME", help="bfloat16, float16 or float32 (default: the checkpoint's)")
     where = result.add_argument_group("where the model's config comes from")
     where.add_argument("--hub", action="store_true", help="ask the Hugging Face Hub, not the bundled catalogue")
     where.add_argument("--revision", metavar="COMMIT", help="a branch, tag or commit on the Hub")

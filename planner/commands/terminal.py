@@ -203,7 +203,9 @@ def _time(page: Page, plan: Plan, prediction: Prediction) -> None:
     made = f"all {work.new_tokens:,} new tokens" if work.caller == "generate" else "one forward pass"
     minutes = f", {prediction.total_ns / 60e9:,.0f} minutes" if prediction.total_ns >= 120 * 10**9 else ""
     rows.append(("whole call", format_ns(prediction.total_ns), f"for {made}{minutes}"))
-    rows.append(("loading", format_ns(prediction.load_ns), "once before, to read the weights from disk"))
+    held = format_bytes(prediction.load_peak_bytes.get("cpu", 0))
+    words = f"once, from disk; takes at most {held} of host RAM"
+    rows.append(("loading", format_ns(prediction.load_ns), words))
     for name, duration, words in rows:
         page.line(f"  {name:<10}  {duration:>9}  {words}")
 

@@ -228,7 +228,8 @@ class _Model:
             slices = model.new_int_var(0, most, f"away {unit.name} {name} {group.name} {home}")
             self.away[unit.name, name, entry.key, home] = slices
             total.append(slices)
-            self.held[home].append(entry.slab_bytes * slices)
+            each = group.slice_stored_bytes if home == "disk" else entry.slab_bytes
+            self.held[home].append(each * slices)
             if home == "cpu":
                 self.pinned.append(entry.slab_bytes * slices)
             # [Constraint] the waiting slices of one layer's group have one home
@@ -255,7 +256,7 @@ class _Model:
             self.away[end.name, name, entry.key, "disk"] = disk
             self.model.add_implication(disk, here)
             self.held[name].append(-entry.freed_bytes * disk)
-            self.held["disk"].append(entry.slab_bytes * disk)
+            self.held["disk"].append(entry.group.slice_stored_bytes * disk)
 
     # [Constraint] no memory holds more than is usable
     def _memory(self, grow: str | None) -> None:

@@ -186,7 +186,10 @@ class _Maker:
         )
 
     def _may_wait(self, group: WeightGroup, device: Device) -> bool:
-        return group.streamable or device.kind == "cpu"
+        """Tell whether a group may wait elsewhere; whole ones the CPU uses straight from the file, or not at all."""
+        if device.kind == "cpu":
+            return group.slices > 1 or group.is_mappable
+        return group.streamable
 
     def _group(self, layer: int, group: WeightGroup, device: Device) -> GroupCost:
         homes = ["disk"] if device.kind == "cpu" else ["cpu", "disk"]

@@ -77,8 +77,23 @@ def _infeasible(problem: Problem) -> InfeasibleError:
         available_bytes=pool.capacity_bytes,
         smallest_fix=_addition(best),
         message=f"nothing fits: {best.pool} has {format_bytes(pool.capacity_bytes)} and would need "
-        f"{format_bytes(needed)}; {fix}; or a shorter prompt, or a smaller batch",
+        f"{format_bytes(needed)}; {fix}; or a shorter prompt, or a smaller batch" + _stored_otherwise(problem),
     )
+
+
+def _stored_otherwise(problem: Problem) -> str:
+    """Return the hint that weights which are converted cannot be used from the disk, where there are such."""
+    stored = {
+        tensor.stored.dtype
+        for kind in problem.graph.kinds
+        for group in kind.groups
+        if not group.is_mappable
+        for tensor in group.tensors
+        if tensor.stored is not None and tensor.is_converted
+    }
+    if not stored & {"bfloat16", "float16", "float32"}:
+        return ""
+    return f"; or the dtype that the weights are stored in ({', '.join(sorted(stored))}), so that some can stay on disk"
 
 
 def _addition(entry: counting.Shortfall) -> str:

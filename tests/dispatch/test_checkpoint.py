@@ -238,7 +238,7 @@ def test_a_file_written_to_or_deleted_is_noticed(saved: Path) -> None:
 
 
 def test_equal_compares_dtype_shape_and_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_module, "_READ_CHUNK_BYTES", 16)
+    monkeypatch.setattr(checkpoint_module, "COMPARE_BYTES", 32)
     base = torch.arange(12.0)
     other = base.clone()
     other[-1] = 0

@@ -17,7 +17,6 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import conversion_mapping, core_model_loading  # noqa: E402
 
-from dispatch import sources as sources_module  # noqa: E402
 from dispatch.checkpoint import Checkpoint  # noqa: E402
 from dispatch.sources import TensorSource, resolve_sources  # noqa: E402
 from planner.errors import InputError, PlanMismatchError, TraceError  # noqa: E402
@@ -174,7 +173,7 @@ def test_slices_of_plain_tensors_and_bad_slices(tmp_path: Path) -> None:
 def test_conversion_equals_to(
     tmp_path: Path, dtype: torch.dtype, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources_module, "_CONVERT_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("planner.loading.BUFFER_BYTES", chunk_bytes)
     model = mixtral(num_local_experts=2)
     checkpoint = save(model, tmp_path)
     with torch.device("meta"):

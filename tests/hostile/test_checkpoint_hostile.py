@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from dispatch.checkpoint import Checkpoint
 from planner.errors import InputError
+from planner.headers import read_headers
 
 
 def write(path: Path, header: object, data: bytes = b"", *, length: int | None = None) -> Path:
@@ -27,9 +28,13 @@ def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
 
 
 def refused(path: Path, match: str) -> None:
+    """Check that a plan and a dispatch refuse the checkpoint at `path` in the same words."""
     with pytest.raises(InputError, match=match) as caught:
         Checkpoint.open(path)
     assert str(path.name) in str(caught.value)
+    with pytest.raises(InputError) as planned:
+        read_headers(path)
+    assert str(planned.value) == str(caught.value)
 
 
 @pytest.mark.parametrize("size", range(8))

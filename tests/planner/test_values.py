@@ -174,7 +174,7 @@ def at(data: Any, path: tuple[Any, ...]) -> Any:
 
 
 # Objects whose keys are names chosen by what they describe, so that none is required.
-FREE_KEYS = {"versions", "flops_per_s", "peak_bytes", "peak_breakdown", "counters"}
+FREE_KEYS = {"versions", "flops_per_s", "peak_bytes", "peak_breakdown", "counters", "load_peak_bytes"}
 
 
 def is_free(path: tuple[Any, ...]) -> bool:

@@ -110,6 +110,7 @@ def plan(graph: LayerGraph, hardware: Hardware) -> Plan:
             total_ns=4_806_100_000,
             tokens_per_s=13.3,
             load_ns=9_870_000_000,
+            load_peak_bytes={name: kinds["weights"] for name, kinds in breakdown.items()},
         ),
         solver=Solver(status="optimal", objective_ns=4_000_000_000, bound_ns=4_000_000_000, cost_model="lanes-1"),
     )

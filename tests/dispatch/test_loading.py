@@ -1,0 +1,224 @@
+"""Predicted peaks of loading against what `dispatch.apply` really holds. A GPU is played by the meta device: the same
+code as for CUDA but for pinning and streams, and a memory of its own that is counted apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from load_meter import live_everywhere
+from safetensors.torch import load_file, save_file
+
+import dispatch
+import planner
+from dispatch.sources import TensorSource
+from dispatch.weights import Weights
+from planner import loading
+from planner.plan import Plan
+from tiny_models import WORK, Case, streamed
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+def plan_of(case: Case, **options: Any) -> Plan:
+    """Return the plan for a checkpoint's folder: its headers are read."""
+    dtype = str(case.dtype).removeprefix("torch.")
+    return planner.plan_model(str(case.folder), weight_dtype=dtype, **WORK, **options)
+
+
+def half_on_disk(case: Case) -> Plan:
+    whole = plan_of(case, gpus=0)
+    assert whole.prediction is not None
+    cap = whole.prediction.peak_bytes["cpu"] - whole.model.weight_bytes // 2
+    plan = plan_of(case, gpus=0, max_memory={"cpu": cap})
+    assert any(p.home == "disk" for p in plan.placements)
+    return plan
+
+
+def make_plan(case: Case, mode: str) -> Plan:
+    if mode == "cpu":
+        return plan_of(case, gpus=0)
+    if mode == "disk":
+        return half_on_disk(case)
+    one = plan_of(case, gpus="1x24GB")
+    return one if mode == "gpu" else streamed(one, {"from host": "cpu", "from disk": "disk"}[mode])
+
+
+def as_meta(plan: Plan) -> dict[str, str]:
+    return {device.name: "meta" for device in plan.hardware.gpus}
+
+
+def requested(plan: Plan) -> dict[str, int]:
+    """Return the predicted bytes of "cpu" and "meta" as the program asks for them: nothing rounded, no context."""
+    plain = [
+        dataclasses.replace(device, kind="cpu", context_bytes=0, workspace_bytes=0) for device in plan.hardware.devices
+    ]
+    exact = dataclasses.replace(plan, hardware=dataclasses.replace(plan.hardware, devices=tuple(plain)))
+    peaks = {name: usage.total for name, usage in loading.load_peak(exact).items()}
+    return {"cpu": peaks["cpu"], "meta": sum(nbytes for name, nbytes in peaks.items() if name != "cpu")}
+
+
+def held(model: Any, plan: Plan, *, loaded: bool = False, **options: Any) -> dict[str, int]:
+    """Return the most bytes that `apply` held at once on the host and on the pretended GPUs."""
+    with live_everywhere(model if loaded else None) as counts:
+        dispatch.apply(model, plan, devices=as_meta(plan), **options)
+    return {"cpu": counts.peak.get("cpu", 0), "meta": counts.peak.get("meta", 0)}
+
+
+MODES = ["cpu", "gpu", "from host", "from disk", "disk"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["llama", "tied-llama", "mixtral", "qwen3-moe", "gpt2"])
+def test_the_same_dtype(make_case: Any, name: str, mode: str) -> None:
+    case = make_case(name, BF16 if name == "mixtral" else F32)
+    plan = make_plan(case, mode)
+    assert held(case.meta(), plan, checkpoint=case.folder) == requested(plan)
+
+
+@pytest.mark.parametrize("mode", ["cpu", "gpu", "from host", "from disk"])
+@pytest.mark.parametrize("name", ["tied-llama", "mixtral"])
+@pytest.mark.parametrize("dtypes", [(F32, BF16), (BF16, F32), (torch.float16, BF16)], ids=str)
+def test_a_checkpoint_in_another_dtype(make_case: Any, name: str, mode: str, dtypes: tuple[Any, Any]) -> None:
+    stored, wanted = dtypes
+    case = dataclasses.replace(make_case(name, stored), dtype=wanted)
+    plan = make_plan(case, mode)
+    assert held(case.meta(), plan, checkpoint=case.folder) == requested(plan)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["llama", "tied-llama", "mixtral"])
+def test_a_loaded_model(make_case: Any, tmp_path: Path, name: str, mode: str) -> None:
+    """Its own memory counts until all is copied; what a GPU takes is told apart where its parameters stand in meta."""
+    case = make_case(name)
+    model = case.loaded()
+    cap = {"cpu": plan_of(case, gpus=0).prediction.peak_bytes["cpu"] - 500_000}  # type: ignore[union-attr]
+    options = {"gpus": 0, "max_memory": cap} if mode == "disk" else {"gpus": 0 if mode == "cpu" else "1x24GB"}
+    plan = planner.plan_model(model, use_cache=False, **WORK, **options)
+    plan = streamed(plan, {"from host": "cpu", "from disk": "disk"}[mode]) if mode.startswith("from") else plan
+    assert plan.model.loaded
+    most = held(model, plan, loaded=True, offload_dir=tmp_path / "offload")
+    assert most["cpu"] == requested(plan)["cpu"]
+
+
+def test_a_loaded_model_that_is_compared_with_its_checkpoint(make_case: Any) -> None:
+    case = make_case("llama")
+    model = case.loaded()
+    plan = streamed(planner.plan_model(model, gpus="1x24GB", use_cache=False, **WORK), "disk")
+    most = held(model, plan, loaded=True, checkpoint=case.folder)["cpu"]
+    assert 0 <= most - requested(plan)["cpu"] <= loading.COMPARE_BYTES
+
+
+def test_a_model_by_its_name(make_case: Any) -> None:
+    case = make_case("mixtral", BF16)
+    plan = plan_of(case, gpus=0)
+    with live_everywhere() as counts:
+        dispatch.apply(str(case.folder), plan)
+    assert counts.peak["cpu"] == requested(plan)["cpu"] == plan.prediction.load_peak_bytes["cpu"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("mode", ["cpu", "gpu", "from host", "from disk"])
+@pytest.mark.parametrize("stored", [F32, BF16], ids=str)
+def test_many_reads_pass_through_small_buffers(
+    make_case: Any, monkeypatch: pytest.MonkeyPatch, mode: str, stored: torch.dtype
+) -> None:
+    """As large tensors pass through 8 MiB: no reader holds more than its buffer, whatever the others do."""
+    monkeypatch.setattr(loading, "BUFFER_BYTES", 10_000)
+    case = dataclasses.replace(make_case("mixtral", stored), dtype=BF16)
+    plan = make_plan(case, mode)
+    predicted = loading.load_peak(plan)["cpu"].workspace
+    bounced = mode == "gpu" or mode.startswith("from") or stored != BF16
+    assert predicted == (loading.READERS * 10_000 if bounced else 0)
+    model = case.meta()
+    assert held(model, plan, checkpoint=case.folder) == requested(plan)
+
+
+@pytest.mark.parametrize("mode", ["cpu", "gpu"])
+def test_experts_stored_fused(make_case: Any, tmp_path: Path, mode: str) -> None:
+    case = make_case("mixtral", BF16)
+    case.reference.save_pretrained(tmp_path / "fused", save_original_format=False)
+    case = dataclasses.replace(case, folder=tmp_path / "fused")
+    for plan in (make_plan(case, mode), streamed(plan_of(case, gpus="1x24GB"), "cpu")):
+        assert held(case.meta(), plan, checkpoint=case.folder) == requested(plan)
+
+
+def test_tied_weights_that_the_checkpoint_holds_twice(make_case: Any) -> None:
+    case = make_case("tied-llama")
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(case.folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+        file.unlink()
+    (case.folder / "model.safetensors.index.json").unlink()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, case.folder / "model.safetensors")
+    plan = plan_of(case, gpus=0)
+    assert held(case.meta(), plan, checkpoint=case.folder) == requested(plan)
+
+
+# The tests above can fail
+
+
+def less_staging(patch: pytest.MonkeyPatch) -> None:
+    slots = loading._slots
+    patch.setattr(loading, "_slots", lambda plan: (entry for entry in slots(plan) if entry[0] != "cpu"))
+
+
+def half_the_buffer(patch: pytest.MonkeyPatch) -> None:
+    whole = loading.buffer_bytes
+    patch.setattr(loading, "buffer_bytes", lambda *args: whole(*args) // 2)
+
+
+def ties_twice(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("dispatch.attach.resident_ties", lambda graph, placements: {})
+
+
+def a_slab_on_the_host(patch: pytest.MonkeyPatch) -> None:
+    def slab(self: Weights, names: list[str], device: torch.device, *, expert: int | None = None) -> Any:
+        store = self.store(names, on_disk=False, target=torch.device("cpu"), expert=expert)
+        return store.layout.views(store.slab.to(device))  # type: ignore[attr-defined]
+
+    patch.setattr(Weights, "slab", slab)
+
+
+def buffers_of_their_own(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("dispatch.buffers.Buffers.lend", lambda self: contextlib.nullcontext())
+
+
+def fused_in_memory(patch: pytest.MonkeyPatch) -> None:
+    """As transformers' loader stacks experts: in memory of their own, and then to their place."""
+    fill = TensorSource.fill
+
+    def twice(self: TensorSource, checkpoint: Any, destination: torch.Tensor, buffer: Any = None) -> None:
+        whole = torch.empty(self.shape, dtype=self.dtype)
+        fill(self, checkpoint, whole, buffer)
+        destination.copy_(whole)
+
+    patch.setattr(TensorSource, "fill", twice)
+
+
+FAULTS: list[tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = [
+    (less_staging, "llama", "from disk"),
+    (half_the_buffer, "llama", "gpu"),
+    (lambda patch: patch.setattr(loading, "READERS", 3), "llama", "gpu"),
+    (lambda patch: patch.setattr("dispatch.attach.READERS", 5), "llama", "gpu"),
+    (ties_twice, "tied-llama", "cpu"),
+    (a_slab_on_the_host, "llama", "gpu"),
+    (buffers_of_their_own, "mixtral", "gpu"),
+    (fused_in_memory, "mixtral", "cpu"),
+]
+
+
+@pytest.mark.parametrize(("fault", "name", "mode"), FAULTS)
+def test_a_fault_is_found_out(
+    make_case: Any, monkeypatch: pytest.MonkeyPatch, fault: Any, name: str, mode: str
+) -> None:
+    case = make_case(name)
+    plan = make_plan(case, mode)
+    fault(monkeypatch)
+    assert held(case.meta(), plan, checkpoint=case.folder) != requested(plan)
