@@ -298,7 +298,7 @@ class _Dispatch:
     def _set_implementations(self) -> None:
         model: Any = self.model
         execution = self.plan.execution
-        if model.config._attn_implementation != execution.attention:
+        if execution.attention is not None and model.config._attn_implementation != execution.attention:
             self.before["attention"] = model.config._attn_implementation
             model.set_attn_implementation(execution.attention)
         if execution.experts is not None:
@@ -403,7 +403,7 @@ def _as_module(model: Any, plan: Plan, checkpoint: str | Path | None) -> tuple[t
     if isinstance(model, torch.nn.Module):
         return model, checkpoint
     # The planner knows how a name becomes a model; it is only needed where a name was given.
-    from planner.api import build_on_meta, describe
+    from planner.given import build_on_meta, describe
 
     source = describe(model)
     if plan.model.config_digest and source.config_digest != plan.model.config_digest and source.source != "config":

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from planner.api import plan_model, predict
+    from planner.api import plan_model, predict, predict_memory
     from planner.errors import (
         InfeasibleError,
         InputError,
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         PlanMismatchError,
         TraceError,
     )
+    from planner.footprint import MemoryPrediction
     from planner.graph import LayerGraph
     from planner.hardware import Hardware
     from planner.plan import Plan
@@ -27,6 +28,7 @@ _HOMES = {
     "InfeasibleError": "planner.errors",
     "InputError": "planner.errors",
     "LayerGraph": "planner.graph",
+    "MemoryPrediction": "planner.footprint",
     "NoSolutionInTimeError": "planner.errors",
     "Plan": "planner.plan",
     "PlanError": "planner.errors",
@@ -37,6 +39,7 @@ _HOMES = {
     "Workload": "planner.workload",
     "plan_model": "planner.api",
     "predict": "planner.api",
+    "predict_memory": "planner.api",
     "verify_plan": "planner.verify",
 }
 
@@ -45,6 +48,7 @@ __all__ = [
     "InfeasibleError",
     "InputError",
     "LayerGraph",
+    "MemoryPrediction",
     "NoSolutionInTimeError",
     "Plan",
     "PlanError",
@@ -55,6 +59,7 @@ __all__ = [
     "Workload",
     "plan_model",
     "predict",
+    "predict_memory",
     "verify_plan",
 ]
 

@@ -8,28 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
 import importlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from planner import cache, loading, memory
 from planner.errors import InputError, PlanFormatError
-from planner.graph import LayerGraph
-from planner.hardware import Hardware
-from planner.headers import Headers, find_headers
-from planner.models import ModelSource, load_config, resolve_model
+from planner.given import build_on_meta, dtype_of, source_of
+from planner.hardware import Hardware, products
+from planner.headers import find_headers
+from planner.models import ModelSource
 from planner.plan import SCHEMA_VERSION, Execution, ModelInfo, Placement, Plan, Prediction
-from planner.serial import decode, encode
+from planner.tracer import ASSUMED_CPU, Report, Tracer, attention_of, tracing_for
 from planner.workload import DEFAULT_NEW_TOKENS, DEFAULT_PROMPT_TOKENS, Workload
 
 if TYPE_CHECKING:
-    import torch
+    from planner.footprint import MemoryPrediction
 
-Report = Callable[[str], None]
-
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+# Routings drawn for an expected value.
+_DRAWN_ROUTINGS = 4
 
 
 def plan_model(
@@ -49,6 +46,7 @@ def plan_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     use_cache: bool = True,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     report: Report = lambda text: None,
 ) -> Plan:
     """Return the best plan for `model` (a name or folder, a transformers config, or a model) on a machine.
@@ -69,12 +67,12 @@ def plan_model(
         hardware = Hardware.from_options(gpus, ram=ram, disk=disk, max_memory=max_memory)
     elif max_memory:
         hardware = hardware.with_max_memory(max_memory)
-    source, module = _source(model, hub=hub, revision=revision, trust_remote_code=trust_remote_code)
+    source, module = source_of(model, hub=hub, revision=revision, trust_remote_code=trust_remote_code)
     stored = None
     if source.source in ("local", "hub"):
         on_hub = source.source == "hub"
         stored = find_headers(folder=source.folder, hub=on_hub, name=source.id, revision=source.revision, notes=notes)
-    dtype = _dtype(weight_dtype, source, module, stored, notes)
+    dtype = dtype_of(weight_dtype, source, module, stored, notes)
     question = {
         "model": [source.id, source.source, source.revision, source.config_digest],
         "hardware": hardware,
@@ -87,7 +85,10 @@ def plan_model(
     cacheable = use_cache and module is None
     if cacheable and (kept := _kept_plan(name)) is not None:
         return kept
-    tracer = _Tracer(source, module, workload, dtype, trust_remote_code, use_cache=cacheable, report=report)
+    tracer = Tracer(
+        source, module, workload, dtype, trust_remote_code, use_cache=cacheable, report=report, hardware=hardware,
+        examples=example_inputs,
+    )  # fmt: skip
     tracer.headers = stored
     with _collector_paused():
         plan = _best(tracer, hardware, workload, source, dtype, notes, report)
@@ -109,7 +110,7 @@ def _collector_paused() -> Iterator[None]:
 
 
 def _best(
-    tracer: _Tracer,
+    tracer: Tracer,
     hardware: Hardware,
     workload: Workload,
     source: ModelSource,
@@ -149,7 +150,7 @@ def _best(
         hardware=hardware,
         workload=workload,
         execution=execution,
-        assumptions=(*notes, *tracer.notes, *_execution_notes(workload, execution), *hardware.assumptions),
+        assumptions=(*notes, *tracer.notes, *_execution_notes(workload, execution, hardware), *hardware.assumptions),
         placements=placements,
         slots=slots,
         prediction=None,
@@ -171,13 +172,17 @@ def predict(plan: Plan) -> Prediction:
     timeline = simulate.run(plan)
     peaks = memory.peak(plan.graph, plan.hardware, plan.placements, plan.slots)
     outputs = memory.operator_outputs(plan.graph, plan.placements)
+    asked = memory.operator_outputs(plan.graph, plan.placements, with_scratch=True)
     decode_ns = timeline.decode_ns_per_token
     per_token = decode_ns or timeline.prefill_ns
     disk = plan.hardware.link("disk", "cpu")
     return Prediction(
         peak_bytes={name: usage.total for name, usage in sorted(peaks.items())},
         peak_breakdown={name: usage.by_kind() for name, usage in sorted(peaks.items())},
-        counters={name: {"operator_outputs": nbytes} for name, nbytes in sorted(outputs.items())},
+        counters={
+            name: {"operator_outputs": nbytes, "requested_by_operators": asked[name]}
+            for name, nbytes in sorted(outputs.items())
+        },
         prefill_ns=timeline.prefill_ns,
         decode_ns_per_token=decode_ns,
         total_ns=timeline.total_ns,
@@ -187,153 +192,123 @@ def predict(plan: Plan) -> Prediction:
     )
 
 
-class _Tracer:
-    """Traces one model for one workload, or finds the graph in the cache. The model is built once, on meta."""
+def predict_memory(
+    model: Any,
+    workload: Workload | Mapping[str, Any] | tuple[Any, ...] | Any = None,
+    *,
+    device: Literal["cpu", "cuda"] | None = None,
+    gpu: str | None = None,
+    threads: int | None = None,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    experts: str | None = None,
+    weight_dtype: str | None = None,
+    hub: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> MemoryPrediction:
+    """Return what `model` (a name or folder, a transformers config, or any module) takes on one device.
 
-    def __init__(
-        self,
-        source: ModelSource,
-        module: Any,
-        workload: Workload,
-        dtype: str,
-        trust_remote_code: bool,
-        *,
-        use_cache: bool,
-        report: Report,
-    ):
-        self.source, self.module, self.workload, self.dtype = source, module, workload, dtype
-        self.trust_remote_code, self.use_cache, self.report = trust_remote_code, use_cache, report
-        self.headers: Headers | None = None
-        self.notes: tuple[str, ...] = ()
-        self.loaded = module is not None and not any(parameter.is_meta for parameter in module.parameters())
+    workload: a Workload, or example inputs for one forward call of any module: a tensor, a tuple of arguments, or a
+        dict of keywords. With a Workload, `example_inputs` replaces the prompts that would be made up.
+    device, gpu: "cuda" is the GPU product named (`plan gpus` lists them), "cpu" this machine's CPU; the default is
+        "cuda" where a product is named, else "cpu".
+    threads: of the CPU; torch's own setting where None.
+    experts: the implementation of fused experts; grouped matrix products where None.
 
-    def weight_bytes(self) -> int:
-        """Return the bytes of the model's weights, ties once."""
-        name = cache.key("weights", {"config": self.source.config_digest, "dtype": self.dtype})
-        kept = cache.read(name) if self.use_cache else None
-        if kept is not None and kept.isdigit():
-            return int(kept)
-        total: int = sum(p.numel() * p.element_size() for p in self.built().parameters())
-        if self.use_cache:
-            cache.write(name, str(total))
-        return total
-
-    def built(self) -> Any:
-        """Return the model, built on meta where it was not given."""
-        if self.module is None:
-            self.report("building the model on meta")
-            self.module = build_on_meta(self.source, self.dtype, trust_remote_code=self.trust_remote_code)
-        return self.module
-
-    def trace(self, *, routed: bool) -> tuple[LayerGraph, Execution]:
-        """Return the graph, with what the checkpoint's headers say of each tensor where they were read."""
-        graph, execution = self._kept_or_traced(routed=routed)
-        if self.headers is None:
-            return graph, execution
-        from planner.stored import compare, with_stored
-
-        comparison = compare(self.built(), self.headers, self.dtype)
-        self.notes = comparison.notes
-        return with_stored(graph, comparison.stored), execution
-
-    def _kept_or_traced(self, *, routed: bool) -> tuple[LayerGraph, Execution]:
-        parts = {"config": self.source.config_digest, "workload": self.workload, "dtype": self.dtype, "routed": routed}
-        name = cache.key("graph", parts)
-        kept = cache.read(name) if self.use_cache else None
-        if kept is not None:
-            try:
-                data = json.loads(kept)
-                return LayerGraph.from_dict(data["graph"]), decode(Execution, data["execution"], where="execution")
-            except (json.JSONDecodeError, KeyError, TypeError, PlanFormatError):
-                pass
-        graph, execution = self._trace(routed=routed)
-        if self.use_cache:
-            cache.write(name, json.dumps({"graph": encode(graph), "execution": encode(execution)}))
-        return graph, execution
-
-    def _trace(self, *, routed: bool) -> tuple[LayerGraph, Execution]:
-        model = self.built()
-        self.report("tracing")
-        from planner import execution as implementations
-        from planner.trace import check_carried, trace
-
-        check_carried(model)
-        experts = None
-        if implementations.experts_modules(model):
-            experts = implementations.ROUTED_EXPERTS if routed else implementations.GROUPED_EXPERTS
-        graph = trace(model, self.workload, experts=experts)
-        return graph, Execution(attention=str(model.config._attn_implementation), experts=experts)
-
-
-def build_on_meta(source: ModelSource, dtype: str, *, trust_remote_code: bool = False) -> torch.nn.Module:
-    """Return the causal language model that a config describes, without memory for its weights.
+    The model is wholly on the device, each weight an allocation of its own, as `.to(device)` leaves it.
 
     Raises:
-        TraceError: the config is not of a decoder-only language model that transformers knows.
+        InputError: an argument cannot be used. TraceError: the model cannot be traced, and where.
     """
-    import torch
-
-    from planner.errors import TraceError
-
-    config = load_config(source, trust_remote_code=trust_remote_code)
-    from transformers import AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    wanted = (getattr(config, "architectures", None) or [None])[0]
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    names = known if isinstance(known, (list, tuple)) else [known]
-    if known is None or (wanted is not None and wanted not in names and not trust_remote_code):
-        raise TraceError(
-            f"{source.id} is a {wanted or config.model_type}: only decoder-only language models are carried yet"
+    notes: list[str] = []
+    device = device or ("cuda" if gpu else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"device is {device!r}; memory is predicted for 'cpu' and 'cuda'")
+    if gpu is not None and (device == "cpu" or gpu not in products()["products"]):
+        known = ", ".join(products()["products"])
+        raise InputError(f"gpu={gpu!r} with device={device!r}: choose 'cuda' and one of {known}")
+    work, examples = _work(workload, example_inputs, notes)
+    source, module = source_of(model, hub=hub, revision=revision, trust_remote_code=trust_remote_code)
+    stored = None
+    if source.source in ("local", "hub"):
+        stored = find_headers(
+            folder=source.folder, hub=source.source == "hub", name=source.id, revision=source.revision, notes=notes
         )
-    with torch.device("meta"):
-        model: torch.nn.Module = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
-        )
-    return model
+    dtype = dtype_of(weight_dtype, source, module, stored, notes)
+    with _collector_paused():
+        built = module if module is not None else build_on_meta(source, dtype, trust_remote_code=trust_remote_code)
+        return _footprint(built, work, examples, device, gpu, threads, experts, notes)
 
 
-def describe(model: Any) -> ModelSource:
-    """Return where a name, folder or config comes from, without loading anything heavy."""
-    return _source(model, hub=False, revision=None, trust_remote_code=False)[0]
+def _footprint(
+    model: Any,
+    work: Workload,
+    examples: Any,
+    device: str,
+    gpu: str | None,
+    threads: int | None,
+    experts: str | None,
+    notes: list[str],
+) -> MemoryPrediction:
+    from dataclasses import replace
 
+    from planner import execution, footprint
+    from planner.kernels.cpu import CpuKernels
 
-def _source(model: Any, *, hub: bool, revision: str | None, trust_remote_code: bool) -> tuple[ModelSource, Any]:
-    """Return where the model comes from, and the model itself if it was given as one."""
-    if isinstance(model, str):
-        return resolve_model(model, hub=hub, revision=revision, trust_remote_code=trust_remote_code), None
-    if hasattr(model, "to_diff_dict") and hasattr(model, "model_type"):
-        return _from_config(model), None
-    if hasattr(model, "named_parameters"):
-        config = getattr(model, "config", None)
-        note = f"the {type(model).__name__} given"
-        if config is not None and hasattr(config, "to_diff_dict"):
-            described = _from_config(config)
-            return _as_module(described, note), model
-        return ModelSource(id=type(model).__name__, source="module", revision=None, config={}, config_digest="",
-                           folder=None, note=note), model  # fmt: skip
-    raise InputError(f"a model is a name, a folder, a transformers config or a module, not {type(model).__name__}")
-
-
-def _from_config(config: Any) -> ModelSource:
-    data = json.loads(config.to_json_string(use_diff=True))
-    digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-    name = config.name_or_path or type(config).__name__
-    return ModelSource(
-        id=name, source="config", revision=None, config=data, config_digest=digest, folder=None, note="the config given"
+    kernels = None
+    if device == "cpu":
+        kernels = CpuKernels.local()
+        kernels = kernels if threads is None else replace(kernels, threads=threads)
+        notes.append(f"kernels on {kernels.threads} threads with {kernels.isa}")
+    elif gpu is None:
+        notes.append("a GPU of compute capability 8.9 with 128 multiprocessors (assumed)")
+    if experts is None and execution.experts_modules(model):
+        experts = execution.GROUPED_EXPERTS
+    options: dict[str, Any] = {
+        "gpu": (gpu or "") if device == "cuda" else None, "experts": experts, "examples": examples, "kernels": kernels,
+    }  # fmt: skip
+    tracing = tracing_for(model, work, **options)
+    weights = tracing.weights()
+    entries, traced = footprint.phases(tracing, sum(weights))
+    if device == "cuda":
+        entries = footprint.on_cuda(tracing, entries, weights)
+    peak = footprint.peak_of(entries)
+    expected = None
+    if experts not in (None, execution.GROUPED_EXPERTS, "grouped_mm", "batched_mm"):
+        drawn = [tracing_for(model, work, **options, routing_seed=seed) for seed in range(_DRAWN_ROUTINGS)]
+        peaks = [footprint.peak_of(footprint.phases(each, sum(weights))[0]) for each in drawn]
+        expected = footprint.mean_of(peaks)
+        notes.append(f"every figure at the worst routing but the expected one: {_DRAWN_ROUTINGS} even draws, seeded")
+    context = Hardware.from_options(f"1x{gpu}" if gpu else "1x24GB").gpus[0].context_bytes
+    return footprint.MemoryPrediction(
+        model=type(model).__name__,
+        device=device if gpu is None else gpu,
+        attention=attention_of(model),
+        experts=experts,
+        weight_bytes=sum(weights),
+        prefill=entries[0],
+        decode=tuple(entries[1:]),
+        peak=peak,
+        device_used_bytes=None if peak.reserved_bytes is None else peak.reserved_bytes + context,
+        expected_peak=expected,
+        traced_steps=traced,
+        unmodelled=tuple(sorted(tracing.first.unmodelled)),
+        assumptions=(*notes, *tracing.inputs.notes),
     )
 
 
-def _as_module(source: ModelSource, note: str) -> ModelSource:
-    return ModelSource(
-        id=source.id,
-        source="module",
-        revision=None,
-        config=source.config,
-        config_digest=source.config_digest,
-        folder=None,
-        note=note,
-    )
+def _work(workload: Any, examples: Any, notes: list[str]) -> tuple[Workload, Any]:
+    """Return the workload and the example inputs that `predict_memory` was given."""
+    if isinstance(workload, Workload):
+        return workload, examples
+    if workload is None and examples is None:
+        return _workload(None, None, None, notes), None
+    if workload is not None and examples is not None:
+        raise InputError("give example inputs once, as the workload or by name")
+    given = examples if workload is None else workload
+    if not isinstance(given, (Mapping, tuple)):
+        given = (given,)
+    return Workload(caller="forward", new_tokens=1), given
 
 
 def _workload(batch: int | None, prompt: int | None, new: int | None, notes: list[str]) -> Workload:
@@ -350,49 +325,25 @@ def _workload(batch: int | None, prompt: int | None, new: int | None, notes: lis
     )
 
 
-def _dtype(wanted: str | None, source: ModelSource, module: Any, stored: Headers | None, notes: list[str]) -> str:
-    """Return what the weights run in: as the caller says, else as most of the checkpoint is stored, else as the
-    config says.
-    """
-    if module is not None:
-        own = {str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters()}
-        if wanted is not None and own != {DTYPES.get(wanted, wanted)}:
-            raise InputError(f"the model has weights of {', '.join(sorted(own))}; convert it, or leave the dtype out")
-        return max(sorted(own)) if own else "float32"
-    if wanted is None:
-        stated = source.config.get("dtype") or source.config.get("torch_dtype")
-        text = source.config.get("text_config")
-        if stated is None and isinstance(text, dict):
-            stated = text.get("dtype") or text.get("torch_dtype")
-        configured = str(stated).removeprefix("torch.") if stated else None
-        in_files = stored.float_dtype() if stored is not None else None
-        name = in_files or configured or "bfloat16"
-        why = "as the checkpoint stores them" if in_files else "as the config says" if stated else "assumed"
-        if in_files and configured and configured != in_files:
-            why += f"; its config says {configured}"
-        notes.append(f"weights in {name} ({why})")
-    else:
-        name = DTYPES.get(wanted, wanted)
-    quantised = source.config.get("quantization_config")
-    if stored is None and isinstance(quantised, dict):
-        notes.append(
-            f"the published weights are quantised ({quantised.get('quant_method', 'it is not said how')}): the plan is "
-            f"for weights in {name}, and quantised ones are not carried yet"
-        )
-    if name not in ("bfloat16", "float16", "float32"):
-        raise InputError(f"weights in {name} are not carried yet; choose bfloat16, float16 or float32")
-    return name
-
-
-def _execution_notes(workload: Workload, execution: Execution) -> list[str]:
+def _execution_notes(workload: Workload, execution: Execution, hardware: Hardware) -> list[str]:
     choice = "greedy decoding (assumed)" if workload.sampling == "greedy" else "sampling"
-    notes = [f"{execution.attention} attention, dynamic cache, {choice}; prompts of equal length"]
+    if workload.num_beams > 1:
+        choice = f"{workload.num_beams} beams" + (", sampled" if workload.sampling == "sample" else "")
+    if workload.caller == "forward":
+        choice = "plain forward calls"
+    attention = f"{execution.attention} attention, " if execution.attention is not None else ""
+    notes = [f"{attention}{workload.cache} cache, {choice}; prompts of equal length"]
     if execution.experts is not None:
         notes.append(
             f"experts run as {execution.experts}: memory counts the worst routing, time the expected number of "
             "distinct experts, each equally popular (assumed)"
         )
-    notes.append("activations as the CPU's fused operators make them; kernels' own scratch is not counted")
+    if hardware.gpus:
+        notes.append(f"operators and their scratch as torch runs them on {hardware.gpus[0].product}, by its sources")
+    else:
+        notes.append(f"operators' scratch as on {ASSUMED_CPU['threads']} threads with {ASSUMED_CPU['isa']} (assumed)")
+    if execution.unmodelled:
+        notes.append(f"scratch not modelled of {', '.join(execution.unmodelled)}")
     return notes
 
 

@@ -207,7 +207,7 @@ def on_cuda(tracing: Tracing, entries: Sequence[PhaseMemory], weights: Iterable[
                 addresses[event.block] = address
             elif event.block in addresses:
                 allocator.free(addresses.pop(event.block))
-        counters = allocator.counters
+        counters = allocator.counters()
         last = (counters.peak_allocated_bytes, counters.peak_reserved_bytes)
         result[number] = replace(entries[number], allocated_bytes=last[0], reserved_bytes=last[1])
     for number in reversed(range(len(result))):

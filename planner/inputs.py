@@ -43,7 +43,9 @@ class Inputs:
         elif examples is not None:
             self._args = tuple(self._taken(value) for value in examples)
         elif getattr(model, "main_input_name", None) is None:
-            raise InputError(f"{type(model).__name__} is not a model of transformers: give example inputs to trace it by")
+            raise InputError(
+                f"{type(model).__name__} is not a model of transformers: give example inputs to trace it by"
+            )
         else:
             self._given = self._made_up()
         if workload.caller == "generate" and not self.generates:

@@ -19,6 +19,8 @@ from planner.units import MIB, round_up
 _OWN_SEGMENT_BYTES = 10 * MIB
 _SEGMENT_BYTES = 2 * MIB
 _ROUND_BYTES = 512
+# Smaller ones share segments of 20 MiB (above 1 MiB) and 2 MiB: of weights, one of each kind is begun and not full.
+ALLOCATOR_BYTES = 22 * MIB
 # One slot is computed with while the next group is copied into the other.
 SLOT_COUNT = 2
 
@@ -35,7 +37,7 @@ def fixed_bytes(graph: LayerGraph, device: Device) -> tuple[int, int]:
 
     The workspace is the matmul library's, and what the caching allocator holds beyond what is asked of it.
     """
-    extra = graph.allocator_bytes if device.kind != "cpu" else 0
+    extra = max(graph.allocator_bytes, ALLOCATOR_BYTES) if device.kind != "cpu" else 0
     return device.context_bytes, device.workspace_bytes + extra
 
 
@@ -224,8 +226,13 @@ def peak(
     return best
 
 
-def operator_outputs(graph: LayerGraph, placements: Sequence[Placement]) -> dict[str, int]:
-    """Return per device the most bytes alive in tensors that operators made (cache and activations, no weights)."""
+def operator_outputs(
+    graph: LayerGraph, placements: Sequence[Placement], *, with_scratch: bool = False
+) -> dict[str, int]:
+    """Return per device the most bytes alive in tensors that operators made (cache and activations, no weights).
+
+    with_scratch: count what kernels take beside them too.
+    """
     devices = _devices(graph, placements)
     best: dict[str, int] = dict.fromkeys(devices, 0)
     for entry in graph.passes:
@@ -234,7 +241,8 @@ def operator_outputs(graph: LayerGraph, placements: Sequence[Placement]) -> dict
         for device, span in zip(devices, spans, strict=True):
             cached[device] += span.kv_before_bytes
         for device, span in zip(devices, spans, strict=True):
-            best[device] = max(best[device], cached[device] + span.held_bytes + span.peak_bytes)
+            scratch = span.scratch_bytes if with_scratch else 0
+            best[device] = max(best[device], cached[device] + span.held_bytes + span.peak_bytes + scratch)
             cached[device] += span.kv_after_bytes - span.kv_before_bytes
     return best
 

@@ -46,10 +46,14 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Execution:
-    """The implementations that were traced; dispatch enforces them. `experts` is None without fused experts."""
+    """The implementations that were traced; dispatch enforces them. None for models that have no choice of one.
 
-    attention: str
+    unmodelled: operators whose kernels' scratch is not modelled.
+    """
+
+    attention: str | None
     experts: str | None
+    unmodelled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

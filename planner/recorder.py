@@ -156,9 +156,9 @@ class Recorder:
                     self._begin_call((args, kwargs))
                 return forward(*args, **kwargs)
 
-            self.model.forward = whole  # type: ignore[method-assign]
+            self.model.forward = whole
         for index, (_, module) in enumerate(self.layers):
-            module.forward = self._wrapped(index, module)  # type: ignore[method-assign]
+            module.forward = self._wrapped(index, module)
 
     def _begin_call(self, inputs: Any) -> None:
         self._calls += 1
@@ -302,7 +302,7 @@ class _Slot:
 _Name = tuple[Any, ...]
 
 
-class _Unnamed(Exception):
+class _UnnamedError(Exception):
     """A tensor cannot be found again from another layer."""
 
 
@@ -333,7 +333,7 @@ class _Template:
         known = {block: _relative(name, own) for block, name in names.items()}
         try:
             if states and number is None:
-                raise _Unnamed
+                raise _UnnamedError
             self.out = _blueprint(out, tracer, made, known)
             self.states = {
                 (slot.cache, slot.layer - own): (
@@ -342,7 +342,7 @@ class _Template:
                 )
                 for slot, state in states.items()
             }
-        except _Unnamed:
+        except _UnnamedError:
             self.usable = False
             return
         kept = {ref.block for ref in _refs((self.out, [state for _, state in self.states.values()]))}
@@ -359,6 +359,7 @@ class _Template:
         if not self.usable or any(not 0 <= own + layer <= len(caches[at].layers) for at, layer in self.states):
             return None
         here = {_relative(name, own): block for block, name in _names(tracer, inputs, caches).items()}
+        work = tracer.flops, tracer.moved_bytes, tracer.operators
         tracer.muted, tracer.muted_frees = True, []
         try:
             builder = _Builder(inputs, caches, own)
@@ -393,9 +394,8 @@ class _Template:
             block = here.get(name)
             if block is not None and tracer.maker[block] != tracer.layer:
                 tracer.flows.add((block, tracer.layer))
-        tracer.flops += self.work[0]
-        tracer.moved_bytes += self.work[1]
-        tracer.operators += self.work[2]
+        sums = (before + done for before, done in zip(work, self.work, strict=True))
+        tracer.flops, tracer.moved_bytes, tracer.operators = sums
         return (out,)
 
 
@@ -419,7 +419,7 @@ def _blueprint(value: Any, tracer: StorageTracer, made: set[int], known: dict[in
         name: _Name = ()
         if block is None or block not in made:
             if block not in known:
-                raise _Unnamed
+                raise _UnnamedError
             name = known[block]
         real = None if hasattr(value, "fake_mode") else value.detach()
         return _Ref(
@@ -430,7 +430,7 @@ def _blueprint(value: Any, tracer: StorageTracer, made: set[int], known: dict[in
             stride=tuple(value.stride()),
             offset=int(value.storage_offset()),
             dtype=value.dtype,
-            value=None if real is None or name else torch.empty_like(real).copy_(real),
+            value=None if real is None or name[:1] == ("input",) else torch.empty_like(real).copy_(real),
         )
     if isinstance(value, (list, tuple)):
         items = [_blueprint(item, tracer, made, known) for item in value]
@@ -440,7 +440,7 @@ def _blueprint(value: Any, tracer: StorageTracer, made: set[int], known: dict[in
         return blue if type(value) is dict else type(value)(blue)
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, type, torch.Size)):
         return value
-    raise _Unnamed
+    raise _UnnamedError
 
 
 def _refs(value: Any) -> Iterator[_Ref]:
@@ -480,6 +480,8 @@ class _Builder:
             else:
                 _, at, layer, position = ref.name
                 base = self._states[at][self._own + layer][position]
+                if ref.value is not None and base.shape == ref.value.shape:
+                    base.copy_(ref.value)
         elif ref.block in self.made:
             base = self.made[ref.block]
         else:
@@ -493,7 +495,7 @@ class _Builder:
         return base.as_strided(ref.shape, ref.stride, ref.offset)
 
 
-def _set_state(layers: list[Any], index: int, kind: type, state: dict[str, Any]) -> None:
+def _set_state(layers: list[Any], index: int, kind: Any, state: dict[str, Any]) -> None:
     if index == len(layers):
         layers.append(kind.__new__(kind))
     vars(layers[index]).clear()
@@ -524,12 +526,17 @@ def _slot_state(caches: list[Any]) -> dict[_Slot, Any]:
     """Return what tells whether a layer of a cache has changed: its tensors' identities and its plain attributes."""
     return {
         _Slot(at, number): (
-            tuple((id(leaf), _shape(leaf)) for leaf in leaves(vars(layer))),
-            _plain({key: value for key, value in vars(layer).items()}),
+            tuple((id(leaf), _shape(leaf), _small_value(leaf)) for leaf in leaves(vars(layer))),
+            _plain(vars(layer)),
         )
         for at, cache in enumerate(caches)
         for number, layer in enumerate(cache.layers)
     }
+
+
+def _small_value(tensor: torch.Tensor) -> Any:
+    """Return the value of a real tensor that counts something; it may be changed in place."""
+    return tensor.tolist() if tensor.numel() <= 1 and not hasattr(tensor, "fake_mode") else None
 
 
 def _caches(values: Any) -> Iterator[Any]:

@@ -187,8 +187,9 @@ class StorageTracer(TorchDispatchMode):
                 for tensor in outputs:
                     self._follow(tensor)
             elif step > 0:
-                taken.append((self._next(), step))
-                self._emit(*taken[-1], "scratch")
+                block = self._next()
+                taken.append((block, step))
+                self._emit(block, step, "scratch")
             else:
                 self._give_back(taken, -step - 1)
         for index in reversed(range(len(taken))):
@@ -306,14 +307,13 @@ def _grouped_output(args: Any) -> torch.Tensor:
     rows, columns = left.shape[-2], right.shape[-1]
     per_row = _GROUPED_ROW_BYTES // left.element_size()
     stride = -(-columns // per_row) * per_row
-    if left.dim() == right.dim() == 2:
-        groups = args[2].shape[0]
-        return left.new_empty_strided((groups, rows, columns), (rows * stride, stride, 1))
-    if left.dim() == 3:
-        groups = left.shape[0]
-        if right.dim() == 3:
-            return left.new_empty_strided((groups, rows, columns), (rows * stride, stride, 1))
-    return left.new_empty_strided((rows, columns), (stride, 1))
+    shape: tuple[int, ...] = (rows, columns)
+    strides: tuple[int, ...] = (stride, 1)
+    if left.dim() == right.dim():
+        groups = args[2].shape[0] if left.dim() == 2 else left.shape[0]
+        shape, strides = (groups, *shape), (rows * stride, *strides)
+    out: torch.Tensor = left.new_empty_strided(shape, strides)
+    return out
 
 
 def _is_view(inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> bool:

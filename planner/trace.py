@@ -133,6 +133,16 @@ class Tracing:
             cached_bytes=onward(before.cached_bytes, after.cached_bytes),
         )
 
+    def weights(self) -> list[int]:
+        """Return the bytes of every parameter and buffer, ties once, in the order of `.to(device)`."""
+        sizes = {
+            t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+            for module in self.skeleton.modules()
+            for t in itertools.chain(module._parameters.values(), module._buffers.values())
+            if t is not None
+        }
+        return list(sizes.values())
+
     def _record(self, *, passes: int, longer: int = 0, new_tokens: int | None = None) -> Run:
         call = self.inputs.call(longer=longer, new_tokens=new_tokens)
         experts = implementations.experts_modules(self.skeleton).values()
@@ -239,7 +249,7 @@ def _skeleton(model: torch.nn.Module, fake: FakeTensorMode) -> Any:
     """Return a copy of `model` whose tensors are fake; ties are kept and no byte of a weight is copied."""
     memo: dict[int, Any] = {}
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+        if torch.nn.parameter.is_lazy(tensor):
             raise TraceError(
                 f"{name} has no shape yet: run {type(model).__name__} once, or give its modules their input sizes"
             )
@@ -378,7 +388,8 @@ def _edges(traced: list[tuple[str, TracedPass]], position: dict[int, int]) -> tu
     """Return who uses what others made, as bytes of distinct blocks, in the prefill and in the last step."""
     sizes: list[dict[tuple[int, int], int]] = []
     for _, entry in (traced[0], traced[-1]):
-        run, found = entry.run, {}
+        run = entry.run
+        found: dict[tuple[int, int], int] = {}
         made = {event.block: event.nbytes for event in entry.events if event.nbytes > 0}
         for block, user in run.flows:
             if block in made and user >= 0 and block not in run.cache_blocks:
@@ -390,7 +401,11 @@ def _edges(traced: list[tuple[str, TracedPass]], position: dict[int, int]) -> tu
     if len(traced) == 1:
         decode = {}
     return tuple(
-        Edge(source=source, target=target, prefill_bytes=prefill.get((source, target), 0),
-             decode_bytes=decode.get((source, target), 0))
+        Edge(
+            source=source,
+            target=target,
+            prefill_bytes=prefill.get((source, target), 0),
+            decode_bytes=decode.get((source, target), 0),
+        )
         for source, target in sorted(prefill.keys() | decode.keys())
     )

@@ -344,7 +344,7 @@ def _versions(plan: Plan) -> str:
         ),
         ("revision", model.revision or "not known"),
         ("config", model.config_digest or "given as a module"),
-        ("attention", plan.execution.attention),
+        ("attention", plan.execution.attention or "the model's own"),
         ("experts", plan.execution.experts or "none"),
         *sorted(model.versions.items()),
         ("plan schema", str(plan.schema_version)),

@@ -29,6 +29,7 @@ ORDER = (
     ("conversions", "stored", "storages", "layers", "recorder", "inputs"),
     ("trace", "placement", "verify", "explain"),
     ("footprint",),
+    ("given", "tracer"),
     ("api",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
@@ -173,7 +174,7 @@ def test_dispatch_works_without_what_plans(name: str) -> None:
         target = module_in(entry.target)
         assert top(target) not in ("ortools", "pandas", "plotly", "simulate", "reports"), f"{name} imports {target}"
         if top(target) == "planner":
-            late = {"api", "models"} if entry.lazy else set()
+            late = {"given", "models"} if entry.lazy else set()
             allowed = VALUES | {"steps", "memory", "execution", "headers", "conversions", "loading"} | late
             assert room(target) in allowed, f"{name} imports {target}"
 
@@ -227,9 +228,9 @@ def test_importing_dispatch_loads_torch_at_most() -> None:
 
 PUBLIC = {
     "planner": [
-        "Hardware", "InfeasibleError", "InputError", "LayerGraph", "NoSolutionInTimeError", "Plan", "PlanError",
-        "PlanFormatError", "PlanMismatchError", "TraceError", "Violation", "Workload", "plan_model", "predict",
-        "verify_plan",
+        "Hardware", "InfeasibleError", "InputError", "LayerGraph", "MemoryPrediction", "NoSolutionInTimeError", "Plan",
+        "PlanError", "PlanFormatError", "PlanMismatchError", "TraceError", "Violation", "Workload", "plan_model",
+        "predict", "predict_memory", "verify_plan",
     ],
     "simulate": ["Interval", "MemorySample", "Timeline", "run"],
     "dispatch": ["Checkpoint", "Measurement", "apply", "measure", "remove"],

@@ -152,7 +152,15 @@ class _Maker:
         return (
             self.graph.layers[index].kind,
             tuple(
-                (s.peak_bytes, s.scratch_bytes, s.kv_before_bytes, s.kv_after_bytes, s.flops, s.moved_bytes, s.operators)
+                (
+                    s.peak_bytes,
+                    s.scratch_bytes,
+                    s.kv_before_bytes,
+                    s.kv_after_bytes,
+                    s.flops,
+                    s.moved_bytes,
+                    s.operators,
+                )
                 for s in self.spans[index]
             ),
         )

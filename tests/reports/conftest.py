@@ -40,7 +40,15 @@ def graph() -> LayerGraph:
     blocks = tuple(Layer(name=f"model.layers.{number}", kind=1) for number in range(LAYERS))
     layers = (Layer(name="model.embed_tokens", kind=0), *blocks, Layer(name="lm_head", kind=2))
     return LayerGraph(
-        model="acme/moe", batch_size=1, kinds=kinds, layers=layers, edges=(), ties=(), loose=(), allocator_bytes=0, passes=()
+        model="acme/moe",
+        batch_size=1,
+        kinds=kinds,
+        layers=layers,
+        edges=(),
+        ties=(),
+        loose=(),
+        allocator_bytes=0,
+        passes=(),
     )
 
 

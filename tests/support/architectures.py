@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -47,14 +48,10 @@ def _decoder(config: str, *, kv: bool = True, **fixed: Any) -> Callable[[torch.d
         }  # fmt: skip
         if kv:
             shape["num_key_value_heads"] = rng.choice([1, 2])
-        made = getattr(transformers, config)(**{**shape, **{k: v(rng, shape) if callable(v) else v for k, v in fixed.items()}})
+        made = getattr(transformers, config)(**{**shape, **fixed})
         return transformers.AutoModelForCausalLM.from_config(made, dtype=dtype).eval()
 
     return build
-
-
-def _head_dim(rng: random.Random, shape: dict[str, Any]) -> int:
-    return int(shape["hidden_size"] // shape["num_attention_heads"])
 
 
 def _gpt2(dtype: torch.dtype, rng: random.Random) -> Any:
@@ -243,7 +240,7 @@ class ResNet(nn.Module):
         self.norm = nn.BatchNorm2d(width)
         self.pool = nn.MaxPool2d(3, stride=2, padding=1)
         widths = [width * 2 ** (index // 2) for index in range(depth + 1)]
-        self.blocks = nn.ModuleList(ResidualBlock(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.blocks = nn.ModuleList(ResidualBlock(a, b) for a, b in itertools.pairwise(widths))
         self.head = nn.Linear(widths[-1], 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -287,7 +284,7 @@ def _unet(dtype: torch.dtype, rng: random.Random) -> Any:
 def _mlp(dtype: torch.dtype, rng: random.Random) -> Any:
     widths = [rng.randrange(16, 200) for _ in range(5)]
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), nn.GELU()]
     return nn.Sequential(*layers).to(dtype).eval()
 

@@ -77,8 +77,8 @@ def span(
     *, held: int = 0, peak: int = 0, kv: tuple[int, int] = (0, 0), flops: int = 0, moved: int = 0, operators: int = 1
 ) -> Span:
     return Span(
-        count=1, held_bytes=held, peak_bytes=peak, scratch_bytes=peak // 5, kv_before_bytes=kv[0], kv_after_bytes=kv[1], input_bytes=64,
-        flops=flops, moved_bytes=moved, operators=operators,
+        count=1, held_bytes=held, peak_bytes=peak, scratch_bytes=peak // 5, kv_before_bytes=kv[0],
+        kv_after_bytes=kv[1], input_bytes=64, flops=flops, moved_bytes=moved, operators=operators,
     )  # fmt: skip
 
 
