@@ -10,6 +10,7 @@ import contextlib
 import gc
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from planner import cache, loading, memory
@@ -124,6 +125,8 @@ def _best(
     may_group = dtype == "bfloat16" and fits_whole
     graph, execution = tracer.trace(routed=not may_group)
     report("placing")
+    if len(graph.passes) == 1 and workload.decode_steps:
+        workload = replace(workload, caller="forward", new_tokens=1)
     placements, slots, solver = find(graph, hardware, workload)
     # The name is planner.execution.GROUPED_EXPERTS, whose module would load torch on a path that has the trace cached.
     if execution.experts == "loadplan_grouped" and not _experts_stay(placements):
@@ -159,7 +162,7 @@ def _best(
     report("simulating")
     shortage = loading.shortage(plan)
     assumptions = plan.assumptions if shortage is None else (*plan.assumptions, shortage)
-    return _replace(plan, assumptions=assumptions, prediction=predict(plan))
+    return replace(plan, assumptions=assumptions, prediction=predict(plan))
 
 
 def _experts_stay(placements: Sequence[Placement]) -> bool:
@@ -250,8 +253,6 @@ def _footprint(
     experts: str | None,
     notes: list[str],
 ) -> MemoryPrediction:
-    from dataclasses import replace
-
     from planner import execution, footprint
     from planner.kernels.cpu import CpuKernels
 
@@ -355,7 +356,3 @@ def _kept_plan(name: str) -> Plan | None:
         return Plan.from_json(text)
     except PlanFormatError:
         return None
-
-
-def _replace(plan: Plan, **changes: Any) -> Plan:
-    return Plan(**{**{name: getattr(plan, name) for name in plan.__slots__}, **changes})

@@ -399,7 +399,7 @@ def test_unknown_model_without_a_network(capsys: pytest.CaptureFixture[str], mon
     def nowhere(name: str, **_: Any) -> None:
         raise InputError(f"there is no model {name}\nhere")
 
-    monkeypatch.setattr("planner.api.resolve_model", nowhere)
+    monkeypatch.setattr("planner.given.resolve_model", nowhere)
     assert ask(capsys, "--model", "gtp2") == (2, "", "plan: error: there is no model gtp2 here\n")
 
 
@@ -419,8 +419,10 @@ def test_nothing_fits_says_the_shortfall_and_a_change(capsys: pytest.CaptureFixt
     assert kept.read_text() == "before"
 
 
-def test_model_of_a_kind_not_carried(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = ask(capsys, "--model", "t5-small")
+def test_model_that_transformers_has_no_class_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = {"model_type": "llama", "architectures": ["LlamaForNothing"], "vocab_size": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, out, err = ask(capsys, "--model", str(tmp_path))
     assert (code, out, err.count("\n")) == (6, "", 1)
 
 

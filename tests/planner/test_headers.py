@@ -419,7 +419,7 @@ def test_a_plan_from_the_hub_says_what_its_headers_do(
     source = ModelSource(
         id="some/model", source="hub", revision="0" * 40, config=config, config_digest="d", folder=None, note="",
     )  # fmt: skip
-    monkeypatch.setattr("planner.api.resolve_model", lambda name, **options: source)
+    monkeypatch.setattr("planner.given.resolve_model", lambda name, **options: source)
     hub.repository = repository(files)
     plan = planner.plan_model("some/model", gpus=0, hub=True, **WORK)
     assert plan.model.weight_dtype == "bfloat16"
