@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from planner.lifetimes import Event
 from planner.storages import StorageTracer, nbytes_of
@@ -154,7 +155,12 @@ class Recorder:
             def whole(*args: Any, **kwargs: Any) -> Any:
                 if self._depth == 0:
                     self._begin_call((args, kwargs))
-                return forward(*args, **kwargs)
+                tracer = self._tracer
+                outer, tracer.in_forward = tracer.in_forward, True
+                try:
+                    return forward(*args, **kwargs)
+                finally:
+                    tracer.in_forward = outer
 
             self.model.forward = whole
         for index, (_, module) in enumerate(self.layers):
@@ -254,7 +260,8 @@ class Recorder:
         key = (len(self._run.passes), self._signatures[index], _plain((args, kwargs)), tuple(state))
         template = self._templates.get(key)
         if template is not None:
-            played = template.play(self._tracer, number, inputs, caches)
+            with torch._C.DisableTorchFunction():
+                played = template.play(self._tracer, number, inputs, caches)
             if played is not None:
                 return played[0]
         return self._run_as_template(key, number, forward, args, kwargs, inputs, caches)
@@ -345,7 +352,10 @@ class _Template:
         except _UnnamedError:
             self.usable = False
             return
-        kept = {ref.block for ref in _refs((self.out, [state for _, state in self.states.values()]))}
+        refs = list(_refs((self.out, [state for _, state in self.states.values()])))
+        named = [*self.names.values(), *self.used, *(ref.name for ref in refs if ref.name)]
+        self.slots = {(name[1], name[2]) for name in named if name[0] == "cache"} | set(self.states)
+        kept = {ref.block for ref in refs}
         flags = [getattr(cache, "is_updated", None) for cache in caches]
         self.flags = [isinstance(flag, dict) and flag.get(own) for flag in flags]
         if made - freed - kept or (freed - made) - set(self.names):
@@ -358,11 +368,12 @@ class _Template:
         own = number or 0
         if not self.usable or any(not 0 <= own + layer <= len(caches[at].layers) for at, layer in self.states):
             return None
-        here = {_relative(name, own): block for block, name in _names(tracer, inputs, caches).items()}
+        slots = [(at, own + layer) for at, layer in self.slots if 0 <= own + layer < len(caches[at].layers)]
+        here = {_relative(name, own): block for block, name in _names(tracer, inputs, caches, slots).items()}
         work = tracer.flops, tracer.moved_bytes, tracer.operators
         tracer.muted, tracer.muted_frees = True, []
         try:
-            builder = _Builder(inputs, caches, own)
+            builder = _Builder(tracer, inputs, caches, own, slots)
             out = builder.build(self.out)
             fresh = {key: builder.build(state) for key, (_, state) in self.states.items()}
             blocks = {ref: tracer.block_of(tensor) for ref, tensor in builder.made.items()}
@@ -421,7 +432,7 @@ def _blueprint(value: Any, tracer: StorageTracer, made: set[int], known: dict[in
             if block not in known:
                 raise _UnnamedError
             name = known[block]
-        real = None if hasattr(value, "fake_mode") else value.detach()
+        real = None if hasattr(value, "fake_mode") else value
         return _Ref(
             block=0 if name or block is None else block,
             name=name,
@@ -430,7 +441,7 @@ def _blueprint(value: Any, tracer: StorageTracer, made: set[int], known: dict[in
             stride=tuple(value.stride()),
             offset=int(value.storage_offset()),
             dtype=value.dtype,
-            value=None if real is None or name[:1] == ("input",) else torch.empty_like(real).copy_(real),
+            value=None if real is None or name[:1] == ("input",) else _unseen_copy(real),
         )
     if isinstance(value, (list, tuple)):
         items = [_blueprint(item, tracer, made, known) for item in value]
@@ -441,6 +452,19 @@ def _blueprint(value: Any, tracer: StorageTracer, made: set[int], known: dict[in
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, type, torch.Size)):
         return value
     raise _UnnamedError
+
+
+def _unseen_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a template's own, which the model never makes: no tracer may count it."""
+    with _disable_current_modes():
+        return tensor.detach().clone()
+
+
+def _extent(ref: _Ref) -> int:
+    """Return the bytes from a tensor's first element to its last, both included."""
+    if 0 in ref.shape:
+        return 0
+    return (sum((n - 1) * step for n, step in zip(ref.shape, ref.stride, strict=True)) + 1) * ref.dtype.itemsize
 
 
 def _refs(value: Any) -> Iterator[_Ref]:
@@ -457,10 +481,18 @@ def _refs(value: Any) -> Iterator[_Ref]:
 class _Builder:
     """Builds what a blueprint says. made: {block of the template: a tensor in the storage that stands for it}."""
 
-    def __init__(self, inputs: list[torch.Tensor], caches: list[Any], own: int):
+    def __init__(
+        self,
+        tracer: StorageTracer,
+        inputs: list[torch.Tensor],
+        caches: list[Any],
+        own: int,
+        slots: list[tuple[int, int]],
+    ):
+        self._tracer = tracer
         self.made: dict[int, torch.Tensor] = {}
         self._inputs, self._own = inputs, own
-        self._states = [[list(leaves(vars(layer))) for layer in cache.layers] for cache in caches]
+        self._states = {(at, layer): list(leaves(vars(caches[at].layers[layer]))) for at, layer in slots}
 
     def build(self, value: Any) -> Any:
         if isinstance(value, _Ref):
@@ -479,7 +511,7 @@ class _Builder:
                 base = self._inputs[ref.name[1]]
             else:
                 _, at, layer, position = ref.name
-                base = self._states[at][self._own + layer][position]
+                base = self._states[at, self._own + layer][position]
                 if ref.value is not None and base.shape == ref.value.shape:
                     base.copy_(ref.value)
         elif ref.block in self.made:
@@ -487,10 +519,12 @@ class _Builder:
         else:
             if ref.value is not None:
                 base = ref.value.clone()
+            elif ref.offset == 0 and _extent(ref) == ref.nbytes:
+                base = self._tracer.stand_in(ref.shape, ref.stride, ref.dtype)
             else:
-                base = torch.empty(ref.nbytes // ref.dtype.itemsize, dtype=ref.dtype)
+                base = self._tracer.stand_in((ref.nbytes // ref.dtype.itemsize,), (1,), ref.dtype)
             self.made[ref.block] = base
-        if (tuple(base.shape), base.dtype, base.storage_offset()) == (ref.shape, ref.dtype, ref.offset):
+        if (*base.shape,) == ref.shape and base.stride() == ref.stride and base.storage_offset() == ref.offset:
             return base
         return base.as_strided(ref.shape, ref.stride, ref.offset)
 
@@ -502,19 +536,25 @@ def _set_state(layers: list[Any], index: int, kind: Any, state: dict[str, Any]) 
     vars(layers[index]).update(state)
 
 
-def _names(tracer: StorageTracer, inputs: list[torch.Tensor], caches: list[Any]) -> dict[int, _Name]:
-    """Return {block: how it is called} of everything that a layer is handed."""
+def _names(
+    tracer: StorageTracer,
+    inputs: list[torch.Tensor],
+    caches: list[Any],
+    slots: list[tuple[int, int]] | None = None,
+) -> dict[int, _Name]:
+    """Return {block: how it is called} of everything that a layer is handed; of caches, of these layers of theirs."""
+    if slots is None:
+        slots = [(at, number) for at, cache in enumerate(caches) for number in range(len(cache.layers))]
     found: dict[int, _Name] = {}
     for position, tensor in enumerate(inputs):
         block = tracer.block_of(tensor)
         if block is not None:
             found.setdefault(block, ("input", position))
-    for at, cache in enumerate(caches):
-        for number, layer in enumerate(cache.layers):
-            for position, tensor in enumerate(leaves(vars(layer))):
-                block = tracer.block_of(tensor)
-                if block is not None:
-                    found[block] = ("cache", at, number, position)
+    for at, number in slots:
+        for position, tensor in enumerate(leaves(vars(caches[at].layers[number]))):
+            block = tracer.block_of(tensor)
+            if block is not None:
+                found[block] = ("cache", at, number, position)
     return found
 
 

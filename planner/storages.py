@@ -1,9 +1,10 @@
 """Follows every storage that operators make, and counts their arithmetic, while a model runs without its numbers.
 
 Floating tensors are fake (shape and dtype only, on a pretended CPU); integer and boolean tensors are real, so that
-code which looks at them (padding masks, stopping criteria, router offsets) runs as it would. An integer result of
-fake inputs becomes a harmless constant; a router's top-k becomes experts 0..k-1 for every token, which is the worst
-routing for memory, or a seeded draw where an expected value is asked for.
+code which looks at them (padding masks, stopping criteria, router offsets) runs as it would. In a model of
+transformers an integer result of fake inputs becomes a harmless constant; a router's top-k becomes experts 0..k-1 for
+every token, which is the worst routing for memory, or a seeded draw where an expected value is asked for. In any other
+module such integers stay fake, and to look at one is a TraceError, as it is to look at a float in any module.
 
 Known limitations: tensors made from Python numbers by `torch.tensor(x)` are seen when an operator lifts them, and are
 not operator outputs.
@@ -18,7 +19,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from planner.errors import TraceError
@@ -29,6 +35,17 @@ aten = torch.ops.aten
 # Real integer tensors larger than this many elements (a causal mask of 8k by 8k tokens) are kept fake.
 LARGEST_REAL_ELEMENTS = 2**26
 _LARGE_INPUT_ELEMENTS = 2**12
+_CPU = torch.device("cpu")
+# Operators whose result is one number throughout, whatever their first input holds, and that number.
+_FILLED: dict[Any, Callable[[Any], Any]] = {
+    aten.zeros_like.default: lambda args: 0,
+    aten.new_zeros.default: lambda args: 0,
+    aten.ones_like.default: lambda args: 1,
+    aten.new_ones.default: lambda args: 1,
+    aten.full_like.default: lambda args: args[1],
+    aten.new_full.default: lambda args: args[2],
+}
+_LOOKS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 # What `_grouped_mm` aligns the rows of its output to (aten/src/ATen/native/GroupedMMUtils.h).
 _GROUPED_ROW_BYTES = 16
 
@@ -44,8 +61,11 @@ class StorageTracer(TorchDispatchMode):
     """Keeps the stream of allocations and frees, who made each block and who used it, and the operators' work.
 
     kernels: what adds scratch to the stream; None leaves the operators' outputs alone.
+    strict: no number that comes from floats may be looked at; else no float while a forward runs.
+    refused: the first such look; the model's own code may have caught its error.
     stop_tokens: token ids that argmax, multinomial and topk never "choose" outside of layers.
     layer, inside: the layer that is running (blocks made now are its own), and whether its forward is.
+    in_forward: whether the model's is.
     flows: (block, layer) for every block that another layer than its maker has used.
     unmodelled: names of operators met whose scratch is not modelled.
     """
@@ -58,6 +78,7 @@ class StorageTracer(TorchDispatchMode):
         kernels: Kernels | None = None,
         expert_storages: Iterable[int] = (),
         routing_seed: int | None = None,
+        strict: bool = False,
     ):
         super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self.fake = fake
@@ -70,7 +91,11 @@ class StorageTracer(TorchDispatchMode):
         self.maker: dict[int, int] = {}
         self.flows: set[tuple[int, int]] = set()
         self.layer = -1
-        self.inside = False
+        self.inside = self.in_forward = False
+        self.strict = strict
+        self.refused: TraceError | None = None
+        # Storages of real integers that hold what came from floats.
+        self._unknown: set[int] = set()
         self.unmodelled: set[str] = set()
         self.flops = self.moved_bytes = self.operators = 0
         self.muted = False
@@ -82,7 +107,11 @@ class StorageTracer(TorchDispatchMode):
         self._fills: dict[int, float] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        # Modes that watch functions have had their say; here they would only see what the tracer looks at.
+        with torch._C.DisableTorchFunction():
+            return self._trace(func, args, kwargs or {})
+
+    def _trace(self, func: Any, args: Any, kwargs: Any) -> Any:
         inputs = tensors_in(args) + tensors_in(kwargs.values())
         lifted = func is aten.lift_fresh.default
         for tensor in inputs:
@@ -101,7 +130,9 @@ class StorageTracer(TorchDispatchMode):
 
     def _run_fake(self, func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor]) -> Any:
         if func is aten._local_scalar_dense.default:
-            return 0.0 if inputs[0].dtype.is_floating_point else 0
+            return self._look_at(func, inputs[0])
+        if func is aten.index.Tensor:
+            args = (args[0], self._positions(func, args[1]))
         with self.fake:
             if func is aten._grouped_mm.default and args[0].dtype is not torch.bfloat16:
                 out = _grouped_output(args)
@@ -109,9 +140,15 @@ class StorageTracer(TorchDispatchMode):
                 try:
                     out = func(*args, **kwargs)
                 except DynamicOutputShapeException as exc:
-                    raise TraceError(
-                        f"the result of {func} depends on the data, and memory cannot be known before the run"
-                    ) from exc
+                    raise self._refusal(func, "the size of its result depends on data") from exc
+                except DataDependentOutputException as exc:
+                    raise self._refusal(func, "its result depends on data") from exc
+        if func in _FILLED:
+            number = _FILLED[func](args)
+            return _make_real(out, number) if isinstance(number, (bool, int, float)) else out
+        if self.strict:
+            self._forget(tensors_in((out,)))
+            return out
         if func is aten.topk.default:
             values, indices = out
             return values, self._chosen(args[0], indices)
@@ -124,7 +161,51 @@ class StorageTracer(TorchDispatchMode):
         if func._schema.is_mutable:
             self._fills.pop(inputs[0].untyped_storage()._cdata, None)
         given = {id(tensor) for tensor in inputs}
-        return _map_tensors(out, lambda tensor: tensor if id(tensor) in given else _make_real(tensor, token))
+        storages = {tensor.untyped_storage()._cdata for tensor in inputs}
+
+        def as_known(tensor: torch.Tensor) -> torch.Tensor:
+            is_given = id(tensor) in given or tensor.untyped_storage()._cdata in storages
+            return tensor if is_given else _make_real(tensor, token)
+
+        return _map_tensors(out, as_known)
+
+    def _look_at(self, func: Any, tensor: torch.Tensor) -> bool | int | float:
+        """Return the number in a fake tensor of one element, where it is known or may be made up."""
+        is_float = tensor.dtype.is_floating_point
+        fill = self._fills.get(tensor.untyped_storage()._cdata)
+        if fill is not None:
+            return fill if is_float else int(fill)
+        if self.strict or (is_float and (self.inside or self.in_forward)):
+            raise self._refusal(func, f"the model looks at a number of {tensor.dtype} that depends on data")
+        return 0.0 if is_float else 0
+
+    def _refusal(self, func: Any, why: str) -> TraceError:
+        error = TraceError(f"{func}: {why}, and a trace has none")
+        self.refused = self.refused or error
+        return error
+
+    def _forget(self, tensors: list[torch.Tensor]) -> None:
+        """Note that the real ones among `tensors` hold what came from floats."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if not isinstance(tensor, FakeTensor) and storage._cdata not in self._unknown:
+                self._unknown.add(storage._cdata)
+                weakref.finalize(storage, self._unknown.discard, storage._cdata)
+
+    def _is_unknown(self, tensor: torch.Tensor) -> bool:
+        return isinstance(tensor, FakeTensor) or tensor.untyped_storage()._cdata in self._unknown
+
+    def _positions(self, func: Any, indices: Any) -> list[Any]:
+        """Return indices with the known masks among them as the positions that they select."""
+        found: list[Any] = []
+        for index in indices:
+            if index is None or index.dtype not in (torch.bool, torch.uint8):
+                found.append(index)
+            elif self._is_unknown(index):
+                raise self._refusal(func, "the size of its result depends on data")
+            else:
+                found += index.nonzero().unbind(1)
+        return found
 
     def _chosen(self, scores: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Return what topk "chooses": in a layer the first experts for every token, or a draw; else safe tokens."""
@@ -139,6 +220,15 @@ class StorageTracer(TorchDispatchMode):
         return chosen.expand(indices.shape).contiguous()
 
     def _run_real(self, func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor]) -> Any:
+        if self._unknown and any(self._is_unknown(tensor) for tensor in inputs):
+            masks = [index for index in args[1] if index is not None] if func is aten.index.Tensor else inputs
+            if func is not aten.index.Tensor and any(tag in func.tags for tag in _LOOKS):
+                raise self._refusal(func, "its result depends on data")
+            if func is aten.index.Tensor:
+                self._positions(func, masks)
+            out = func(*args, **kwargs)
+            self._forget(tensors_in((out,)))
+            return out
         if max(tensor.numel() for tensor in inputs) > _LARGE_INPUT_ELEMENTS and not func._schema.is_mutable:
             with self.fake:
                 try:
@@ -244,6 +334,14 @@ class StorageTracer(TorchDispatchMode):
             self.muted_frees.append(block)
         else:
             self.events.append(Event(block, -nbytes, kind))
+
+    def stand_in(self, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return a fresh fake tensor of the layer that is running, as an operator would have made it."""
+        with torch._C._DisableTorchDispatch():
+            meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+            result: torch.Tensor = FakeTensor(self.fake, meta, _CPU)
+        self._follow(result)
+        return result
 
     def block_of(self, tensor: torch.Tensor) -> int | None:
         """Return the number of the block that a tensor lies in, None for weights and the caller's own."""
