@@ -242,21 +242,24 @@ def stream(tracing: Tracing, *, most_events: int = _MOST_EVENTS) -> Iterator[tup
         growth = [float(two.nbytes - one.nbytes) for one, two in zip(before, after, strict=True)]
     place = {event.block: at for at, event in enumerate(after) if event.nbytes > 0}
     place_before = {event.block: at for at, event in enumerate(before) if event.nbytes > 0}
-    previous = {at: event.block for at, event in enumerate(after) if event.nbytes > 0}
+    previous = {at: (event.block, event.nbytes) for at, event in enumerate(after) if event.nbytes > 0}
     fresh = itertools.count(-1, -1)
     stride = max(1, ahead * len(after) // most_events)
     for number in [*range(done, count - 1, stride), count - 1]:
-        current: dict[int, int] = {}
+        current: dict[int, tuple[int, int]] = {}
         events = []
         for at, event in enumerate(after):
             if event.nbytes > 0:
-                current[at] = next(fresh)
-                size = event.nbytes + round(growth[at] * (number - done + 1))
-                events.append(Event(current[at], size, event.kind))
-            elif event.block in place:
-                events.append(Event(current[place[event.block]], -1, event.kind))
+                current[at] = next(fresh), event.nbytes + round(growth[at] * (number - done + 1))
+                events.append(Event(*current[at], event.kind))
+                continue
+            if event.block in place:
+                block, nbytes = current[place[event.block]]
             elif event.block in place_before:
-                events.append(Event(previous[place_before[event.block]], -1, event.kind))
+                block, nbytes = previous[place_before[event.block]]
+            else:
+                continue
+            events.append(Event(block, -nbytes, event.kind))
         previous = current
         yield number, events
 

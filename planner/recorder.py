@@ -111,14 +111,15 @@ class Recorder:
         with tracer, contextlib.suppress(_Enough):
             kept = call()
             del kept
-        self._close_span()
-        self._run.passes[-1].end = len(tracer.events)
+            self._close_span()
+            self._run.passes[-1].end = len(tracer.events)
         return self._run
 
     def where(self) -> str:
         """Return " in <layer>" for the layer that was running last, or nothing."""
         span = self._open
-        return f" in {self.layers[span.layer][0]!r}" if span is not None and span.layer >= 0 else ""
+        path = self.layers[span.layer][0] if span is not None and span.layer >= 0 else ""
+        return f" in {path!r}" if path else ""
 
     def _begin_pass(self) -> None:
         self._close_span()

@@ -6,9 +6,11 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from logging import getLogger
 from typing import Any
 
 import torch
@@ -18,15 +20,21 @@ from planner import execution as implementations
 from planner.errors import PlanError, TraceError
 from planner.graph import Edge, Layer, LayerGraph, LayerKind, Pass, Span
 from planner.inputs import Inputs
-from planner.layers import find_layers, loose_tensors, ties, weight_groups
+from planner.layers import find_layers, loose_tensors, ties, walk, weight_groups
 from planner.lifetimes import Event
-from planner.recorder import RawSpan, Recorder, Run
+from planner.recorder import RawSpan, Recorder, Run, leaves
 from planner.storages import Kernels, StorageTracer
 from planner.workload import Workload
 
 # Steps traced from the start of the answer; a later one is reached through two others, with a prompt that much longer,
 # because what one step leaves behind is held during the next.
 _FIRST_STEPS = 3
+# Numbers of a tensor that a module keeps beside its weights are known up to this many elements.
+_SMALL_ELEMENTS = 2**12
+_KNOWN_DTYPES = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32, torch.float64,
+    torch.float16, torch.bfloat16,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +79,18 @@ class Tracing:
         self.model, self.workload, self.kernels, self.routing_seed = model, workload, kernels, routing_seed
         self.attention = attention
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.skeleton = _skeleton(model, self.fake)
+        # What is not of transformers makes no use of numbers that are made up.
+        self.strict = not (hasattr(model, "main_input_name") or implementations.experts_modules(model))
+        self.skeleton = _skeleton(model, self.fake, with_integers=self.strict)
         if experts is not None:
             implementations.register()
             self.skeleton.set_experts_implementation(experts)
         self.layers = find_layers(self.skeleton)
-        self.recorder = Recorder(self.skeleton, self.layers, replay=replay)
+        # Only layers of transformers are known to keep what they do apart from where they are: hooks, counters.
+        self.recorder = Recorder(self.skeleton, self.layers, replay=replay and not self.strict)
         self.inputs = Inputs(self.skeleton, workload, self.fake, examples)
+        if self.strict and any(module.training for module in model.modules()):
+            self.inputs.notes.append(f"{type(model).__name__} as in evaluation (it was given in training mode)")
         self._first: Run | None = None
         self._later: dict[int, TracedPass] = {}
 
@@ -94,14 +107,15 @@ class Tracing:
         if number < len(self.first.passes):
             return cut(self.first, number, prompt if number == 0 else 1, prompt + number)
         if number not in self._later:
-            reached = self._reach(number)
-            if self.workload.num_beams > 1:
-                # Beam search holds tensors as long as the answer may get, which is less after a longer prompt.
-                onward = self.continued(number)
-                if onward is not None and _same_layers(reached, onward):
-                    reached = onward
-            self._later[number] = reached
+            self._later[number] = self._steady(number) or self._reach(number)
         return self._later[number]
+
+    def _steady(self, number: int) -> TracedPass | None:
+        """Return step `number` where no layer does more from step to step: the cache is full, or never grows."""
+        before, after = self.step(_FIRST_STEPS - 1), self.step(_FIRST_STEPS)
+        if before.cached_bytes != after.cached_bytes or not _same_layers(before, after):
+            return None
+        return self.continued(number)
 
     def _reach(self, number: int) -> TracedPass:
         """Run step `number` after a longer prompt, and make up for what the caller holds of that."""
@@ -109,7 +123,13 @@ class Tracing:
         run = self._record(longer=longer, new_tokens=self.workload.new_tokens - longer, passes=_FIRST_STEPS + 1)
         reached = cut(run, _FIRST_STEPS, 1, self.workload.prompt_tokens + number)
         before, after = (self.step(index).held_bytes for index in (_FIRST_STEPS - 1, _FIRST_STEPS))
-        return dataclasses.replace(reached, held_bytes=after + longer * (after - before))
+        reached = dataclasses.replace(reached, held_bytes=after + longer * (after - before))
+        if self.workload.num_beams > 1:
+            # Beam search holds tensors as long as the answer may get, which is less after a longer prompt.
+            onward = self.continued(number)
+            if onward is not None and _same_layers(reached, onward):
+                return onward
+        return reached
 
     def continued(self, number: int) -> TracedPass | None:
         """Return step `number` as the first steps go on, every block growing as it did between the last two of them.
@@ -152,22 +172,40 @@ class Tracing:
             kernels=self.kernels,
             expert_storages=(p.untyped_storage()._cdata for m in experts for p in m.parameters(recurse=False)),
             routing_seed=self.routing_seed,
+            strict=self.strict,
         )
         try:
-            with _quiet(), torch.no_grad(), self.attention or contextlib.nullcontext():
+            # Random numbers are drawn for real where they are integers.
+            with _quiet(), torch.random.fork_rng(devices=[]), torch.no_grad(), self.attention or contextlib.nullcontext():
                 run = self.recorder.record(call, tracer, passes=passes)
-        except PlanError:
-            raise
+            if tracer.refused is not None:
+                raise tracer.refused
         except Exception as exc:
-            where = self.recorder.where()
-            raise TraceError(
-                f"{type(self.model).__name__} could not be traced{where}: {type(exc).__name__}: {exc}"
-            ) from exc
+            if isinstance(exc, PlanError) and not isinstance(exc, TraceError):
+                raise
+            raise self._failure(tracer.refused or exc, tracer.refused_in) from exc
         if len(run.passes) != passes:
             raise TraceError(
                 f"{type(self.model).__name__} made {len(run.passes)} forward passes where {passes} were expected"
             )
         return run
+
+    def _failure(self, exc: Exception, module: torch.nn.Module | None) -> TraceError:
+        """Return an error that names the operator and the module (where not given, the innermost) that `exc` is of."""
+        operator = ""
+        if module is None:
+            for frame, _ in traceback.walk_tb(exc.__traceback__):
+                owner = frame.f_locals.get("self")
+                if isinstance(owner, torch.nn.Module):
+                    module = owner
+                elif isinstance(owner, StorageTracer) and "func" in frame.f_locals:
+                    operator = f"{frame.f_locals['func']}: "
+        where = self.recorder.where()
+        if module is not None:
+            path = next((path for path, other in walk(self.skeleton) if other is module), "")
+            where = f" in {path!r}" if path else ""
+        reason = str(exc) if isinstance(exc, TraceError) else f"{operator}{type(exc).__name__}: {exc}"
+        return TraceError(f"{type(self.model).__name__} could not be traced{where}: {reason}")
 
     def graph(self, *, allocator_bytes: int = 0) -> LayerGraph:
         """Return the layer graph, with the prefill, the first decode step and the last."""
@@ -245,20 +283,85 @@ def _stop_tokens(model: Any) -> list[int]:
     return found
 
 
-def _skeleton(model: torch.nn.Module, fake: FakeTensorMode) -> Any:
-    """Return a copy of `model` whose tensors are fake; ties are kept and no byte of a weight is copied."""
+def _skeleton(model: torch.nn.Module, fake: FakeTensorMode, *, with_integers: bool) -> Any:
+    """Return a copy of `model` whose tensors are fake; ties are kept and no byte of a weight is copied.
+
+    with_integers: buffers of integers keep their numbers, where they have any.
+    """
     memo: dict[int, Any] = {}
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if torch.nn.parameter.is_lazy(tensor):
+    modules = list(walk(model))
+    for path, module in modules:
+        if isinstance(module, torch.jit.ScriptModule):
+            which = repr(path) if path else "the model"
             raise TraceError(
-                f"{name} has no shape yet: run {type(model).__name__} once, or give its modules their input sizes"
+                f"{which} is a {type(module).__name__}, compiled by torch.jit, which hides its operators: give the "
+                "module that it was made from"
             )
-        meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        stand_in: torch.Tensor = FakeTensor(fake, meta, torch.device("cpu"))
-        if isinstance(tensor, torch.nn.Parameter):
-            stand_in = torch.nn.Parameter(stand_in, requires_grad=False)
-        memo[id(tensor)] = stand_in
-    return copy.deepcopy(model, memo).eval()
+        for leaf, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
+            if tensor is not None and id(tensor) not in memo:
+                known = with_integers and leaf in module._buffers
+                memo[id(tensor)] = _stand_in(tensor, f"{path}.{leaf}" if path else leaf, model, fake, known=known)
+    for path, module in modules:
+        for leaf, value in vars(module).items():
+            for tensor in leaves(value) if leaf not in ("_parameters", "_buffers") else ():
+                # State that a module keeps beside its weights; small numbers may be looked at.
+                if id(tensor) not in memo:
+                    known = tensor.numel() <= _SMALL_ELEMENTS or not tensor.dtype.is_floating_point
+                    memo[id(tensor)] = _stand_in(tensor, f"{path}.{leaf}" if path else leaf, model, fake, known=known)
+    # Children first, so that a deep model needs no deep recursion and what cannot be copied has a name.
+    for path, module in reversed(modules):
+        try:
+            copy.deepcopy(module, memo)
+        except Exception as exc:
+            raise TraceError(_not_copied(module, path, memo, exc)) from exc
+    skeleton = memo[id(model)]
+    try:
+        skeleton.eval()
+    except RecursionError:
+        # A module inside itself; torch's own walk does not end.
+        for _, module in walk(skeleton):
+            module.training = False
+    return skeleton
+
+
+def _stand_in(
+    tensor: torch.Tensor, name: str, model: torch.nn.Module, fake: FakeTensorMode, *, known: bool
+) -> torch.Tensor:
+    """Return a fake tensor laid out as `tensor` is, or a copy of its numbers where they shall be `known`."""
+    if torch.nn.parameter.is_lazy(tensor):
+        raise TraceError(
+            f"{name} has no shape yet: run {type(model).__name__} once, or give its modules their input sizes"
+        )
+    odd = None
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and not isinstance(tensor, FakeTensor):
+        odd = f"a {type(tensor).__name__}, which does its own operators"
+    elif tensor.is_quantized or tensor.is_nested or tensor.layout != torch.strided:
+        odd = f"of {tensor.dtype} and laid out as {'nested' if tensor.is_nested else tensor.layout}"
+    if odd is not None:
+        raise TraceError(f"{name} is {odd}: only plain tensors can be traced; convert it to one")
+    if known and not tensor.is_meta and not isinstance(tensor, FakeTensor) and tensor.dtype in _KNOWN_DTYPES:
+        return tensor.detach().clone().cpu()
+    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    result: torch.Tensor = FakeTensor(fake, meta, torch.device("cpu"))
+    if isinstance(tensor, torch.nn.Parameter):
+        # Autocast keeps its casts of what requires a gradient, and embedding bags return more for it.
+        result = torch.nn.Parameter(result, requires_grad=tensor.requires_grad)
+    return result
+
+
+def _not_copied(module: torch.nn.Module, path: str, memo: Mapping[int, Any], exc: Exception) -> str:
+    """Return which attribute of a module cannot be copied, in words."""
+    for leaf, value in vars(module).items():
+        try:
+            copy.deepcopy(value, dict(memo))
+        except Exception as cause:
+            what = f"{path}.{leaf}" if path else leaf
+            return (
+                f"{what} (a {type(value).__name__}) cannot be copied, and a model is traced by a copy of it: "
+                f"{type(cause).__name__}: {cause}"
+            )
+    which = repr(path) if path else "the model"
+    return f"{which} (a {type(module).__name__}) cannot be copied: {type(exc).__name__}: {exc}"
 
 
 @contextlib.contextmanager
@@ -267,12 +370,16 @@ def _quiet() -> Iterator[None]:
 
     before = logging.get_verbosity()
     logging.set_verbosity_error()
+    # What fails in an operator is told by a TraceError.
+    operators = getLogger("torch._subclasses.fake_tensor")
+    was_disabled, operators.disabled = operators.disabled, True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(before)
+        operators.disabled = was_disabled
 
 
 def _graph(
