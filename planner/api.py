@@ -49,11 +49,13 @@ def plan_model(
     use_cache: bool = True,
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     report: Report = lambda text: None,
+    **more_work: Any,
 ) -> Plan:
     """Return the best plan for `model` (a name or folder, a transformers config, or a model) on a machine.
 
     The machine is `hardware`, or is described by `gpus`, `ram`, `disk` and `max_memory`; the work is `workload`, or is
-    described by `batch_size`, `prompt_tokens` and `new_tokens`. `report` is told what is being done.
+    described by `batch_size`, `prompt_tokens`, `new_tokens` and other fields of a Workload. `example_inputs` are what
+    the model is traced with, which modules that are not of transformers need. `report` is told what is being done.
 
     Raises:
         InputError: an argument cannot be used. TraceError: the model is of a kind not carried yet.
@@ -61,9 +63,9 @@ def plan_model(
     """
     notes: list[str] = []
     if workload is None:
-        workload = _workload(batch_size, prompt_tokens, new_tokens, notes)
-    elif (batch_size, prompt_tokens, new_tokens) != (None, None, None):
-        raise InputError("give a workload, or batch_size, prompt_tokens and new_tokens, not both")
+        workload = _workload(batch_size, prompt_tokens, new_tokens, notes, more_work)
+    elif (batch_size, prompt_tokens, new_tokens) != (None, None, None) or more_work:
+        raise InputError("give a workload, or batch_size, prompt_tokens and the like, not both")
     if hardware is None:
         hardware = Hardware.from_options(gpus, ram=ram, disk=disk, max_memory=max_memory)
     elif max_memory:
@@ -208,6 +210,7 @@ def predict_memory(
     hub: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    report: Report = lambda text: None,
 ) -> MemoryPrediction:
     """Return what `model` (a name or folder, a transformers config, or any module) takes on one device.
 
@@ -227,9 +230,12 @@ def predict_memory(
     device = device or ("cuda" if gpu else "cpu")
     if device not in ("cpu", "cuda"):
         raise InputError(f"device is {device!r}; memory is predicted for 'cpu' and 'cuda'")
-    if gpu is not None and (device == "cpu" or gpu not in products()["products"]):
-        known = ", ".join(products()["products"])
-        raise InputError(f"gpu={gpu!r} with device={device!r}: choose 'cuda' and one of {known}")
+    if gpu is not None and device == "cpu":
+        raise InputError(f"device 'cpu' and the GPU {gpu!r} exclude each other; leave one out")
+    if gpu is not None and gpu not in products()["products"]:
+        raise InputError(f"no GPU product is called {gpu!r}; there are {', '.join(products()['products'])}")
+    if threads is not None and (device != "cpu" or threads < 1):
+        raise InputError(f"threads={threads}: a whole number of at least 1, for the device 'cpu'")
     work, examples = _work(workload, example_inputs, notes)
     source, module = source_of(model, hub=hub, revision=revision, trust_remote_code=trust_remote_code)
     stored = None
@@ -239,8 +245,11 @@ def predict_memory(
         )
     dtype = dtype_of(weight_dtype, source, module, stored, notes)
     with _collector_paused():
-        built = module if module is not None else build_on_meta(source, dtype, trust_remote_code=trust_remote_code)
-        return _footprint(built, work, examples, device, gpu, threads, experts, notes)
+        if module is None:
+            report("building the model on meta")
+            module = build_on_meta(source, dtype, trust_remote_code=trust_remote_code)
+        report("tracing")
+        return _footprint(module, work, examples, device, gpu, threads, experts, notes)
 
 
 def _footprint(
@@ -303,7 +312,7 @@ def _work(workload: Any, examples: Any, notes: list[str]) -> tuple[Workload, Any
     if isinstance(workload, Workload):
         return workload, examples
     if workload is None and examples is None:
-        return _workload(None, None, None, notes), None
+        return _workload(None, None, None, notes, {}), None
     if workload is not None and examples is not None:
         raise InputError("give example inputs once, as the workload or by name")
     given = examples if workload is None else workload
@@ -312,7 +321,12 @@ def _work(workload: Any, examples: Any, notes: list[str]) -> tuple[Workload, Any
     return Workload(caller="forward", new_tokens=1), given
 
 
-def _workload(batch: int | None, prompt: int | None, new: int | None, notes: list[str]) -> Workload:
+def _workload(
+    batch: int | None, prompt: int | None, new: int | None, notes: list[str], more: Mapping[str, Any]
+) -> Workload:
+    unknown = sorted(set(more) - set(Workload.__slots__))
+    if unknown:
+        raise InputError(f"{unknown[0]} is no option, and no field of a Workload: {', '.join(Workload.__slots__)}")
     if prompt is None:
         notes.append(f"a prompt of {DEFAULT_PROMPT_TOKENS} tokens (assumed)")
     if new is None:
@@ -323,6 +337,7 @@ def _workload(batch: int | None, prompt: int | None, new: int | None, notes: lis
         batch_size=1 if batch is None else batch,
         prompt_tokens=DEFAULT_PROMPT_TOKENS if prompt is None else prompt,
         new_tokens=DEFAULT_NEW_TOKENS if new is None else new,
+        **more,
     )
 
 

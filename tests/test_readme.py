@@ -26,7 +26,7 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_lines_to_copy_are_there() -> None:
     assert "scripts/install && .venv/bin/plan --model mistralai/Mixtral-8x7B --gpus 2x24GB" in LINES
     assert "scripts/install dev && scripts/test" in LINES
-    assert len(PLANS) == 5
+    assert len(PLANS) == 6
 
 
 @pytest.mark.parametrize("line", PLANS)

@@ -20,7 +20,7 @@ from planner.commands.layout import clean
 from planner.errors import InputError, PlanError
 
 # Modules of planner.commands, whose `run(argv)` does the work; where none is named, "plan" does.
-COMMANDS = ("models", "gpus", "show", "verify")
+COMMANDS = ("memory", "models", "gpus", "show", "verify")
 # What shells report for a process that SIGINT or SIGPIPE ended.
 INTERRUPTED = 130
 PIPE_CLOSED = 141

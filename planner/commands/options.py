@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from planner.errors import InputError
 from planner.units import parse_bytes
@@ -35,6 +35,48 @@ def add_output_options(parser: argparse._ActionsContainer) -> None:
     """Add the options that every command has."""
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, errors included")
     parser.add_argument("--debug", action="store_true", help="print a traceback when something goes wrong")
+
+
+def add_work_options(parser: argparse.ArgumentParser) -> None:
+    """Add what the model will be asked to do; `work` reads it back."""
+    work = parser.add_argument_group("the work")
+    work.add_argument("--batch", type=count, metavar="N", help="prompts at a time")
+    work.add_argument("--prompt", type=count, metavar="N", help="tokens of each prompt")
+    work.add_argument("--new-tokens", type=count, metavar="N", help="tokens generated for each prompt")
+    work.add_argument("--beams", type=count, metavar="N", help="beam search with so many beams")
+    work.add_argument("--answers", type=count, metavar="N", help="answers to each prompt (num_return_sequences)")
+    work.add_argument("--sample", action="store_true", help="sample tokens instead of taking the likeliest")
+    work.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens that make up P")
+    work.add_argument(
+        "--cache", choices=("dynamic", "static", "fp8"),
+        help="the KV cache: as long as needed, as long as it may get, or in 8 bits (default: dynamic)",
+    )  # fmt: skip
+    work.add_argument("--forward", action="store_true", help="plain forward calls instead of generate()")
+    work.add_argument("--dtype", metavar="NAME", help="bfloat16, float16 or float32 (default: the checkpoint's)")
+
+
+def work(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of a Workload that were said; what was not is left out."""
+    said: dict[str, Any] = {
+        "batch_size": args.batch,
+        "prompt_tokens": args.prompt,
+        "new_tokens": args.new_tokens,
+        "num_beams": args.beams,
+        "num_return_sequences": args.answers,
+        "top_p": args.top_p,
+        "sampling": "sample" if args.sample or args.top_p is not None else None,
+        "cache": args.cache,
+        "caller": "forward" if args.forward else None,
+    }
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """Add where the model's config comes from."""
+    where = parser.add_argument_group("where the model's config comes from")
+    where.add_argument("--hub", action="store_true", help="ask the Hugging Face Hub, not the bundled catalogue")
+    where.add_argument("--revision", metavar="COMMIT", help="a branch, tag or commit on the Hub")
+    where.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 
 
 def add_color_option(parser: argparse._ActionsContainer) -> None:

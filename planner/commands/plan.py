@@ -14,6 +14,7 @@ from planner.plan import Plan
 
 _EPILOG = """\
 commands:
+  plan memory --model X   what a model takes on one device, phase by phase
   plan models [TEXT]      models that can be named without a network
   plan gpus               GPU products that --gpus knows
   plan show PLAN.json     print a saved plan again
@@ -51,15 +52,8 @@ def parser() -> argparse.ArgumentParser:
         "--max-memory", metavar="NAME=SIZE", action="append", default=[],
         help="cap a memory, such as cuda:0=20GiB,cpu=64GB,pinned=16GB; can be repeated",
     )  # fmt: skip
-    work = result.add_argument_group("the work")
-    work.add_argument("--batch", type=options.count, metavar="N", help="prompts at a time")
-    work.add_argument("--prompt", type=options.count, metavar="N", help="tokens of each prompt")
-    work.add_argument("--new-tokens", type=options.count, metavar="N", help="tokens generated for each prompt")
-    work.add_argument("--dtype", metavar="NAME", help="bfloat16, float16 or float32 (default: the checkpoint's)")
-    where = result.add_argument_group("where the model's config comes from")
-    where.add_argument("--hub", action="store_true", help="ask the Hugging Face Hub, not the bundled catalogue")
-    where.add_argument("--revision", metavar="COMMIT", help="a branch, tag or commit on the Hub")
-    where.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    options.add_work_options(result)
+    options.add_source_options(result)
     output = result.add_argument_group("the output")
     output.add_argument("--out", metavar="FILE", help="write the plan as JSON")
     output.add_argument("--report", metavar="FILE", help="write one self-contained HTML page")
@@ -110,9 +104,7 @@ def _plan(args: argparse.Namespace, max_memory: dict[str, str], progress: Progre
         gpus=args.gpus,
         ram=args.ram,
         disk=args.disk,
-        batch_size=args.batch,
-        prompt_tokens=args.prompt,
-        new_tokens=args.new_tokens,
+        **options.work(args),
         weight_dtype=args.dtype,
         max_memory=max_memory,
         hub=args.hub,

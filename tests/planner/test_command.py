@@ -395,6 +395,45 @@ def test_unusable_input_is_one_clear_message(
     assert said in told["message"]
 
 
+MEMORY = [
+    (("memory", "--model", "gpt2", "--gpu", "gtx1"), "gtx1"),
+    (("memory", "--model", "gpt2", "--gpu", "l4", "--threads", "2"), "threads"),
+    (("memory", "--model", "gpt2", "--top-p", "2"), "top_p"),
+    (("memory", "--model", "gpt2", "--answers", "2"), "num_return_sequences"),
+    (("memory",), "--model"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), MEMORY, ids=str)
+def test_memory_refuses_what_it_cannot_use(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
+) -> None:
+    code, out, err = ask(capsys, *words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert said in err
+
+
+@pytest.mark.parametrize("gpu", [None, "l4"])
+def test_memory_is_told_phase_by_phase(capsys: pytest.CaptureFixture[str], gpu: str | None) -> None:
+    words = ("memory", "--model", "gpt2", "--prompt", "40", "--new-tokens", "6", "--beams", "2", "--quiet")
+    words += ("--gpu", gpu) if gpu else ()
+    code, out, err = ask(capsys, *words)
+    assert (code, err) == (0, "")
+    assert all(len(line) <= 80 for line in out.splitlines())
+    for word in ("2 beams", "prefill", "last decode", "KV cache", "float32"):
+        assert word in out
+    assert ("reserved" in out) == (gpu is not None)
+    told = json.loads(ask(capsys, *words, "--json")[1])
+    assert len(told["decode"]) == 5
+    assert told["peak"]["requested_bytes"] == sum(told["peak"]["parts"].values())
+    assert told["weight_bytes"] == told["peak"]["parts"]["weights"]
+    if gpu:
+        assert told["peak"]["requested_bytes"] <= told["peak"]["allocated_bytes"] <= told["peak"]["reserved_bytes"]
+        assert told["device_used_bytes"] > told["peak"]["reserved_bytes"]
+    else:
+        assert told["peak"]["reserved_bytes"] is None
+
+
 def test_unknown_model_without_a_network(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def nowhere(name: str, **_: Any) -> None:
         raise InputError(f"there is no model {name}\nhere")
