@@ -6,6 +6,8 @@ caller, and are not counted.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,6 +40,7 @@ class Inputs:
         self.generates = workload.caller == "generate" and can_generate(model)
         self._args: tuple[Any, ...] = ()
         self._given: dict[str, Any] = {}
+        self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         if isinstance(examples, Mapping):
             self._given = {name: self._taken(value) for name, value in examples.items()}
         elif examples is not None:
@@ -82,15 +85,32 @@ class Inputs:
 
     def _taken(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            if value.dtype.is_floating_point or value.dtype.is_complex or value.is_meta:
-                meta = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-                return _fake_like(meta, self._fake)
-            return value.detach().cpu()
+            # A tensor that is given twice stays one: modules ask whether query and key are the same.
+            if id(value) not in self._seen:
+                self._seen[id(value)] = (value, self._stand_in(value))
+            return self._seen[id(value)][1]
         if isinstance(value, (list, tuple)):
-            return type(value)(self._taken(item) for item in value)
+            items = [self._taken(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         if isinstance(value, dict):
-            return {name: self._taken(item) for name, item in value.items()}
+            taken = copy.copy(value)
+            taken.update((name, self._taken(item)) for name, item in value.items())
+            return taken
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            record: Any = copy.copy(value)
+            for field in dataclasses.fields(value):
+                object.__setattr__(record, field.name, self._taken(getattr(value, field.name)))
+            return record
         return value
+
+    def _stand_in(self, value: torch.Tensor) -> torch.Tensor:
+        if value.layout != torch.strided or value.is_quantized:
+            raise InputError(f"an example input is {value.layout} and {value.dtype}: give plain tensors")
+        if value.dtype.is_floating_point or value.dtype.is_complex or value.is_meta:
+            meta = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+            return _fake_like(meta, self._fake)
+        # A copy, for the model may change it in place.
+        return value.detach().clone().cpu()
 
     def _made_up(self) -> dict[str, Any]:
         work, config = self.workload, self.model.config

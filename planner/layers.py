@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,26 +12,85 @@ from planner import execution as implementations
 from planner.errors import TraceError
 from planner.graph import Tensor, WeightGroup
 
+# Modules of torch that use their children's weights without calling them.
+_WHOLE = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer, torch.nn.TransformerDecoderLayer)
+# Containers of parameters, which are never called: what they hold is their parent's own.
+_HOLDERS = (torch.nn.ParameterList, torch.nn.ParameterDict)
+
 
 def find_layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """Return (path, module) of every layer, in registration order.
+    """Return (path, module) of every layer, in registration order; a module with several paths under its first.
 
     A layer is a module whose class the model names in `_no_split_modules`, or, outside of those, a module that has
-    parameters of its own.
+    parameters of its own. The model itself is one only where nothing inside it is, and a module around a row of blocks
+    is none: what such a module has of its own is left loose.
     """
     whole = {str(name) for name in (getattr(model, "_no_split_modules", None) or ())}
     found: list[tuple[str, torch.nn.Module]] = []
-
-    def walk(path: str, module: torch.nn.Module) -> None:
-        own = next(module.parameters(recurse=False), None) is not None
-        if type(module).__name__ in whole or own:
+    seen: set[int] = set()
+    waiting: list[tuple[str, torch.nn.Module]] = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        is_whole = type(module).__name__ in whole or isinstance(module, _WHOLE)
+        if is_whole or (_has_own(module) and not _is_opened(module, whole, is_model=module is model)):
             found.append((path, module))
-            return
-        for name, child in module.named_children():
-            walk(f"{path}.{name}" if path else name, child)
+            continue
+        children = [(f"{path}.{name}" if path else name, child) for name, child in _children(module)]
+        waiting += reversed(children)
+    return found or [("", model)]
 
-    walk("", model)
-    return found
+
+def _is_opened(module: torch.nn.Module, whole: set[str], *, is_model: bool) -> bool:
+    """Tell whether a module with parameters of its own is too much for one layer."""
+    inside = (child for _, child in itertools.islice(walk(module), 1, None) if child is not module)
+    if is_model:
+        return any(_has_own(child) for child in inside if not isinstance(child, _HOLDERS))
+    return any(_is_row(child) or type(child).__name__ in whole for child in inside)
+
+
+def _is_row(module: torch.nn.Module) -> bool:
+    """Tell whether a module is a row of blocks: several of one class, which have children themselves."""
+    if not isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential)):
+        return False
+    classes = [type(child) for _, child in _children(module) if any(_children(child))]
+    return len(classes) > len(set(classes))
+
+
+def _has_own(module: torch.nn.Module) -> bool:
+    held = (child for _, child in _children(module) if isinstance(child, _HOLDERS))
+    return any(value is not None for owner in (module, *held) for value in owner._parameters.values())
+
+
+def _called(module: torch.nn.Module, path: str = "") -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yield (path, module) of a module's children; of lists and dicts of modules, which are never called, theirs."""
+    for name, child in _children(module):
+        if isinstance(child, (torch.nn.ModuleList, torch.nn.ModuleDict)):
+            yield from _called(child, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", child
+
+
+def _children(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    return ((name, child) for name, child in module._modules.items() if child is not None)
+
+
+def walk(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yield (path, module) under every path, parents first; a module inside itself is not entered again."""
+    above: set[int] = set()
+    waiting: list[tuple[str, torch.nn.Module, bool]] = [("", model, False)]
+    while waiting:
+        path, module, is_done = waiting.pop()
+        if is_done:
+            above.discard(id(module))
+        elif id(module) not in above:
+            above.add(id(module))
+            yield path, module
+            waiting.append((path, module, True))
+            below = [(f"{path}.{name}" if path else name, child, False) for name, child in _children(module)]
+            waiting += reversed(below)
 
 
 def weight_groups(layer: torch.nn.Module) -> tuple[WeightGroup, ...]:
@@ -41,21 +101,21 @@ def weight_groups(layer: torch.nn.Module) -> tuple[WeightGroup, ...]:
     its layer runs. A layer without children is one group, "weights", that does too.
     """
     if next(layer.named_children(), None) is None:
-        own = tuple(_tensor(name, value, layer) for name, value in _named_tensors(layer))
+        own = tuple(_tensor(*named) for named in _named_tensors(layer))
         return (WeightGroup(name="weights", slices=1, used_slices=1, streamable=False, tensors=own),)
     experts = implementations.experts_modules(layer)
-    owners: list[str] = list(experts)
-    for child_name, child in layer.named_children():
+    owners = set(experts)
+    for child_name, child in _called(layer):
         if not any(path == child_name or path.startswith(child_name + ".") for path in experts):
-            owners.append(child_name)
+            if not isinstance(child, _HOLDERS):
+                owners.add(child_name)
             continue
         # What stands beside experts (shared experts, a router) are groups of their own.
-        paths = [f"{child_name}.{grandchild}" for grandchild, _ in child.named_children()]
-        owners += [path for path in paths if path not in experts]
+        owners.update(f"{child_name}.{grandchild}" for grandchild, _ in _children(child))
     members: dict[str, list[Tensor]] = {}
-    for name, value in _named_tensors(layer):
-        owner = max((path for path in owners if name.startswith(path + ".")), key=len, default="rest")
-        members.setdefault(owner, []).append(_tensor(name, value, layer))
+    for name, value, module in _named_tensors(layer):
+        owner = next((path for path in _above(name) if path in owners), "rest")
+        members.setdefault(owner, []).append(_tensor(name, value, module))
     groups: list[WeightGroup] = []
     small = members.pop("rest", [])
     expert_bytes = {
@@ -104,36 +164,56 @@ def _top_k(layer: torch.nn.Module, experts: torch.nn.Module) -> int:
     raise TraceError(f"{type(experts).__name__}: how many experts a token uses is not known for this model yet")
 
 
-def _named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
+def _named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.nn.Module]]:
+    """Yield (name, tensor, the module that has it) under every name, parameters before buffers."""
+    modules = list(walk(model))
+    for kind in ("_parameters", "_buffers"):
+        for path, module in modules:
+            for leaf, value in getattr(module, kind).items():
+                if value is not None:
+                    yield f"{path}.{leaf}" if path else leaf, value, module
+
+
+def _above(name: str) -> Iterator[str]:
+    """Yield the paths that a tensor's name lies under, the longest first."""
+    while name := name.rpartition(".")[0]:
+        yield name
 
 
 def _tensor(name: str, value: torch.Tensor, owner: torch.nn.Module) -> Tensor:
-    path, _, leaf = name.rpartition(".")
-    parent = owner.get_submodule(path)
-    is_buffer = leaf in parent._buffers
+    leaf = name.rpartition(".")[2]
+    is_buffer = leaf in owner._buffers
     return Tensor(
         name=name,
         shape=tuple(value.shape),
         dtype=str(value.dtype).removeprefix("torch."),
         nbytes=value.numel() * value.element_size(),
         buffer=is_buffer,
-        persistent=not is_buffer or leaf not in parent._non_persistent_buffers_set,
+        persistent=not is_buffer or leaf not in owner._non_persistent_buffers_set,
     )
 
 
 def ties(model: torch.nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Return the sets of names that one tensor goes by."""
     names: dict[int, list[str]] = {}
-    for name, value in _named_tensors(model):
+    for name, value, _ in _named_tensors(model):
         names.setdefault(id(value), []).append(name)
     return tuple(tuple(sorted(group)) for group in names.values() if len(group) > 1)
 
 
 def loose_tensors(model: torch.nn.Module, layers: list[tuple[str, torch.nn.Module]]) -> tuple[Tensor, ...]:
-    inside = [f"{path}." if path else "" for path, _ in layers]
-    return tuple(
-        _tensor(name, value, model)
-        for name, value in _named_tensors(model)
-        if not any(name.startswith(prefix) for prefix in inside)
-    )
+    """Return the tensors outside of every layer, once each; another name of one inside a layer is only a tie."""
+    paths = {path for path, _ in layers}
+    outside: list[tuple[str, torch.Tensor, torch.nn.Module]] = []
+    known: set[int] = set()
+    for name, value, module in _named_tensors(model):
+        if "" in paths or any(path in paths for path in _above(name)):
+            known.add(id(value))
+        else:
+            outside.append((name, value, module))
+    found = []
+    for named in outside:
+        if id(named[1]) not in known:
+            known.add(id(named[1]))
+            found.append(_tensor(*named))
+    return tuple(found)

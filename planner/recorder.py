@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from planner.layers import weight_groups
 from planner.lifetimes import Event
 from planner.storages import StorageTracer, nbytes_of
 
@@ -86,6 +87,9 @@ class Recorder:
         self._signatures = [_signature(module) for _, module in layers]
         self._numbers = [_layer_number(module) for _, module in layers]
         self._weights = {t.untyped_storage()._cdata for t in itertools.chain(model.parameters(), model.buffers())}
+        self.borrowed: set[tuple[int, str]] = set()
+        self._first_alike = {signature: index for index, signature in reversed(list(enumerate(self._signatures)))}
+        self._groups: dict[int, tuple[int, str]] = {}
         self._tracer: StorageTracer
         self._run: Run
         self._open: RawSpan | None = None
@@ -100,6 +104,7 @@ class Recorder:
         """Run `call` under `tracer` and return its run, of at most `passes` forward calls."""
         self._tracer = tracer
         tracer.given |= self._weights
+        tracer.group_storages = self._groups
         self._run = Run(tracer.events, [], tracer.maker, tracer.flows, tracer.unmodelled, set())
         self._most_passes = passes
         self._templates.clear()
@@ -113,7 +118,12 @@ class Recorder:
             del kept
             self._close_span()
             self._run.passes[-1].end = len(tracer.events)
+        self.borrowed |= tracer.borrowed
         return self._run
+
+    def is_borrowed(self, layer: int, group: str) -> bool:
+        """Tell whether a weight group of a layer was used by others than the module that it is named after."""
+        return (self._first_alike[self._signatures[layer]], group) in self.borrowed
 
     def where(self) -> str:
         """Return " in <layer>" for the layer that was running last, or nothing."""
@@ -165,7 +175,31 @@ class Recorder:
 
             self.model.forward = whole
         for index, (_, module) in enumerate(self.layers):
+            if self._first_alike[self._signatures[index]] == index:
+                self._watch_groups(index, module)
             module.forward = self._wrapped(index, module)
+
+    def _watch_groups(self, index: int, layer: torch.nn.Module) -> None:
+        """Have the tracer told when the module of each weight group of a layer runs; alike layers are not watched."""
+        for group in weight_groups(layer):
+            if not group.streamable or group.slices > 1:
+                continue
+            module, key = layer.get_submodule(group.name), (index, group.name)
+            for tensor in group.tensors:
+                if not tensor.buffer:
+                    self._groups[layer.get_parameter(tensor.name).untyped_storage()._cdata] = key
+            module.forward = self._opening(module.forward, key)
+
+    def _opening(self, forward: Callable[..., Any], key: tuple[int, str]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def opened(*args: Any, **kwargs: Any) -> Any:
+            self._tracer.open_groups.add(key)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._tracer.open_groups.discard(key)
+
+        return opened
 
     def _begin_call(self, inputs: Any) -> None:
         self._calls += 1
@@ -618,6 +652,12 @@ def _plain(value: Any) -> Any:
     return type(value)
 
 
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 def _layer_number(module: torch.nn.Module) -> int | None:
     for child in module.modules():
         index = getattr(child, "layer_idx", None)
@@ -632,12 +672,8 @@ def _signature(module: torch.nn.Module) -> Any:
         return None
     parts: list[Any] = []
     for name, child in module.named_modules():
-        plain = {
-            key: value
-            for key, value in vars(child).items()
-            if isinstance(value, (bool, int, float, str)) and key not in _NUMBERS
-        }
-        parts.append((name, type(child).__qualname__, tuple(sorted(plain.items()))))
+        plain = {key: value for key, value in vars(child).items() if key not in _NUMBERS and _is_plain(value)}
+        parts.append((name, type(child).__qualname__, tuple(plain.items())))
     named = itertools.chain(module.named_parameters(), module.named_buffers())
     parts += [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in named]
     return tuple(parts)

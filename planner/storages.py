@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import traceback
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -62,11 +63,13 @@ class StorageTracer(TorchDispatchMode):
 
     kernels: what adds scratch to the stream; None leaves the operators' outputs alone.
     strict: no number that comes from floats may be looked at; else no float while a forward runs.
-    refused: the first such look; the model's own code may have caught its error.
+    refused, refused_in: the first such look, whose error the model's own code may have caught, and its module.
     stop_tokens: token ids that argmax, multinomial and topk never "choose" outside of layers.
     layer, inside: the layer that is running (blocks made now are its own), and whether its forward is.
     in_forward: whether the model's is.
     flows: (block, layer) for every block that another layer than its maker has used.
+    group_storages, open_groups, borrowed: which weight group (kind of layer, name) a weight is of; the groups whose
+        modules are running; those that were used while their own module was not.
     unmodelled: names of operators met whose scratch is not modelled.
     """
 
@@ -94,10 +97,14 @@ class StorageTracer(TorchDispatchMode):
         self.inside = self.in_forward = False
         self.strict = strict
         self.refused: TraceError | None = None
+        self.refused_in: torch.nn.Module | None = None
         # Storages of real integers that hold what came from floats.
         self._unknown: set[int] = set()
         self.unmodelled: set[str] = set()
         self.flops = self.moved_bytes = self.operators = 0
+        self.group_storages: dict[int, tuple[int, str]] = {}
+        self.open_groups: set[tuple[int, str]] = set()
+        self.borrowed: set[tuple[int, str]] = set()
         self.muted = False
         self.muted_frees: list[int] = []
         self.routing = None if routing_seed is None else torch.Generator().manual_seed(routing_seed)
@@ -131,11 +138,16 @@ class StorageTracer(TorchDispatchMode):
     def _run_fake(self, func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor]) -> Any:
         if func is aten._local_scalar_dense.default:
             return self._look_at(func, inputs[0])
+        selected = None
         if func is aten.index.Tensor:
             args = (args[0], self._positions(func, args[1]))
+        elif func is aten.masked_select.default and not self._is_unknown(args[1]):
+            selected = int(args[1].expand(torch.broadcast_shapes(args[0].shape, args[1].shape)).sum())
         with self.fake:
             if func is aten._grouped_mm.default and args[0].dtype is not torch.bfloat16:
                 out = _grouped_output(args)
+            elif selected is not None:
+                out = args[0].new_empty(selected)
             else:
                 try:
                     out = func(*args, **kwargs)
@@ -146,8 +158,13 @@ class StorageTracer(TorchDispatchMode):
         if func in _FILLED:
             number = _FILLED[func](args)
             return _make_real(out, number) if isinstance(number, (bool, int, float)) else out
+        if func._schema.is_mutable:
+            written = [at for at, argument in enumerate(func._schema.arguments[: len(args)]) if argument.is_write]
+            self._forget(tensors_in([args[at] for at in written]))
+            if func._schema.name.endswith("_") and written == [0] and isinstance(args[0], torch.Tensor):
+                # A real tensor that is written to stays the one that it is.
+                out = args[0]
         if self.strict:
-            self._forget(tensors_in((out,)))
             return out
         if func is aten.topk.default:
             values, indices = out
@@ -181,12 +198,14 @@ class StorageTracer(TorchDispatchMode):
 
     def _refusal(self, func: Any, why: str) -> TraceError:
         error = TraceError(f"{func}: {why}, and a trace has none")
-        self.refused = self.refused or error
+        if self.refused is None:
+            owners = (frame.f_locals.get("self") for frame, _ in traceback.walk_stack(None))
+            self.refused, self.refused_in = error, next((o for o in owners if isinstance(o, torch.nn.Module)), None)
         return error
 
     def _forget(self, tensors: list[torch.Tensor]) -> None:
         """Note that the real ones among `tensors` hold what came from floats."""
-        for tensor in tensors:
+        for tensor in tensors if self.strict else ():
             storage = tensor.untyped_storage()
             if not isinstance(tensor, FakeTensor) and storage._cdata not in self._unknown:
                 self._unknown.add(storage._cdata)
@@ -221,11 +240,10 @@ class StorageTracer(TorchDispatchMode):
 
     def _run_real(self, func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor]) -> Any:
         if self._unknown and any(self._is_unknown(tensor) for tensor in inputs):
-            masks = [index for index in args[1] if index is not None] if func is aten.index.Tensor else inputs
-            if func is not aten.index.Tensor and any(tag in func.tags for tag in _LOOKS):
-                raise self._refusal(func, "its result depends on data")
             if func is aten.index.Tensor:
-                self._positions(func, masks)
+                self._positions(func, args[1])
+            elif any(tag in func.tags for tag in _LOOKS):
+                raise self._refusal(func, "its result depends on data")
             out = func(*args, **kwargs)
             self._forget(tensors_in((out,)))
             return out
@@ -321,7 +339,11 @@ class StorageTracer(TorchDispatchMode):
         if entry is not None:
             if self.maker[entry[0]] != self.layer:
                 self.flows.add((entry[0], self.layer))
-        elif key not in self.given:
+        elif key in self.given:
+            group = self.group_storages.get(key)
+            if group is not None and group not in self.open_groups:
+                self.borrowed.add(group)
+        else:
             if lifted:
                 self._follow(tensor, "scratch")
                 return
@@ -392,7 +414,7 @@ def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> 
     return value
 
 
-def _make_real(tensor: torch.Tensor, fill: int) -> torch.Tensor:
+def _make_real(tensor: torch.Tensor, fill: int | float) -> torch.Tensor:
     is_number = tensor.dtype.is_floating_point or tensor.dtype.is_complex
     if is_number or not isinstance(tensor, FakeTensor) or tensor.numel() > LARGEST_REAL_ELEMENTS:
         return tensor

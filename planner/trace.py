@@ -155,12 +155,20 @@ class Tracing:
 
     def weights(self) -> list[int]:
         """Return the bytes of every parameter and buffer, ties once, in the order of `.to(device)`."""
-        sizes = {
-            t.untyped_storage()._cdata: t.untyped_storage().nbytes()
-            for module in self.skeleton.modules()
-            for t in itertools.chain(module._parameters.values(), module._buffers.values())
-            if t is not None
-        }
+        sizes: dict[int, int] = {}
+        met: set[int] = set()
+        waiting: list[tuple[torch.nn.Module, bool]] = [(self.skeleton, False)]
+        while waiting:
+            module, children_done = waiting.pop()
+            if not children_done and id(module) not in met:
+                met.add(id(module))
+                waiting.append((module, True))
+                waiting += [(child, False) for child in reversed(module._modules.values()) if child is not None]
+            elif children_done:
+                for tensor in itertools.chain(module._parameters.values(), module._buffers.values()):
+                    if tensor is not None:
+                        storage = tensor.untyped_storage()
+                        sizes[storage._cdata] = storage.nbytes()
         return list(sizes.values())
 
     def _record(self, *, passes: int, longer: int = 0, new_tokens: int | None = None) -> Run:
@@ -176,7 +184,12 @@ class Tracing:
         )
         try:
             # Random numbers are drawn for real where they are integers.
-            with _quiet(), torch.random.fork_rng(devices=[]), torch.no_grad(), self.attention or contextlib.nullcontext():
+            with (
+                _quiet(),
+                torch.random.fork_rng(devices=[]),
+                torch.no_grad(),
+                self.attention or contextlib.nullcontext(),
+            ):
                 run = self.recorder.record(call, tracer, passes=passes)
             if tracer.refused is not None:
                 raise tracer.refused
@@ -215,7 +228,7 @@ class Tracing:
         if steps == 2:
             named = named[:2]
         traced = [(name, self.step(number)) for name, number in named[: min(steps, 3)]]
-        return _graph(self.skeleton, self.layers, traced, self.workload, allocator_bytes)
+        return _graph(self.skeleton, self.recorder, traced, self.workload, allocator_bytes)
 
 
 def cut(run: Run, index: int, tokens: int, context_tokens: int) -> TracedPass:
@@ -384,11 +397,12 @@ def _quiet() -> Iterator[None]:
 
 def _graph(
     model: Any,
-    layers: list[tuple[str, torch.nn.Module]],
+    recorder: Recorder,
     traced: list[tuple[str, TracedPass]],
     workload: Workload,
     allocator_bytes: int,
 ) -> LayerGraph:
+    layers = recorder.layers
     order: dict[int, None] = {}
     for _, entry in traced:
         order.update(dict.fromkeys(span.layer for span in entry.spans if span.layer >= 0))
@@ -400,7 +414,10 @@ def _graph(
     placed: list[Layer] = []
     for index in order:
         name, module = layers[index]
-        groups = weight_groups(module)
+        groups = tuple(
+            dataclasses.replace(group, streamable=group.streamable and not recorder.is_borrowed(index, group.name))
+            for group in weight_groups(module)
+        )
         key = (type(module).__name__, groups)
         if key not in kinds:
             kinds[key] = len(kind_values)

@@ -179,7 +179,11 @@ def test_reserved_memory_counts_in_what_is_needed() -> None:
     small = Case(graph, machine([], {"cpu": MIB, "disk": 0}, reserved=3 * MIB), Workload(new_tokens=1))
     with pytest.raises(InfeasibleError) as caught:
         find(small.graph, small.hardware, small.workload)
-    assert (caught.value.device, caught.value.needed_bytes, caught.value.available_bytes) == ("cpu", 9 * MIB + MIB // 5, MIB)
+    assert (caught.value.device, caught.value.needed_bytes, caught.value.available_bytes) == (
+        "cpu",
+        9 * MIB + MIB // 5,
+        MIB,
+    )
     enough = machine([], {"cpu": caught.value.needed_bytes, "disk": 0}, reserved=3 * MIB)
     assert find(graph, enough, small.workload)[2].status == "optimal"
 
