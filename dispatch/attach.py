@@ -342,7 +342,10 @@ class _Dispatch:
             module, leaf = place.owner(self.model, first)
             for other in others:
                 target, other_leaf = place.owner(self.model, other)
-                target._parameters[other_leaf] = module._parameters[leaf]
+                if leaf in module._parameters:
+                    target._parameters[other_leaf] = module._parameters[leaf]
+                else:
+                    target._buffers[other_leaf] = module._buffers[leaf]
 
 
 def _refusal(name: str) -> Any:

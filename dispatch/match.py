@@ -25,7 +25,8 @@ def check_matches(model: torch.nn.Module, plan: Plan) -> None:
             raise PlanMismatchError(
                 f"the plan is for {plan.model.id}: {name} is {dtype} {list(shape)} there and {has} in this model"
             )
-    extra = [name for name in actual if name not in planned]
+    tied = {name for names in plan.graph.ties for name in names}
+    extra = [name for name in actual if name not in planned and name not in tied]
     if extra:
         raise PlanMismatchError(
             f"the plan is for {plan.model.id}, which has no {extra[0]} ({len(extra)} more than planned)"

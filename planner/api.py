@@ -66,6 +66,7 @@ def plan_model(
         workload = _workload(batch_size, prompt_tokens, new_tokens, notes, more_work)
     elif (batch_size, prompt_tokens, new_tokens) != (None, None, None) or more_work:
         raise InputError("give a workload, or batch_size, prompt_tokens and the like, not both")
+    workload = _as_long_as(workload, example_inputs)
     if hardware is None:
         hardware = Hardware.from_options(gpus, ram=ram, disk=disk, max_memory=max_memory)
     elif max_memory:
@@ -310,7 +311,7 @@ def _footprint(
 def _work(workload: Any, examples: Any, notes: list[str]) -> tuple[Workload, Any]:
     """Return the workload and the example inputs that `predict_memory` was given."""
     if isinstance(workload, Workload):
-        return workload, examples
+        return _as_long_as(workload, examples), examples
     if workload is None and examples is None:
         return _workload(None, None, None, notes, {}), None
     if workload is not None and examples is not None:
@@ -319,6 +320,14 @@ def _work(workload: Any, examples: Any, notes: list[str]) -> tuple[Workload, Any
     if not isinstance(given, (Mapping, tuple)):
         given = (given,)
     return Workload(caller="forward", new_tokens=1), given
+
+
+def _as_long_as(workload: Workload, examples: Any) -> Workload:
+    """Return the workload with the batch and the prompt's length of example prompts."""
+    ids = examples.get("input_ids") if isinstance(examples, Mapping) else None
+    if ids is None or len(ids.shape) != 2:
+        return workload
+    return replace(workload, batch_size=int(ids.shape[0]), prompt_tokens=int(ids.shape[1]))
 
 
 def _workload(
