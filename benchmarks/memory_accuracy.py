@@ -50,11 +50,11 @@ import transformers  # noqa: E402
 from accelerate import init_empty_weights  # noqa: E402
 from accelerate.commands import estimate  # noqa: E402
 from accelerate.utils import compute_module_sizes  # noqa: E402
+
+import planner  # noqa: E402
 from architectures import ResNet, UNet  # noqa: E402
 from kernel_scratch import events_of, peak_of  # noqa: E402
 from live_storages import live_peak, weight_storage_bytes  # noqa: E402
-
-import planner  # noqa: E402
 from machine import describe  # noqa: E402
 from planner.execution import GROUPED_EXPERTS, experts_modules, register  # noqa: E402
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, Architecture
-from tiny_models import on_cpu, spread_over_two, streamed
 from torch import nn
 
 import dispatch
 import planner
+from architectures import ARCHITECTURES, Architecture
 from planner.workload import Workload
+from tiny_models import on_cpu, spread_over_two, streamed
 
 NAMES = ("t5", "bart", "whisper", "bert", "vit", "mamba", "llava", "gemma3", "deepseek-v3", "resnet", "unet", "mlp")
 BATCH, TOKENS, NEW = 2, 9, 4

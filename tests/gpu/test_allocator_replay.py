@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from cuda_snapshot import Recording, differences, from_json
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "record_cuda_snapshot"

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from live_storages import LiveStorages, tensors_of, weight_storage_bytes
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils._pytree import tree_leaves
 
 import planner
+from live_storages import LiveStorages, tensors_of, weight_storage_bytes
 from planner import PlanError, TraceError, layers, storages, trace
 from planner.graph import LayerGraph
 from planner.workload import Workload

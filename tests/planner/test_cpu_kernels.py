@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  # its usual name
-from kernel_scratch import Ran, operators_of, peak_of, threads
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, LlamaConfig, ViTConfig
 
+from kernel_scratch import Ran, operators_of, peak_of, threads
 from planner.kernels.cpu import CpuKernels, common_type
 from planner.lifetimes import OUTPUTS_ONLY, Scratch
 

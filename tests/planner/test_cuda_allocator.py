@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from cuda_snapshot import (
     Recording,
     Step,
@@ -24,9 +27,6 @@ from cuda_snapshot import (
     steps_of,
     to_json,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from planner.cuda_allocator import (
     BlockView,
     CachingAllocator,

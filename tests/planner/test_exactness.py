@@ -1,23 +1,22 @@
-"""Predicted operator outputs against what real runs on this CPU hold, to the byte."""
+"""What plans say of operator outputs, caches and weights against real runs on this CPU, to the byte.
+
+Other architectures, and every call and layer: test_exact_memory.py.
+"""
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from live_storages import allocator_peak, live_peak, tensors_of, weight_storage_bytes
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen3Config
 
 import planner
-from planner import storages
-from planner.execution import GROUPED_EXPERTS, ROUTED_EXPERTS, register
+from live_storages import live_peak, tensors_of, weight_storage_bytes
+from planner.execution import GROUPED_EXPERTS, register
 from planner.plan import Plan
-from planner.trace import trace
 from planner.workload import Workload
 
 SHAPE: dict[str, Any] = {
@@ -90,12 +89,12 @@ def generate_work(shape: tuple[int, int, int]) -> Workload:
 DENSE = [(name, dtype) for name in ("llama", "llama tied", "gpt2", "qwen3") for dtype in (FLOAT, HALF)]
 
 
-LONG = {("llama", FLOAT), ("gpt2", HALF), ("qwen3", FLOAT), ("mixtral", HALF)}
 RUNS = [
-    (name, dtype, shape)
-    for name, dtype in (*DENSE, ("mixtral", HALF))
-    for shape in WORK
-    if shape[2] < 60 or (name, dtype) in LONG
+    ("llama", FLOAT, (1, 7, 60)),
+    ("llama tied", HALF, (1, 16, 1)),
+    ("gpt2", HALF, (1, 16, 2)),
+    ("qwen3", FLOAT, (2, 17, 3)),
+    ("mixtral", HALF, (2, 17, 9)),
 ]
 
 
@@ -108,11 +107,10 @@ def test_generate_holds_what_is_predicted(name: str, dtype: torch.dtype, shape: 
     assert live_peak(model, generating(model, work)) == predicted(plan)
 
 
-@pytest.mark.parametrize(("batch", "prompt"), [(1, 16), (3, 33)])
-@pytest.mark.parametrize(("name", "dtype"), [*DENSE, ("mixtral", HALF)], ids=str)
-def test_one_forward_holds_what_is_predicted(name: str, dtype: torch.dtype, batch: int, prompt: int) -> None:
+@pytest.mark.parametrize(("name", "dtype"), [("gpt2", FLOAT), ("mixtral", HALF)], ids=str)
+def test_one_forward_holds_what_is_predicted(name: str, dtype: torch.dtype) -> None:
     model = model_of(name, dtype)
-    work = Workload(caller="forward", batch_size=batch, prompt_tokens=prompt, new_tokens=1)
+    work = Workload(caller="forward", batch_size=3, prompt_tokens=33, new_tokens=1)
     assert live_peak(model, forward_once(model, work)) == predicted(plan_of(model, work))
 
 
@@ -132,70 +130,6 @@ def test_torchs_own_tracker_agrees(name: str, dtype: torch.dtype) -> None:
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     given = weight_storage_bytes(model) + ids.nbytes + mask.nbytes
     assert peak["Total"] - given == predicted(plan_of(model, work))
-
-
-@pytest.mark.parametrize(("name", "dtype"), [("llama", FLOAT), ("llama", HALF), ("gpt2", FLOAT)], ids=str)
-def test_the_allocator_never_holds_less(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """The profiler sees the allocator's own events: operators' outputs, and what kernels take for themselves."""
-    model, work = model_of(name, dtype), generate_work((2, 17, 9))
-    call = generating(model, work)
-    call()
-    outputs = predicted(plan_of(model, work))
-    peak = allocator_peak(call, tmp_path / "trace.json")
-    assert outputs <= peak <= 2 * outputs
-
-
-@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
-@pytest.mark.parametrize("shape", [(1, 16, 1), (2, 17, 9), (1, 7, 30)], ids=str)
-def test_routed_experts_hold_no_more_than_the_worst_routing(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS["mixtral"](), dtype=dtype).eval()
-    register()
-    model.set_experts_implementation(ROUTED_EXPERTS)
-    work = generate_work(shape)
-    graph = trace(model, work, experts=ROUTED_EXPERTS)
-    held = outputs_of(graph)
-    assert live_peak(model, generating(model, work)) <= held
-    for layer in model.model.layers:
-        layer.mlp.gate.weight.data.zero_()
-    assert live_peak(model, generating(model, work)) == held
-
-
-def outputs_of(graph: Any) -> int:
-    """Return the most bytes over all passes: what is held, the caches so far, and the layer's own."""
-    most = 0
-    for entry in graph.passes:
-        cached = sum(span.kv_before_bytes for span in entry.per_layer())
-        for span in entry.per_layer():
-            most = max(most, cached + span.held_bytes + span.peak_bytes)
-            cached += span.kv_after_bytes - span.kv_before_bytes
-    return most
-
-
-# The tests above can fail
-
-
-@pytest.mark.parametrize("fault", ["a free is missed", "a storage is not seen"])
-def test_a_tracer_with_a_fault_is_found_out(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, work = model_of("llama", FLOAT), generate_work((2, 17, 3))
-    right = predicted(plan_of(model, work))
-    follow, freed = storages.StorageTracer._follow, storages.StorageTracer._freed
-    frees = itertools.count()
-
-    def miss_one(self: Any, key: int) -> None:
-        if next(frees) != 3:
-            freed(self, key)
-
-    def blind(self: Any, tensor: torch.Tensor) -> None:
-        if tuple(tensor.shape) != (2, 17, 176):
-            follow(self, tensor)
-
-    if fault == "a free is missed":
-        monkeypatch.setattr(storages.StorageTracer, "_freed", miss_one)
-    else:
-        monkeypatch.setattr(storages.StorageTracer, "_follow", blind)
-    assert predicted(plan_of(model, work)) != right
-    assert live_peak(model, generating(model, work)) == right
 
 
 # Caches

@@ -30,6 +30,34 @@ class Architecture:
     notes: tuple[str, ...] = field(default=())
 
 
+def user_call(model: Any, inputs: dict[str, Any], caller: str, new_tokens: int, **options: Any) -> Callable[[], Any]:
+    """Return a call as a user writes it, whose inputs are the user's own.
+
+    caller: "forward" is one call without a cache; "loop" calls again with the cache that came back, `new_tokens` times
+    in all; "generate" answers with `new_tokens` by `generate(**options)`.
+    """
+    if caller == "generate":
+        return lambda: model.generate(**inputs, max_new_tokens=new_tokens, **{"do_sample": False, **options})
+    one = next(iter(inputs.values())).shape[0]
+    step = {"input_ids": torch.ones(one, 1, dtype=torch.long)}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        step = {"decoder_input_ids": torch.ones(one, 1, dtype=torch.long)}
+        inputs = {**inputs, "decoder_input_ids": torch.ones(one, 1, dtype=torch.long)}
+    if caller == "forward":
+        without = {"use_cache": False} if hasattr(model, "generate") and model.can_generate() else {}
+        return lambda: model(**inputs, **without)
+    return lambda: _loop(model, inputs, step, new_tokens)
+
+
+def _loop(model: Any, inputs: dict[str, Any], step: dict[str, Any], calls: int) -> None:
+    out = model(**inputs, use_cache=True)
+    for _ in range(calls - 1):
+        again = {name: out[name] for name in ("past_key_values", "cache_params") if name in out}
+        if "encoder_last_hidden_state" in out:
+            again["encoder_outputs"] = (out.encoder_last_hidden_state,)
+        out = model(**step, **again, use_cache=True)
+
+
 def text_inputs(model: Any, batch: int, tokens: int) -> dict[str, Any]:
     ids = torch.randint(3, 300, (batch, tokens))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
