@@ -286,12 +286,12 @@ class _Dispatch:
         work, cache = self.plan.workload, kwargs.get("past_key_values")
         past = getattr(cache, "get_seq_length", None)
         context = ids.shape[1] + (past() if past is not None else 0)
-        longest = work.prompt_tokens + (work.new_tokens if work.caller == "generate" else 0)
-        if ids.shape[0] > work.batch_size or context > longest:
+        longest = work.prompt_tokens + (work.new_tokens if work.caller == "generate" else work.decode_steps)
+        if ids.shape[0] > work.rows or context > longest:
             self.warned = True
             warnings.warn(
                 f"this call has a batch of {ids.shape[0]} and {context} tokens of context; the plan is for "
-                f"{work.batch_size} and {longest}: it may run out of memory. Plan again with a larger workload",
+                f"{work.rows} and {longest}: it may run out of memory. Plan again with a larger workload",
                 stacklevel=2,
             )
 

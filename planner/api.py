@@ -185,10 +185,7 @@ def predict(plan: Plan) -> Prediction:
     return Prediction(
         peak_bytes={name: usage.total for name, usage in sorted(peaks.items())},
         peak_breakdown={name: usage.by_kind() for name, usage in sorted(peaks.items())},
-        counters={
-            name: {"operator_outputs": nbytes, "requested_by_operators": asked[name]}
-            for name, nbytes in sorted(outputs.items())
-        },
+        counters=_counters(plan, peaks, outputs, asked),
         prefill_ns=timeline.prefill_ns,
         decode_ns_per_token=decode_ns,
         total_ns=timeline.total_ns,
@@ -196,6 +193,19 @@ def predict(plan: Plan) -> Prediction:
         load_ns=loading.read_bytes(plan) * 10**9 // disk.bytes_per_s,
         load_peak_bytes=loading.load_peak_bytes(plan),
     )
+
+
+def _counters(
+    plan: Plan, peaks: Mapping[str, memory.Usage], outputs: Mapping[str, int], asked: Mapping[str, int]
+) -> dict[str, dict[str, int]]:
+    """Return every device's figures under the names of the counters that they are tested against."""
+    result = {}
+    for name, nbytes in sorted(outputs.items()):
+        result[name] = {"operator_outputs": nbytes, "requested_by_operators": asked[name]}
+        if plan.hardware.device(name).kind != "cpu":
+            usage = peaks[name]
+            result[name] |= {"reserved": usage.total - usage.context, "device_used": usage.total}
+    return result
 
 
 def predict_memory(
