@@ -229,6 +229,39 @@ def _llava_inputs(model: Any, batch: int, tokens: int) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 
+def _qwen_vl(dtype: torch.dtype, rng: random.Random) -> Any:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = {
+        "vocab_size": rng.randrange(310, 500), "hidden_size": 64, "intermediate_size": rng.randrange(3, 9) * 16,
+        "num_hidden_layers": rng.randrange(3, 5), "num_attention_heads": 4, "num_key_value_heads": 2,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "eos_token_id": None, "bos_token_id": 1,
+        "pad_token_id": 0,
+    }  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64, "patch_size": 4,
+        "spatial_merge_size": 2, "window_size": 16, "fullatt_block_indexes": [1],
+    }  # fmt: skip
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, image_token_id=305, video_token_id=306, vision_start_token_id=307,
+        vision_end_token_id=308,
+    )  # fmt: skip
+    return Qwen2_5_VLForConditionalGeneration(config).to(dtype).eval()
+
+
+def _qwen_vl_inputs(model: Any, batch: int, tokens: int) -> dict[str, Any]:
+    """One picture of 8 by 8 patches in each prompt, four of which make a token."""
+    picture = [torch.full((batch, n), token) for n, token in ((1, 307), (16, 305), (1, 308))]
+    ids = torch.cat([*picture, torch.randint(3, 300, (batch, tokens))], dim=1)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == 305).int(),
+        "pixel_values": torch.randn(batch * 64, 3 * 2 * 4 * 4, dtype=model.dtype),
+        "image_grid_thw": torch.tensor([[1, 8, 8]] * batch),
+    }
+
+
 def _seq2seq_inputs(model: Any, batch: int, tokens: int) -> dict[str, Any]:
     return text_inputs(model, batch, tokens)
 
@@ -367,6 +400,7 @@ ARCHITECTURES = (
     Architecture("vit", _vit, _pictures, generates=False),
     Architecture("mamba", _mamba, text_inputs),
     Architecture("llava", _llava, _llava_inputs, examples=True),
+    Architecture("qwen2.5-vl", _qwen_vl, _qwen_vl_inputs, examples=True),
     Architecture("resnet", _resnet, _images, generates=False, examples=True),
     Architecture("unet", _unet, _images, generates=False, examples=True),
     Architecture("mlp", _mlp, _vectors, generates=False, examples=True),
