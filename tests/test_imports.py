@@ -36,7 +36,9 @@ RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 VALUES = {"errors", "units", "serial", "hardware", "workload", "graph", "plan"}
 TORCH = {
     "planner.execution", "planner.conversions", "planner.storages", "planner.layers", "planner.recorder",
-    "planner.inputs", "planner.trace", "planner.kernels.cpu", "planner.kernels.cuda", "planner.kernels.cuda_attention",
+    "planner.inputs", "planner.trace", "planner.kernels.cpu", "planner.kernels.cpu_products",
+    "planner.kernels.cpu_rules", "planner.kernels.cuda", "planner.kernels.cuda_attention",
+    "planner.kernels.cuda_reductions", "planner.kernels.onednn", "planner.kernels.programs",
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "ortools", "pandas", "plotly", "numpy", "networkx", "safetensors", "huggingface_hub"}
 

@@ -12,14 +12,16 @@ import functools
 import importlib.resources
 import json
 import math
-import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from planner.kernels.cuda_reductions import ACCUMULATORS, global_buffers, reduction
+from planner.kernels.programs import HALF_TYPES, Program, ceil_div, made, nbytes, single
 from planner.lifetimes import OUTPUTS_ONLY, Scratch
+from planner.units import round_up
 
 aten = torch.ops.aten
 
@@ -41,12 +43,10 @@ _LARGE_WORKSPACE_BYTES = 32 * 2**20
 _SMALL_WORKSPACE_BYTES = 4096 * 1024 * 2 + 16 * 1024 * 8
 _LARGE_WORKSPACE_MAJORS = (9, 10, 12)
 
-_HALF = (torch.float16, torch.bfloat16)
 _MASKS = (torch.bool, torch.uint8)
 # cudaDeviceProp.maxThreadsPerMultiProcessor (CUDA C++ Programming Guide, table of compute capabilities).
 _THREADS_PER_MULTIPROCESSOR = {(7, 5): 1024, (8, 6): 1536, (8, 7): 1536, (8, 9): 1536, (12, 0): 1536, (12, 1): 1536}
 
-Program = tuple[int, ...]
 Rule = Callable[["CudaKernels", Any, Any, list[torch.Tensor]], Scratch | None]
 
 
@@ -95,24 +95,6 @@ def _gpus() -> dict[str, Any]:
     return data
 
 
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return _ceil_div(n, multiple) * multiple
-
-
-def _made(*program: int) -> Scratch:
-    """Return a program; allocations of nothing are left out, as the caching allocator does."""
-    kept = tuple(step for i, step in enumerate(program) if step != 0 or i == program.index(0))
-    return OUTPUTS_ONLY if kept == (0,) else Scratch(program=kept)
-
-
 # Matrix products.
 
 
@@ -131,7 +113,7 @@ def _matrix_copy(matrix: torch.Tensor) -> Program:
         return ()
     if down == 1 and (across >= rows or columns == 1):
         return ()
-    return () if rows == columns == 1 else (_bytes(matrix),)
+    return () if rows == columns == 1 else (nbytes(matrix),)
 
 
 def _batch_copy(batch: torch.Tensor, *, transposed: bool, m: int, n: int) -> Program:
@@ -145,7 +127,7 @@ def _batch_copy(batch: torch.Tensor, *, transposed: bool, m: int, n: int) -> Pro
         return ()
     if batch.is_contiguous() and fast != 0 and leading != 0:
         return ()
-    return (_bytes(batch),)
+    return (nbytes(batch),)
 
 
 def _mm(first: int) -> Rule:
@@ -201,8 +183,8 @@ def _grouped_mm(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[torc
         return _with_cublas(kernels.workspace_bytes)
     batched = next((matrix for matrix in (left, right) if matrix.dim() == 3), args[2])
     groups = batched.shape[0]
-    arguments = 3 * 8 * _round_up(groups, 2) + 12 * groups + 3 * 8 * groups
-    return _made(0, arguments, 4 * 128 * kernels.multiprocessors)
+    arguments = 3 * 8 * round_up(groups, 2) + 12 * groups + 3 * 8 * groups
+    return made(0, arguments, 4 * 128 * kernels.multiprocessors)
 
 
 # Attention.
@@ -217,23 +199,19 @@ def flash_splits(blocks: int, multiprocessors: int, key_blocks: int) -> int:
     (num_splits_heuristic; from Dao-AILab/flash-attention csrc/flash_attn/flash_api.cpp).
     """
     slots = 2 * multiprocessors
-    if blocks >= _single(_single(0.8) * slots):
+    if blocks >= single(single(0.8) * slots):
         return 1
     candidates = [
         parts
         for parts in range(1, min(128, slots, key_blocks) + 1)
-        if parts == 1 or _ceil_div(key_blocks, parts) != _ceil_div(key_blocks, parts - 1)
+        if parts == 1 or ceil_div(key_blocks, parts) != ceil_div(key_blocks, parts - 1)
     ]
     occupancy = {}
     for parts in candidates:
-        waves = _single(blocks * parts / slots)
-        occupancy[parts] = _single(waves / math.ceil(waves))
+        waves = single(blocks * parts / slots)
+        occupancy[parts] = single(waves / math.ceil(waves))
     best = max(occupancy.values(), default=0.0)
     return next((parts for parts in candidates if occupancy[parts] >= 0.85 * best), 1)
-
-
-def _single(value: float) -> float:
-    return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
 def _flash(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> Scratch | None:
@@ -249,11 +227,11 @@ def _flash(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[torch.Ten
     if queries == 1 and heads > key_heads:
         queries, heads = heads // key_heads, key_heads
     key_block = 256 if width <= 64 else 128 if width <= 128 else 64
-    parts = flash_splits(batch * heads * _ceil_div(queries, 64), kernels.multiprocessors, _ceil_div(keys, key_block))
+    parts = flash_splits(batch * heads * ceil_div(queries, 64), kernels.multiprocessors, ceil_div(keys, key_block))
     if parts == 1:
         return OUTPUTS_ONLY
     sums = 4 * parts * batch * heads * queries
-    return _made(0, sums, sums * _round_up(width, 32 if width <= 128 else 64))
+    return made(0, sums, sums * round_up(width, 32 if width <= 128 else 64))
 
 
 def _efficient(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> Scratch | None:
@@ -264,16 +242,16 @@ def _efficient(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[torch
     mem_eff_attention/kernels/cutlassF.h.
     """
     query, value = args[0], args[2]
-    if query.dtype not in _HALF or max(query.shape[3], value.shape[3]) <= 128:
+    if query.dtype not in HALF_TYPES or max(query.shape[3], value.shape[3]) <= 128:
         return OUTPUTS_ONLY
-    return _made(0, 4 * outputs[0].numel())
+    return made(0, 4 * outputs[0].numel())
 
 
 # Normalisation, softmax, sampling.
 
 
 def _contiguous_copy(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_contiguous() else _bytes(tensor)
+    return 0 if tensor.is_contiguous() else nbytes(tensor)
 
 
 def _layer_norm(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> Scratch | None:
@@ -283,11 +261,11 @@ def _layer_norm(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[torc
     """
     copy = _contiguous_copy(args[0])
     _, mean, rstd = outputs
-    missing = 4 - mean.element_size() if args[0].dtype in _HALF else 0
+    missing = 4 - mean.element_size() if args[0].dtype in HALF_TYPES else 0
     if not copy and not missing:
         return OUTPUTS_ONLY
     steps = (0, missing * mean.numel(), missing * rstd.numel())
-    return _made(copy, *steps) if copy else _made(*steps)
+    return made(copy, *steps) if copy else made(*steps)
 
 
 def _group_norm(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> Scratch | None:
@@ -299,12 +277,12 @@ def _group_norm(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[torc
     if pixels <= 1 or (weight is None and bias is None):
         return OUTPUTS_ONLY
     size = samples * channels * max(4, args[0].element_size())
-    return _made(0, size, size)
+    return made(0, size, size)
 
 
 def _softmax(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> Scratch | None:
     """_softmax and _log_softmax: a copy of an input that is not contiguous (aten/src/ATen/native/cuda/SoftMax.cu)."""
-    return _made(0, _contiguous_copy(args[0]))
+    return made(0, _contiguous_copy(args[0]))
 
 
 def _safe_softmax(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> Scratch | None:
@@ -316,7 +294,7 @@ def _safe_softmax(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[to
     rows = scores.numel() // max(1, scores.shape[dim])
     copy = _contiguous_copy(scores)
     rest = (scores.numel(), rows, outputs[0].element_size())
-    return _made(0, copy, -1, *rest) if copy else _made(0, *rest)
+    return made(0, copy, -1, *rest) if copy else made(0, *rest)
 
 
 def _multinomial(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> Scratch | None:
@@ -330,8 +308,8 @@ def _multinomial(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[tor
     item, rows = weights.element_size(), weights.numel() // weights.shape[-1]
     # The least, the greatest, two comparisons and both of them; row sums, which are zero, any of them, none of them.
     checks = (item, item, 1, 1, 1, -4, -3, rows * item, rows, 1, -7, -6, 1, -9)
-    pick = _global_buffers(kernels, weights, (weights.dim() - 1,), arg_bytes=16)
-    return _made(0, *checks, _bytes(weights), *pick)
+    pick = global_buffers(kernels, weights, (weights.dim() - 1,), arg_bytes=16)
+    return made(0, *checks, nbytes(weights), *pick)
 
 
 # Scans, sorts, selections. CUB rounds each of its arrays up to 256 B and adds 255 B for alignment (NVIDIA/cccl
@@ -339,7 +317,7 @@ def _multinomial(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[tor
 
 
 def _cub_bytes(*arrays: int) -> int:
-    return sum(_round_up(size, 256) for size in arrays) + 255
+    return sum(round_up(size, 256) for size in arrays) + 255
 
 
 def _cumsum(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> Scratch | None:
@@ -351,13 +329,13 @@ def _cumsum(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[torch.Te
     source, (result,) = args[0], outputs
     if source.numel() == 0:
         return OUTPUTS_ONLY
-    converted = _bytes(result) if source.dtype is not result.dtype else 0
+    converted = nbytes(result) if source.dtype is not result.dtype else 0
     copy = converted or _contiguous_copy(source)
     if source.dim() and source.numel() != source.shape[args[1]]:
-        return _made(0, copy)
+        return made(0, copy)
     item = result.element_size()
-    tiles = _ceil_div(source.numel(), 128 * max(1, 15 * 4 // max(4, item)))
-    return _made(0, copy, _cub_bytes((tiles + 32) * 2 * max(item, 4)))
+    tiles = ceil_div(source.numel(), 128 * max(1, 15 * 4 // max(4, item)))
+    return made(0, copy, _cub_bytes((tiles + 32) * 2 * max(item, 4)))
 
 
 def _sort(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> Scratch | None:
@@ -376,15 +354,15 @@ def _sort(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[torch.Tens
         return None
     if rows == 1 or length >= 1_000_000:
         temporary = _radix_bytes(kernels, length, key)
-        return None if temporary is None else _made(0, length * 8, temporary)
+        return None if temporary is None else made(0, length * 8, temporary)
     count = source.numel()
     if rows >= 128:
-        return _made(0, count * 8, _cub_bytes(count * key, count * 8))
+        return made(0, count * 8, _cub_bytes(count * key, count * 8))
     # All rows at once by value, then by row: pairs of (row, index) before and after, and the sorted values.
     by_value, by_row = _radix_bytes(kernels, count, key), _radix_bytes(kernels, count, 8, passes=1)
     if by_value is None or by_row is None:
         return None
-    return _made(0, count * 8, count * 8, count * key, by_value, -4, -3, by_row)
+    return made(0, count * 8, count * 8, count * key, by_value, -4, -3, by_row)
 
 
 def _radix_bytes(kernels: CudaKernels, count: int, key: int, *, passes: int | None = None) -> int | None:
@@ -394,7 +372,7 @@ def _radix_bytes(kernels: CudaKernels, count: int, key: int, *, passes: int | No
         return None
     passes = passes or key
     buffers = (count * key, count * 8) if passes > 1 else (0, 0)
-    return _cub_bytes(passes * 256 * 8, _ceil_div(count, items) * 256 * 4, *buffers, passes * 4)
+    return _cub_bytes(passes * 256 * 8, ceil_div(count, items) * 256 * 4, *buffers, passes * 4)
 
 
 def _sweep_items(kernels: CudaKernels, key: int) -> int | None:
@@ -426,16 +404,16 @@ def _topk(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[torch.Tens
     length = source.shape[args[2] if len(args) > 2 else -1]
     rows, copy = source.numel() // length, _contiguous_copy(source)
     if length < next((least for most, least in _MANY_BLOCKS if rows <= most), 400):
-        return _made(0, copy)
+        return made(0, copy)
     resident = 6 * 256  # six blocks of 256 threads, of 40 registers each, fit the 65,536 of a multiprocessor
-    items = min(max(_ceil_div(length * rows, kernels.multiprocessors * resident), 4), 64)
-    blocks = rows * _ceil_div(length, items * 256)
+    items = min(max(ceil_div(length * rows, kernels.multiprocessors * resident), 4), 64)
+    blocks = rows * ceil_div(length, items * 256)
     digit = max(4, source.element_size())
     by_row = (rows * source.element_size(), 2 * rows * 4, 2 * rows * digit)
     held = (*by_row, blocks * 256 * 2, rows * 256 * 4, blocks * 4, blocks * 4)
-    scan = _cub_bytes((_ceil_div(blocks, 128 * 6) + 32) * 16, 4 * _ceil_div(blocks, 128 * 6))
+    scan = _cub_bytes((ceil_div(blocks, 128 * 6) + 32) * 16, 4 * ceil_div(blocks, 128 * 6))
     taken = len(held) + (1 if copy else 0)
-    return _made(0, copy, *held, scan, -(taken + 1), scan)
+    return made(0, copy, *held, scan, -(taken + 1), scan)
 
 
 def _index(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> Scratch | None:
@@ -465,180 +443,6 @@ def _index_put(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[torch
 
 def _unmodelled(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> Scratch | None:
     return None
-
-
-# Reductions: aten/src/ATen/native/cuda/Reduce.cuh. Where a row is long and there are few of them, several blocks work
-# on one output and meet in a buffer in global memory, with a semaphore of 4 B for each block of outputs.
-
-
-def _accumulated(dtype: torch.dtype) -> int:
-    """Return the bytes of what values of `dtype` are accumulated in (aten/src/ATen/AccumulateType.h)."""
-    return 8 if not dtype.is_floating_point or dtype is torch.float64 else 4
-
-
-def _with_index(dtype: torch.dtype) -> int:
-    """Return the bytes of a value and where it is."""
-    return 16
-
-
-def _moments(dtype: torch.dtype) -> int:
-    """Return the bytes of a mean, a sum of squares and two counts (aten/src/ATen/native/SharedReduceOps.h)."""
-    return 32 if dtype is torch.float64 else 16
-
-
-def _itself(dtype: torch.dtype) -> int:
-    return dtype.itemsize
-
-
-def _pair(dtype: torch.dtype) -> int:
-    return 2 * dtype.itemsize
-
-
-# By operator: bytes of the accumulator.
-_ACCUMULATORS: dict[str, Callable[[torch.dtype], int]] = {
-    "sum": _accumulated,
-    "nansum": _accumulated,
-    "mean": _accumulated,
-    "prod": _accumulated,
-    "amax": _itself,
-    "amin": _itself,
-    "linalg_vector_norm": _accumulated,
-    "aminmax": _pair,
-    "argmax": _with_index,
-    "argmin": _with_index,
-    "any": _itself,
-    "all": _itself,
-    "var": _moments,
-    "std": _moments,
-    "var_mean": _moments,
-    "std_mean": _moments,
-}
-# Converted to the output's type before, but for half types that are summed in float32 (native/ReduceOpsUtils.h).
-_CONVERTS = ("sum", "nansum", "prod", "mean")
-
-
-def _reduction(name: str, position: int | None) -> Rule:
-    """Reductions by TensorIterator; `position` is where the operator takes its dimensions, None where it takes all."""
-    by_dim = position is not None
-    accumulator = _ACCUMULATORS.get(name) or (_with_index if by_dim else _itself)  # max and min are not in there
-
-    def rule(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> Scratch | None:
-        source = args[0]
-        if source.numel() <= 1:
-            return OUTPUTS_ONLY
-        dims = None if position is None else args[position] if len(args) > position else kwargs.get("dim")
-        dims = (dims,) if isinstance(dims, int) else dims
-        dtype, converted = source.dtype, 0
-        out = outputs[0].dtype
-        if name in _CONVERTS and dtype is not out and not (dtype in _HALF and out is torch.float32):
-            dtype, converted = out, source.numel() * out.itemsize
-        reduced = tuple(dim % source.dim() for dim in dims) if dims else tuple(range(source.dim()))
-        buffers = _global_buffers(kernels, source, reduced, arg_bytes=accumulator(dtype))
-        return _made(0, converted, *buffers) if converted or buffers else OUTPUTS_ONLY
-
-    return rule
-
-
-def _global_buffers(kernels: CudaKernels, source: torch.Tensor, reduced: Sequence[int], *, arg_bytes: int) -> Program:
-    """Return the bytes of the buffer where blocks meet and of their semaphores, or nothing.
-
-    arg_bytes: of one accumulator. Source: aten/src/ATen/native/cuda/Reduce.cuh (setReduceConfig).
-    """
-    lengths, strides, outer = _iterator(source, frozenset(reduced))
-    counts = math.prod(lengths)
-    outputs = math.prod(length for length, out in zip(lengths, outer, strict=True) if out)
-    inputs = counts // outputs
-    # Nothing below puts fewer than 256 values on each of at most 512 threads of several blocks.
-    if inputs < 256:
-        return ()
-    reduced_dims = outer.count(0)
-    fastest = reduced_dims == len(lengths) or strides[0] < strides[reduced_dims]
-    wide = 1
-    if fastest:
-        across, down = inputs, outputs
-        if strides[0] == 1 and inputs >= 128 and reduced_dims == 1:
-            across //= 4
-    else:
-        across, down = outputs, inputs
-        if strides[reduced_dims] == 1:
-            wide = _output_vector(lengths, strides, reduced_dims)
-            across //= wide
-    most = 512 // wide
-    width_limit = min(most, _last_power(across))
-    height = min(min(most, _last_power(down)), most // min(width_limit, 32))
-    width = min(width_limit, most // height)
-    threads = width * height
-    values = _ceil_div(inputs, width) if fastest else inputs
-    if values < min(height * 16, 256):
-        return ()
-    values = _ceil_div(values, height)
-    grid = _ceil_div(outputs // wide, 1 if fastest else width)
-    target = kernels.multiprocessors * (kernels.threads_per_multiprocessor // threads)
-    if values < 256 or grid > target:
-        return ()
-    blocks = max(min(_ceil_div(target, grid), _ceil_div(values, 16)), _ceil_div(values, 256))
-    if blocks <= 1:
-        return ()
-    size = arg_bytes * outputs * blocks * (1 if fastest else width * wide)
-    return size, 4 * grid
-
-
-def _last_power(n: int) -> int:
-    return 1 << (max(1, n).bit_length() - 1)
-
-
-def _output_vector(lengths: list[int], strides: list[int], output: int) -> int:
-    wide = 4
-    for n in (lengths[output], *(stride for i, stride in enumerate(strides) if i != output)):
-        while n % wide:
-            wide //= 2
-    return wide
-
-
-def _iterator(source: torch.Tensor, reduced: frozenset[int]) -> tuple[list[int], list[int], list[int]]:
-    """Return lengths, input strides and output strides (0 where reduced) as TensorIterator orders and merges them.
-
-    Source: aten/src/ATen/TensorIterator.cpp (reorder_dimensions, coalesce_dimensions). In elements, fastest first.
-    """
-    lengths, strides = list(source.shape), list(source.stride())
-    outer, step = [0] * len(lengths), 1
-    for dim in reversed(range(len(lengths))):
-        if dim not in reduced:
-            outer[dim], step = step, step * lengths[dim]
-
-    def order(a: int, b: int) -> int:
-        if (outer[a] == 0) != (outer[b] == 0):
-            return 1 if outer[b] == 0 else -1
-        for operand in (outer, strides):
-            if operand[a] == 0 or operand[b] == 0:
-                continue
-            if operand[a] != operand[b]:
-                return -1 if operand[a] < operand[b] else 1
-            if lengths[a] > lengths[b]:
-                return 1
-        return 0
-
-    dims = list(reversed(range(len(lengths))))
-    for i in range(1, len(dims)):
-        later = i
-        for earlier in reversed(range(i)):
-            found = order(dims[earlier], dims[later])
-            if found > 0:
-                dims[earlier], dims[later] = dims[later], dims[earlier]
-                later = earlier
-            elif found < 0:
-                break
-    merged: list[list[int]] = []
-    for dim in dims:
-        length, into, out = lengths[dim], strides[dim], outer[dim]
-        last = merged[-1] if merged else [0, 0, 0]
-        follows = last[0] * last[1] == into and last[0] * last[2] == out
-        if merged and (last[0] == 1 or length == 1 or follows):
-            merged[-1] = [last[0] * length, *((into, out) if last[0] == 1 else last[1:])]
-        else:
-            merged.append([length, into, out])
-    lengths, strides, outer = (list(column) for column in zip(*merged, strict=True))
-    return lengths, strides, outer
 
 
 _NAMED: dict[str, Rule] = {
@@ -723,11 +527,11 @@ _UNMODELLED = (
 def _rules() -> dict[Any, Rule]:
     rules: dict[Any, Rule] = {}
 
-    for name in (*_ACCUMULATORS, "max", "min"):
+    for name in (*ACCUMULATORS, "max", "min"):
         for func in _overloads(name):
             arguments = [argument.name for argument in func._schema.arguments]
             if arguments[:1] == ["self"] and "other" not in arguments:
-                rules[func] = _reduction(name, arguments.index("dim") if "dim" in arguments else None)
+                rules[func] = reduction(name, arguments.index("dim") if "dim" in arguments else None)
     for name, rule in (*_NAMED.items(), *((name, _unmodelled) for name in _UNMODELLED)):
         rules.update((func, rule) for func in _overloads(name))
     return rules
