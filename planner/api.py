@@ -285,6 +285,8 @@ def _footprint(
         notes.append("a GPU of compute capability 8.9 with 128 multiprocessors (assumed)")
     if experts is None and execution.experts_modules(model):
         experts = execution.GROUPED_EXPERTS
+        own = getattr(model.config, "_experts_implementation", None)
+        notes.append(f"experts run as {experts}, as dispatch sets them; the model's own setting is {own}")
     options: dict[str, Any] = {
         "gpu": (gpu or "") if device == "cuda" else None, "experts": experts, "examples": examples, "kernels": kernels,
     }  # fmt: skip

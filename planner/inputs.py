@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from planner.errors import InputError
+from planner.errors import InputError, TraceError
 from planner.workload import Workload
 
 # Inputs with one entry a token, which grow with the prompt.
@@ -51,6 +51,9 @@ class Inputs:
             )
         else:
             self._given = self._made_up()
+        self._check_generation()
+        if examples is not None and not self.generates and can_generate(model) and not self._loops:
+            self.notes.append("one forward call without a cache (use_cache=False, unless the inputs say otherwise)")
         if workload.caller == "generate" and not self.generates:
             self.notes.append(f"{type(model).__name__} does not generate: one forward call")
 
@@ -62,6 +65,27 @@ class Inputs:
     @property
     def _loops(self) -> bool:
         return self.workload.caller == "forward" and self.workload.new_tokens > 1 and can_generate(self.model)
+
+    def _check_generation(self) -> None:
+        """Refuse settings of the model's own that make further forward calls, and name those that are not followed."""
+        config = getattr(self.model, "generation_config", None)
+        if not self.generates or config is None:
+            return
+        for name, harmless in (("guidance_scale", (None, 1, 1.0)), ("prefill_chunk_size", (None,))):
+            if getattr(config, name, None) not in harmless:
+                raise TraceError(
+                    f"generation_config.{name} makes further forward calls, which are not carried yet: set it to None"
+                )
+        beams = getattr(config, "num_beams", None) or 1
+        if beams != self.workload.num_beams:
+            self.notes.append(
+                f"{self.workload.num_beams} beams, as the workload says; the model's own setting is {beams}"
+            )
+        text = self.model.config.get_text_config()
+        positions = getattr(text, "max_position_embeddings", None)
+        longest = self.workload.prompt_tokens + self.workload.new_tokens
+        if isinstance(positions, int) and longest > positions and not _is_encoder_decoder(self.model):
+            self.notes.append(f"MORE TOKENS THAN THE MODEL KNOWS: prompt and answer have {longest}, it has {positions}")
 
     def call(self, *, longer: int = 0, new_tokens: int | None = None) -> Callable[[], Any]:
         """Return the user's call, its prompt longer by so many tokens, that makes `new_tokens` (the workload's).

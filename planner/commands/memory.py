@@ -61,7 +61,11 @@ def render(predicted: MemoryPrediction, name: str, work: Workload, *, color: boo
     page = Page(color=color)
     unit, word = (GB, "GB (10^9 bytes)") if predicted.peak.requested_bytes >= GB else (MB, "MB (10^6 bytes)")
     page.line(f"{name} on {predicted.device}", "bold")
-    page.line(f"batch {work.batch_size}, prompt {work.prompt_tokens:,} tokens, {work.new_tokens:,} new, {_asked(work)}")
+    if predicted.decode or work.new_tokens == 1:
+        said = f"prompt {work.prompt_tokens:,} tokens, {work.new_tokens:,} new, {_asked(work)}"
+    else:
+        said = "one forward call"
+    page.line(f"batch {work.batch_size}, {said}")
     page.line(f"The most at once, in {word}")
     page.line()
     columns = _COLUMNS if predicted.peak.reserved_bytes is not None else _COLUMNS[:2]

@@ -9,7 +9,8 @@ Not modelled (`CpuKernels.scratch` returns None): convolution through oneDNN tha
 by other than 16 channels or depthwise in 3-D, and all of it without AVX-512 or, in bf16, without AVX512-BF16 or with
 AMX; bf16 products through oneDNN without AVX512-BF16 or with AMX; fp16 attention with AMX; oneDNN's recurrent layers;
 concatenation of mixed types; several masks in one index; batch normalisation while training and dropout; Fourier
-transforms, distances, unfolding, unique values, antialiased resizing.
+transforms, distances, unfolding, unique values, antialiased resizing; torch's fused encoder layers and multi-head
+attention; decompositions and other linear algebra, medians, bags of embeddings.
 
 Known limitations: oneDNN gives a bf16 convolution of single points over some ten pixels fewer threads than there are,
 and it then takes less than said. Memory that kernels take from elsewhere (`new`, MKL's buffers, stacks) is never
@@ -523,6 +524,30 @@ def _index_add(call: Call) -> Scratch | None:
     "im2col",
     "_upsample_bicubic2d_aa",
     "_upsample_bilinear2d_aa",
+    "_native_multi_head_attention",
+    "_transformer_encoder_layer_fwd",
+    "linalg_matrix_exp",
+    "median",
+    "median.dim",
+    "nanmedian",
+    "nanmedian.dim",
+    "linalg_inv_ex",
+    "_linalg_solve_ex",
+    "_linalg_eigh",
+    "_linalg_svd",
+    "linalg_qr",
+    "_linalg_det",
+    "_linalg_slogdet",
+    "linalg_lu_factor_ex",
+    "linalg_lu",
+    "linalg_cholesky_ex",
+    "linalg_eig",
+    "linalg_lstsq",
+    "triangular_solve",
+    "_trilinear",
+    "_embedding_bag",
+    "_embedding_bag_forward_only",
+    "_ctc_loss",
 )
 def _unknown(call: Call) -> Scratch | None:
     return None

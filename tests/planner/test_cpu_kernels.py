@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, LlamaConfig, ViTConfig
 
 from kernel_scratch import Ran, operators_of, peak_of, threads
+from planner import predict_memory
 from planner.kernels.cpu import CpuKernels, common_type
 from planner.lifetimes import OUTPUTS_ONLY, Scratch
 
@@ -400,3 +401,17 @@ def test_an_operator_without_scratch_is_decided_at_once() -> None:
     x = torch.empty(4, 4)
     once = min(timeit.repeat(lambda: CPU.scratch(aten.silu.default, (x,), {}, [x]), number=1000, repeat=5)) / 1000
     assert once < 10e-6
+
+
+class Decomposes(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.inv(x) + x.median(1)[0].unsqueeze(1)
+
+
+def test_what_is_not_modelled_is_named() -> None:
+    attention = torch.nn.MultiheadAttention(16, 2, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    assert predict_memory(attention, (x, x, x)).unmodelled == ("aten._native_multi_head_attention.default",)
+    found = predict_memory(Decomposes(), (torch.randn(2, 8, 8),)).unmodelled
+    assert found == ("aten.linalg_inv_ex.default", "aten.median.dim")
+    assert predict_memory(torch.nn.Linear(16, 3), (x,)).unmodelled == ()
