@@ -528,9 +528,7 @@ def _index_add(call: Call) -> Scratch | None:
     "_transformer_encoder_layer_fwd",
     "linalg_matrix_exp",
     "median",
-    "median.dim",
     "nanmedian",
-    "nanmedian.dim",
     "linalg_inv_ex",
     "_linalg_solve_ex",
     "_linalg_eigh",
@@ -551,6 +549,13 @@ def _index_add(call: Call) -> Scratch | None:
 )
 def _unknown(call: Call) -> Scratch | None:
     return None
+
+
+@_rule("median.dim", "nanmedian.dim")
+def _median(call: Call) -> Scratch | None:
+    """Take nothing along the last dimension of a contiguous tensor; how others are brought there is not modelled."""
+    x, dim = call.args[0], call.args[1]
+    return OUTPUTS_ONLY if x.is_contiguous() and dim % max(x.dim(), 1) == x.dim() - 1 else None
 
 
 @_rule("cat")
