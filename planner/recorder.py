@@ -54,7 +54,7 @@ class RawPass:
 class Run:
     """One recorded call of the model or of `generate`.
 
-    cache_blocks: blocks that were part of a cache. first_call: events before the first forward call.
+    cache_blocks: blocks that were part of a cache.
     """
 
     events: list[Event]
@@ -63,12 +63,6 @@ class Run:
     flows: set[tuple[int, int]]
     unmodelled: set[str]
     cache_blocks: set[int]
-    first_call: int = 0
-
-    def kept_by_caller_bytes(self, index: int) -> int:
-        """Return what the caller made before the first forward call and still holds when pass `index` starts."""
-        early = {event.block for event in self.events[: self.first_call]}
-        return sum(event.nbytes for event in self.events[: self.passes[index].start] if event.block in early)
 
 
 class _Enough(BaseException):
@@ -203,9 +197,7 @@ class Recorder:
 
     def _begin_call(self, inputs: Any) -> None:
         self._calls += 1
-        if self._calls == 1:
-            self._run.first_call = len(self._tracer.events)
-        else:
+        if self._calls > 1:
             if self._most_passes is not None and self._calls > self._most_passes:
                 self._close_span()
                 self._run.passes[-1].end = len(self._tracer.events)

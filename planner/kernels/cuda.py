@@ -1,9 +1,9 @@
 """What CUDA kernels of torch take through the caching allocator beside their outputs, in bytes requested.
 
 Read in torch 2.13 (paths below are in pytorch/pytorch unless said) and never copied. Where a rule rests on something
-that only a GPU can settle, `UNMEASURED` says so. Operators that no rule names are pointwise, views, copies, factories,
-gathers and the like, which take nothing: CUDA's TensorIterator converts types inside its kernel, and a Python number
-never becomes device memory (aten/src/ATen/native/cuda/Loops.cuh).
+that only a GPU can settle, `UNMEASURED` says so. Pointwise operators, views, copies, factories, gathers and the like
+take nothing: CUDA's TensorIterator converts types inside its kernel, and a Python number never becomes device memory
+(aten/src/ATen/native/cuda/Loops.cuh). Whatever is neither of these nor named by a rule is not modelled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from planner.kernels.cuda_reductions import ACCUMULATORS, global_buffers, reduction
-from planner.kernels.programs import HALF_TYPES, Program, ceil_div, made, nbytes, single
+from planner.kernels.programs import HALF_TYPES, Program, ceil_div, made, nbytes, single, takes_nothing
 from planner.lifetimes import OUTPUTS_ONLY, Scratch
 from planner.units import round_up
 
@@ -34,6 +34,7 @@ UNMEASURED = (
     "cumsum of one row, topk over many blocks: CUB's temporary storage, under 2 KiB unless rows are very long",
     "cuBLAS workspace in torch other than 2.13: 2.11 may hold 1 MiB more for cublasLt and 8,519,680 B on capability "
     "10 and 12; from 2.15 a workspace lives only inside one operator",
+    "histc of integers between given bounds: taken to count in shared memory alone",
     "philox seeds: fake efficient and cuDNN attention return two of 8 B that CUDA keeps on the host",
     "reductions of more than 2**31 bytes are cut into pieces, and each piece is taken as if it were whole",
 )
@@ -47,6 +48,13 @@ _MASKS = (torch.bool, torch.uint8)
 # cudaDeviceProp.maxThreadsPerMultiProcessor (CUDA C++ Programming Guide, table of compute capabilities).
 _THREADS_PER_MULTIPROCESSOR = {(7, 5): 1024, (8, 6): 1536, (8, 7): 1536, (8, 9): 1536, (12, 0): 1536, (12, 1): 1536}
 
+# Operators without a rule that take nothing on CUDA: they write their result and no more.
+_WRITERS = frozenset(
+    (
+        "_to_copy", "cat", "clone", "copy_", "embedding", "floor_divide", "gather", "histc", "index_add", "index_add_",
+        "repeat", "scatter", "scatter_", "scatter_add", "scatter_add_", "tril", "triu",
+    )
+)  # fmt: skip
 Rule = Callable[["CudaKernels", Any, Any, list[torch.Tensor]], Scratch | None]
 
 
@@ -80,12 +88,14 @@ class CudaKernels:
         return _THREADS_PER_MULTIPROCESSOR.get(self.capability, 2048)
 
     def scratch(self, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> Scratch | None:
-        """Return what `func` takes beside its `outputs`, or None where it takes something that is not modelled.
+        """Return what `func` takes beside its `outputs`, or None where that is not known.
 
         Reads shapes, strides and dtypes only. A dictionary look-up where there is no rule (0.2 µs); else 1 to 20 µs.
         """
         rule = _RULES.get(func)
-        return OUTPUTS_ONLY if rule is None else rule(self, args, kwargs, outputs)
+        if rule is not None:
+            return rule(self, args, kwargs, outputs)
+        return OUTPUTS_ONLY if takes_nothing(func, _WRITERS) else None
 
 
 @functools.cache

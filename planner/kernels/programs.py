@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+from typing import Any
 
 import torch
 
@@ -11,6 +13,35 @@ from planner.lifetimes import OUTPUTS_ONLY, Scratch
 Program = tuple[int, ...]
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
+
+# Operators that are neither pointwise, views nor factories, and take nothing on any device: they write their result.
+_WRITERS = frozenset(
+    (
+        "_is_all_true", "_linalg_check_errors", "_local_scalar_dense", "_unsafe_view", "arange", "constant_pad_nd",
+        "empty_like", "eye", "fill_", "flip", "full_like", "index_select", "linspace", "max_pool2d_with_indices",
+        "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros", "ones_like", "polar", "roll", "stack",
+        "zero_", "zeros_like",
+    )
+)  # fmt: skip
+
+
+@functools.cache
+def takes_nothing(func: Any, known: frozenset[str]) -> bool:
+    """Tell whether an operator for which there is no rule is known to take nothing beside its outputs.
+
+    Pointwise operators, views and factories are, by their tags and schemas; others by name, those of `known` on the
+    device that asks. Every other operator is not modelled, and is named as such.
+    """
+    if torch.Tag.pointwise in func.tags or func.namespace == "prim":
+        return True
+    if func.namespace != "aten":
+        return False
+    name = func._schema.name.partition("::")[2]
+    if name in _WRITERS or name in known:
+        return True
+    if any(value.alias_info is not None and not value.alias_info.is_write for value in func._schema.returns):
+        return True
+    return not any("Tensor" in str(argument.type) for argument in func._schema.arguments)
 
 
 def made(*program: int) -> Scratch:
