@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from planner.graph import LayerGraph
     from planner.hardware import Hardware
     from planner.plan import Plan
+    from planner.rules import Pin, Rules
     from planner.verify import Violation, verify_plan
     from planner.workload import Workload
 
@@ -30,10 +31,12 @@ _HOMES = {
     "LayerGraph": "planner.graph",
     "MemoryPrediction": "planner.footprint",
     "NoSolutionInTimeError": "planner.errors",
+    "Pin": "planner.rules",
     "Plan": "planner.plan",
     "PlanError": "planner.errors",
     "PlanFormatError": "planner.errors",
     "PlanMismatchError": "planner.errors",
+    "Rules": "planner.rules",
     "TraceError": "planner.errors",
     "Violation": "planner.verify",
     "Workload": "planner.workload",
@@ -50,10 +53,12 @@ __all__ = [
     "LayerGraph",
     "MemoryPrediction",
     "NoSolutionInTimeError",
+    "Pin",
     "Plan",
     "PlanError",
     "PlanFormatError",
     "PlanMismatchError",
+    "Rules",
     "TraceError",
     "Violation",
     "Workload",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,9 +18,10 @@ from planner.errors import InputError, PlanFormatError
 from planner.given import build_on_meta, dtype_of, source_of
 from planner.hardware import Hardware, products
 from planner.headers import find_headers
-from planner.models import ModelSource
-from planner.plan import SCHEMA_VERSION, Execution, ModelInfo, Placement, Plan, Prediction
-from planner.tracer import ASSUMED_CPU, Report, Tracer, attention_of, tracing_for
+from planner.plan import Plan, Prediction
+from planner.question import Question
+from planner.rules import NO_RULES, Rules
+from planner.tracer import Report, attention_of, tracing_for
 from planner.workload import DEFAULT_NEW_TOKENS, DEFAULT_PROMPT_TOKENS, Workload
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def plan_model(
     max_memory: Mapping[str, str | int] | None = None,
     hardware: Hardware | None = None,
     workload: Workload | None = None,
+    rules: Rules = NO_RULES,
     hub: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -54,7 +56,8 @@ def plan_model(
     """Return the best plan for `model` (a name or folder, a transformers config, or a model) on a machine.
 
     The machine is `hardware`, or is described by `gpus`, `ram`, `disk` and `max_memory`; the work is `workload`, or is
-    described by `batch_size`, `prompt_tokens`, `new_tokens` and other fields of a Workload. `example_inputs` are what
+    described by `batch_size`, `prompt_tokens`, `new_tokens` and other fields of a Workload; `rules` are constraints and
+    choices beyond the capacities. `example_inputs` are what
     the model is traced with, which modules that are not of transformers need. `report` is told what is being done.
 
     Raises:
@@ -81,6 +84,7 @@ def plan_model(
         "model": [source.id, source.source, source.revision, source.config_digest],
         "hardware": hardware,
         "workload": workload,
+        "rules": rules,
         "dtype": dtype,
         "notes": notes,
         "stored": stored and stored.digest(),
@@ -89,13 +93,14 @@ def plan_model(
     cacheable = use_cache and module is None
     if cacheable and (kept := _kept_plan(name)) is not None:
         return kept
-    tracer = Tracer(
-        source, module, workload, dtype, trust_remote_code, use_cache=cacheable, report=report, hardware=hardware,
-        examples=example_inputs,
-    )  # fmt: skip
-    tracer.headers = stored
     with _collector_paused():
-        plan = _best(tracer, hardware, workload, source, dtype, notes, report)
+        asked = Question(
+            source, module, dtype, notes, stored=stored, trust_remote_code=trust_remote_code, examples=example_inputs,
+            use_cache=cacheable, report=report,
+        )  # fmt: skip
+        plan = asked.plan(hardware, workload, rules)
+        report("simulating")
+        plan = replace(plan, prediction=predict(plan))
     if cacheable:
         cache.write(name, plan.to_json())
     return plan
@@ -111,65 +116,6 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _best(
-    tracer: Tracer,
-    hardware: Hardware,
-    workload: Workload,
-    source: ModelSource,
-    dtype: str,
-    notes: list[str],
-    report: Report,
-) -> Plan:
-    from planner.placement.solution import find
-
-    fits_whole = tracer.weight_bytes() <= sum(pool.usable_bytes for pool in hardware.pools if pool.name != "disk")
-    may_group = dtype == "bfloat16" and fits_whole
-    graph, execution = tracer.trace(routed=not may_group)
-    report("placing")
-    if len(graph.passes) == 1 and workload.decode_steps:
-        workload = replace(workload, caller="forward", new_tokens=1)
-    placements, slots, solver = find(graph, hardware, workload)
-    # The name is planner.execution.GROUPED_EXPERTS, whose module would load torch on a path that has the trace cached.
-    if execution.experts == "loadplan_grouped" and not _experts_stay(placements):
-        # Grouped matmul needs every expert where it computes; the best placement streams some, so run them by route.
-        report("tracing routed experts")
-        graph, execution = tracer.trace(routed=True)
-        placements, slots, solver = find(graph, hardware, workload)
-    plan = Plan(
-        schema_version=SCHEMA_VERSION,
-        model=ModelInfo(
-            id=source.id,
-            source=source.source,
-            note=source.note,
-            revision=source.revision,
-            config_digest=source.config_digest,
-            weight_dtype=dtype,
-            num_parameters=graph.num_parameters,
-            weight_bytes=graph.weight_bytes,
-            versions=cache.versions(),
-            loaded=tracer.loaded,
-            stored_bytes=None if tracer.headers is None else tracer.headers.total_bytes,
-        ),
-        graph=graph,
-        hardware=hardware,
-        workload=workload,
-        execution=execution,
-        assumptions=(*notes, *tracer.notes, *_execution_notes(workload, execution, hardware), *hardware.assumptions),
-        placements=placements,
-        slots=slots,
-        prediction=None,
-        solver=solver,
-    )
-    report("simulating")
-    shortage = loading.shortage(plan)
-    assumptions = plan.assumptions if shortage is None else (*plan.assumptions, shortage)
-    return replace(plan, assumptions=assumptions, prediction=predict(plan))
-
-
-def _experts_stay(placements: Sequence[Placement]) -> bool:
-    return all(p.home == p.run_on for p in placements if p.resident_slices is not None)
 
 
 def predict(plan: Plan) -> Prediction:
@@ -360,28 +306,6 @@ def _workload(
         new_tokens=DEFAULT_NEW_TOKENS if new is None else new,
         **more,
     )
-
-
-def _execution_notes(workload: Workload, execution: Execution, hardware: Hardware) -> list[str]:
-    choice = "greedy decoding (assumed)" if workload.sampling == "greedy" else "sampling"
-    if workload.num_beams > 1:
-        choice = f"{workload.num_beams} beams" + (", sampled" if workload.sampling == "sample" else "")
-    if workload.caller == "forward":
-        choice = "plain forward calls"
-    attention = f"{execution.attention} attention, " if execution.attention is not None else ""
-    notes = [f"{attention}{workload.cache} cache, {choice}; prompts of equal length"]
-    if execution.experts is not None:
-        notes.append(
-            f"experts run as {execution.experts}: memory counts the worst routing, time the expected number of "
-            "distinct experts, each equally popular (assumed)"
-        )
-    if hardware.gpus:
-        notes.append(f"operators and their scratch as torch runs them on {hardware.gpus[0].product}, by its sources")
-    else:
-        notes.append(f"operators' scratch as on {ASSUMED_CPU['threads']} threads with {ASSUMED_CPU['isa']} (assumed)")
-    if execution.unmodelled:
-        notes.append(f"scratch not modelled of {', '.join(execution.unmodelled)}")
-    return notes
 
 
 def _kept_plan(name: str) -> Plan | None:

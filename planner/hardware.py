@@ -124,6 +124,23 @@ class Hardware:
                 return link
         raise KeyError(f"no link from {source} to {target}")
 
+    def host(self, name: str) -> str:
+        """Return the CPU of the node that a device or memory is in: "cpu", or "node0/cpu"."""
+        return f"{_node(name)}cpu"
+
+    def disk(self, name: str) -> str:
+        """Return the disk of the node that a device or memory is in: "disk", or "node0/disk"."""
+        return f"{_node(name)}disk"
+
+    @property
+    def hosts(self) -> tuple[Device, ...]:
+        """The CPU of every node."""
+        return tuple(device for device in self.devices if device.kind == "cpu")
+
+    def node(self, name: str) -> str:
+        """Return the node that a device or memory is in; "" where there is only one."""
+        return _node(name).removesuffix("/")
+
     @property
     def gpus(self) -> tuple[Device, ...]:
         return tuple(device for device in self.devices if device.kind != "cpu")
@@ -202,6 +219,12 @@ class Hardware:
             assumptions=self.assumptions + notes,
             pinned_limit_bytes=min(limits, default=None),
         )
+
+
+def _node(name: str) -> str:
+    """Return "node0/" for "node0/cuda:1", and nothing for a name without a node."""
+    node, slash, _ = name.rpartition("/")
+    return node + slash
 
 
 _CPU = Device(

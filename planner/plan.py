@@ -15,10 +15,11 @@ from typing import Any, Literal
 from planner.errors import InputError, PlanFormatError
 from planner.graph import LayerGraph
 from planner.hardware import Hardware
+from planner.rules import Rules
 from planner.serial import canonical, decode, encode
 from planner.workload import Workload
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KINDS_OF_MEMORY = ("weights", "kv_cache", "activations", "slots", "workspace", "context")
 
 
@@ -62,8 +63,12 @@ class Placement:
 
     home: where it waits; run_on: where its layer computes. Equal: resident. Else it is streamed through a slot.
     memory: what kind of memory the home is.
+    nbytes: of the group in the precision it has here.
     resident_slices: of a group with slices (experts), how many stay on `run_on`, the first ones; the rest wait at
         `home`. None for a group that is not sliced.
+    cpu_up_to_tokens: slices that wait in host memory are computed there, by the CPU, in passes of at most so many
+        tokens over all rows, and copied in longer ones; 0: always copied.
+    dtype: the precision that the group is stored in ("int8", "nf4"); None: the model's own.
     """
 
     layer: str
@@ -73,6 +78,8 @@ class Placement:
     run_on: str
     nbytes: int
     resident_slices: int | None
+    cpu_up_to_tokens: int = 0
+    dtype: Literal["int8", "nf4"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +141,7 @@ class Plan:
     graph: LayerGraph
     hardware: Hardware
     workload: Workload
+    rules: Rules
     execution: Execution
     assumptions: tuple[str, ...]
     placements: tuple[Placement, ...]

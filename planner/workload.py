@@ -12,6 +12,8 @@ DEFAULT_NEW_TOKENS = 128
 # Token ids are real while a model is traced: so many take a quarter of a gigabyte.
 MOST_TOKENS = 2**25
 
+Objective = Literal["latency", "ttft", "tpot", "throughput", "fit", "max-context", "max-batch"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
@@ -22,7 +24,9 @@ class Workload:
     sampling, top_p, num_beams, num_return_sequences: as `generate` takes them; top_p needs "sample".
     cache: "dynamic" grows, "static" is as long as the whole answer from the start, "fp8" keeps keys and values in 8
         bits (transformers' quantised cache); layers with a sliding window keep their window in each.
-    objective: what the planner makes least; "latency" is the whole call, prefill and every decode step.
+    objective: what the planner makes least: "latency" (the whole call: prefill and every decode step), "ttft" (the
+        prefill), "tpot" (a decode step), "fit" (bytes of memory, those of GPUs and the host together); "throughput"
+        chooses the batch too, and "max-context" and "max-batch" the longest prompt or largest batch that fits.
     """
 
     caller: Literal["generate", "forward"] = "generate"
@@ -35,7 +39,7 @@ class Workload:
     num_return_sequences: int = 1
     cache: Literal["dynamic", "static", "fp8"] = "dynamic"
     kv_dtype: str | None = None
-    objective: Literal["latency"] = "latency"
+    objective: Objective = "latency"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "prompt_tokens", "new_tokens", "num_beams", "num_return_sequences"):

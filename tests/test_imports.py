@@ -19,7 +19,7 @@ PACKAGES = ("planner", "simulate", "dispatch", "reports")
 ORDER = (
     ("errors",),
     ("units", "serial"),
-    ("hardware", "workload", "graph"),
+    ("hardware", "workload", "graph", "rules"),
     ("plan",),
     ("lifetimes",),
     ("memory", "cuda_allocator", "cache", "models"),
@@ -27,13 +27,15 @@ ORDER = (
     ("steps", "cost", "loading"),
     ("execution", "kernels"),
     ("conversions", "stored", "storages", "layers", "recorder", "inputs"),
-    ("trace", "placement", "verify", "explain"),
+    ("trace", "placement", "verify"),
     ("footprint",),
     ("given", "tracer"),
+    ("question",),
+    ("search", "explain"),
     ("api",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-VALUES = {"errors", "units", "serial", "hardware", "workload", "graph", "plan"}
+VALUES = {"errors", "units", "serial", "hardware", "workload", "graph", "rules", "plan"}
 TORCH = {
     "planner.execution", "planner.conversions", "planner.storages", "planner.layers", "planner.recorder",
     "planner.inputs", "planner.trace", "planner.kernels.cpu", "planner.kernels.cpu_products",
@@ -230,9 +232,9 @@ def test_importing_dispatch_loads_torch_at_most() -> None:
 
 PUBLIC = {
     "planner": [
-        "Hardware", "InfeasibleError", "InputError", "LayerGraph", "MemoryPrediction", "NoSolutionInTimeError", "Plan",
-        "PlanError", "PlanFormatError", "PlanMismatchError", "TraceError", "Violation", "Workload", "plan_model",
-        "predict", "predict_memory", "verify_plan",
+        "Hardware", "InfeasibleError", "InputError", "LayerGraph", "MemoryPrediction", "NoSolutionInTimeError", "Pin",
+        "Plan", "PlanError", "PlanFormatError", "PlanMismatchError", "Rules", "TraceError", "Violation", "Workload",
+        "plan_model", "predict", "predict_memory", "verify_plan",
     ],
     "simulate": ["Interval", "MemorySample", "Timeline", "run"],
     "dispatch": ["Checkpoint", "Measurement", "apply", "measure", "remove"],

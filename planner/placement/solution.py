@@ -10,12 +10,13 @@ from planner.placement import counts as counting
 from planner.placement.problem import Problem, build
 from planner.placement.realise import realise
 from planner.plan import Placement, Slots, Solver
+from planner.rules import NO_RULES, Rules
 from planner.units import GB, MB, format_bytes
 from planner.workload import Workload
 
 
 def find(
-    graph: LayerGraph, hardware: Hardware, workload: Workload
+    graph: LayerGraph, hardware: Hardware, workload: Workload, rules: Rules = NO_RULES
 ) -> tuple[tuple[Placement, ...], tuple[Slots, ...], Solver]:
     """Return the placement of least cost with its slots, and its proof.
 

@@ -10,6 +10,7 @@ from planner import memory
 from planner.graph import Layer, LayerGraph, LayerKind, Tensor, WeightGroup
 from planner.hardware import Hardware
 from planner.plan import Execution, ModelInfo, Placement, Plan, Prediction, Solver
+from planner.rules import Rules
 from planner.units import GB, MB
 from planner.workload import Workload
 from simulate.timeline import Interval, MemorySample, Timeline
@@ -90,7 +91,7 @@ def plan(graph: LayerGraph, hardware: Hardware) -> Plan:
     for device in ("cuda:0", "cuda:1"):
         breakdown[device] |= {"kv_cache": 123 * MB, "activations": 45 * MB}
     return Plan(
-        schema_version=1,
+        schema_version=2,
         model=ModelInfo(
             id="acme/moe",
             source="catalogue",
@@ -105,6 +106,7 @@ def plan(graph: LayerGraph, hardware: Hardware) -> Plan:
         graph=graph,
         hardware=hardware,
         workload=Workload(prompt_tokens=1024, new_tokens=64),
+        rules=Rules(),
         execution=Execution(attention="sdpa", experts="loadplan_routed"),
         assumptions=("routers pick every expert equally often", "a < b & c"),
         placements=placements,

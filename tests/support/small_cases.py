@@ -10,6 +10,7 @@ from planner.graph import Edge, Layer, LayerGraph, LayerKind, Pass, Span, Tensor
 from planner.hardware import Device, Hardware, Link, MemoryPool
 from planner.placement.solution import find
 from planner.plan import Execution, ModelInfo, Plan
+from planner.rules import Rules
 from planner.workload import Workload
 
 MIB = 2**20
@@ -114,12 +115,12 @@ def machine(gpus: list[Device], capacities: dict[str, int], *, reserved: int = 0
 def plan_of(case: Case) -> Plan:
     placements, slots, solver = find(case.graph, case.hardware, case.workload)
     plan = Plan(
-        schema_version=1,
+        schema_version=2,
         model=ModelInfo(
             id="small", source="config", note="", revision=None, config_digest=None, weight_dtype="bfloat16",
             num_parameters=case.graph.num_parameters, weight_bytes=case.graph.weight_bytes, versions={},
         ),
-        graph=case.graph, hardware=case.hardware, workload=case.workload,
+        graph=case.graph, hardware=case.hardware, workload=case.workload, rules=Rules(),
         execution=Execution(attention="sdpa", experts=None), assumptions=(), placements=placements, slots=slots,
         prediction=None, solver=solver,
     )  # fmt: skip

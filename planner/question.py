@@ -1,0 +1,151 @@
+"""A model that plans are asked of, for one machine and one piece of work after another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from planner import cache, loading
+from planner.graph import LayerGraph
+from planner.hardware import Hardware
+from planner.models import ModelSource
+from planner.plan import SCHEMA_VERSION, Execution, ModelInfo, Placement, Plan
+from planner.rules import Rules
+from planner.tracer import ASSUMED_CPU, Report, Tracer
+from planner.workload import Workload
+
+if TYPE_CHECKING:
+    from planner.headers import Headers
+
+
+class Question:
+    """Solves for any machine, work and rules; the model is built once, and traced once for each piece of work."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        module: Any,
+        dtype: str,
+        notes: Sequence[str],
+        *,
+        stored: Headers | None = None,
+        trust_remote_code: bool = False,
+        examples: Mapping[str, Any] | tuple[Any, ...] | None = None,
+        use_cache: bool = True,
+        report: Report = lambda text: None,
+    ):
+        self.source, self.dtype, self.notes, self.report = source, dtype, tuple(notes), report
+        self._module, self._stored, self._examples = module, stored, examples
+        self._trust_remote_code, self._use_cache = trust_remote_code, use_cache
+        self._tracers: dict[object, Tracer] = {}
+        self._traced: dict[object, tuple[LayerGraph, Execution]] = {}
+
+    def plan(self, hardware: Hardware, workload: Workload, rules: Rules) -> Plan:
+        """Return the best plan; it has no prediction yet.
+
+        Raises:
+            TraceError: the model is of a kind not carried yet. InfeasibleError: nothing fits.
+            NoSolutionInTimeError: the search was cut off.
+        """
+        from planner.placement.solution import find
+
+        tracer = self._tracer(hardware, workload)
+        fits_whole = tracer.weight_bytes() <= sum(
+            pool.usable_bytes for pool in hardware.pools if pool.name != hardware.disk(pool.name)
+        )
+        may_group = self.dtype == "bfloat16" and fits_whole
+        graph, execution = self._trace(tracer, routed=not may_group)
+        if len(graph.passes) == 1 and workload.decode_steps:
+            workload = replace(workload, caller="forward", new_tokens=1)
+        self.report("placing")
+        placements, slots, solver = find(graph, hardware, workload, rules)
+        # The name is planner.execution.GROUPED_EXPERTS, whose module would load torch on a path that has the trace
+        # cached.
+        if execution.experts == "loadplan_grouped" and not _experts_stay(placements):
+            # Grouped matmul needs every expert where it computes; the best placement streams some, so run them by
+            # route.
+            self.report("tracing routed experts")
+            graph, execution = self._trace(tracer, routed=True)
+            placements, slots, solver = find(graph, hardware, workload, rules)
+        plan = Plan(
+            schema_version=SCHEMA_VERSION,
+            model=ModelInfo(
+                id=self.source.id,
+                source=self.source.source,
+                note=self.source.note,
+                revision=self.source.revision,
+                config_digest=self.source.config_digest,
+                weight_dtype=self.dtype,
+                num_parameters=graph.num_parameters,
+                weight_bytes=graph.weight_bytes,
+                versions=cache.versions(),
+                loaded=tracer.loaded,
+                stored_bytes=None if self._stored is None else self._stored.total_bytes,
+            ),
+            graph=graph,
+            hardware=hardware,
+            workload=workload,
+            rules=rules,
+            execution=execution,
+            assumptions=(
+                *self.notes, *tracer.notes, *_execution_notes(workload, execution, hardware), *hardware.assumptions,
+            ),
+            placements=placements,
+            slots=slots,
+            prediction=None,
+            solver=solver,
+        )  # fmt: skip
+        shortage = loading.shortage(plan)
+        return plan if shortage is None else replace(plan, assumptions=(*plan.assumptions, shortage))
+
+    def _tracer(self, hardware: Hardware, workload: Workload) -> Tracer:
+        workload = replace(workload, objective="latency")
+        gpu = hardware.gpus[0].product if hardware.gpus else None
+        tracer = self._tracers.get((gpu, workload))
+        if tracer is None:
+            tracer = Tracer(
+                self.source, self._module, workload, self.dtype, self._trust_remote_code, use_cache=self._use_cache,
+                report=self.report, hardware=hardware, examples=self._examples,
+            )  # fmt: skip
+            tracer.headers = self._stored
+            tracer.loaded = self._is_loaded(tracer)
+            self._tracers[gpu, workload] = tracer
+        return tracer
+
+    def _is_loaded(self, tracer: Tracer) -> bool:
+        first = next(iter(self._tracers.values()), tracer)
+        return first.loaded
+
+    def _trace(self, tracer: Tracer, *, routed: bool) -> tuple[LayerGraph, Execution]:
+        key = (id(tracer), routed)
+        if key not in self._traced:
+            self._traced[key] = tracer.trace(routed=routed)
+            self._module = tracer.module
+        return self._traced[key]
+
+
+def _experts_stay(placements: Sequence[Placement]) -> bool:
+    return all(p.home == p.run_on for p in placements if p.resident_slices is not None)
+
+
+def _execution_notes(workload: Workload, execution: Execution, hardware: Hardware) -> list[str]:
+    choice = "greedy decoding (assumed)" if workload.sampling == "greedy" else "sampling"
+    if workload.num_beams > 1:
+        choice = f"{workload.num_beams} beams" + (", sampled" if workload.sampling == "sample" else "")
+    if workload.caller == "forward":
+        choice = "plain forward calls"
+    attention = f"{execution.attention} attention, " if execution.attention is not None else ""
+    notes = [f"{attention}{workload.cache} cache, {choice}; prompts of equal length"]
+    if execution.experts is not None:
+        notes.append(
+            f"experts run as {execution.experts}: memory counts the worst routing, time the expected number of "
+            "distinct experts, each equally popular (assumed)"
+        )
+    if hardware.gpus:
+        notes.append(f"operators and their scratch as torch runs them on {hardware.gpus[0].product}, by its sources")
+    else:
+        notes.append(f"operators' scratch as on {ASSUMED_CPU['threads']} threads with {ASSUMED_CPU['isa']} (assumed)")
+    if execution.unmodelled:
+        notes.append(f"scratch not modelled of {', '.join(execution.unmodelled)}")
+    return notes
