@@ -1,28 +1,39 @@
 """Bytes and FLOPs → time. The cost model that plans are optimal for, and the pieces that the simulator shares.
 
 A layer takes the longest of: its FLOPs at the device's matmul rate, its bytes at the device's memory rate (the
-roofline of Williams, Waterman and Patterson, CACM 2009), and its operators at the host's price of each. Weights that
-must come from elsewhere take their bytes over the narrowest link of the way, and a latency.
+roofline of Williams, Waterman and Patterson, CACM 2009), and its operators at the host's price of each; or what it was
+measured to take. Weights that must come from elsewhere take their bytes over the narrowest link of the way, and a
+latency. Experts that the CPU computes where they wait take the longer of their bytes at its memory rate and their FLOPs
+at its matmul rate, and two latencies of the link to hand the hidden states over and back.
 
-Over one pass, a device takes the greater of (computing + copies that can only start when a router or a page fault
-asks for them) and (all of its copies): whole groups are prefetched, because their order is known. Every change of
-device from one layer to the next costs one hop, the same for all pairs. The price of a decode step is the mean of the
-first and the last.
+In one pass, layers run one after another, so the times of the devices add up. A device takes
+
+    max(C + E, G - H)        where it has two slots for whole groups and copies no experts, or no whole groups
+    C + E + max(0, G - H)    where copies and computing do not overlap: one slot, or experts that queue behind groups
+
+with C its computing, E copies that start when a router or a page fault asks for them, G copies of whole groups, whose
+order is known, and H what of them is done while other devices compute: as many as there are slots, in every pass but
+the first, each taken to be the smallest. No pass is shorter than one link is busy. What moves between devices takes its
+bytes and latency on the link between them, once for each device that takes it (`planner.steps.transfers`). The price
+of a decode step is the mean of the first and the last.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from planner.graph import LayerGraph, LayerKind, Pass, Span, WeightGroup
 from planner.hardware import Device, Hardware
-from planner.memory import waiting_slices, with_groups
-from planner.plan import Placement
+from planner.memory import SLOT_COUNT, waiting_slices, with_groups
+from planner.plan import Placement, Slots
+from planner.steps import transfers
 from planner.workload import Workload
 
-COST_MODEL = "roofline layers, prefetched groups, uniform hops (planner/cost.py, version 1)"
+COST_MODEL = "roofline layers, prefetched groups, transfers by link (planner/cost.py, version 2)"
+
+Memory = Literal["device", "pinned", "pageable", "disk"]
 
 
 def weight_dtype(graph: LayerGraph) -> str:
@@ -48,51 +59,72 @@ def compute_ns(kind: LayerKind, span: Span, device: Device, *, tokens: int, dtyp
     return max(arithmetic, memory, span.operators * device.operator_ns)
 
 
-def path_rate(hardware: Hardware, home: str, device: str) -> tuple[int, int]:
+def layer_ns(
+    graph: LayerGraph, index: int, span: Span, device: Device, *, tokens: int, dtype: str, prefill: bool
+) -> int:
+    """Return the time that layer `index` computes in one pass: as measured, or as estimated."""
+    measured = graph.measured_ns(index, device.name, prefill=prefill)
+    if measured is not None:
+        return measured
+    return compute_ns(graph.kind_of(index), span, device, tokens=tokens, dtype=dtype)
+
+
+def path_rate(hardware: Hardware, home: str, device: str, memory: Memory) -> tuple[int, int]:
     """Return (bytes per second, latency in ns) of the way from a home to a device, through host memory if need be."""
-    if home == "disk" and device != "cpu":
-        disk, link = hardware.link("disk", "cpu"), hardware.link("cpu", device)
+    if memory == "disk" and device != hardware.host(device):
+        host = hardware.host(device)
+        disk, link = hardware.link(home, host), hardware.link(host, device)
         return min(disk.bytes_per_s, link.bytes_per_s), disk.latency_ns + link.latency_ns
     link = hardware.link(home, device)
-    return link.bytes_per_s, link.latency_ns
+    rate = int(link.bytes_per_s * hardware.pageable_fraction) if memory == "pageable" else link.bytes_per_s
+    return rate, link.latency_ns
 
 
-def copy_ns(hardware: Hardware, home: str, device: str, nbytes: int) -> int:
+def copy_ns(hardware: Hardware, home: str, device: str, memory: Memory, nbytes: int) -> int:
     """Return the time of one copy of `nbytes` from a home to a device."""
-    rate, latency = path_rate(hardware, home, device)
+    rate, latency = path_rate(hardware, home, device, memory)
     return latency + nbytes * 10**9 // rate
 
 
-def waiting_bytes(group: WeightGroup, home: str) -> int:
+def waiting_bytes(group: WeightGroup, memory: Memory) -> int:
     """Return what one slice takes where it waits: in a slab, or as the checkpoint stores it."""
-    return group.slice_stored_bytes if home == "disk" else group.slice_slab_bytes
+    return group.slice_stored_bytes if memory == "disk" else group.slice_slab_bytes
 
 
-def slice_copy_ns(hardware: Hardware, group: WeightGroup, home: str, device: str, *, tokens: int) -> int:
+def slice_copy_ns(
+    hardware: Hardware, group: WeightGroup, home: str, device: str, memory: Memory, *, tokens: int
+) -> int:
     """Return the expected time per pass that one waiting slice costs: its copy, times the chance that it is used."""
-    whole = copy_ns(hardware, home, device, waiting_bytes(group, home))
+    whole = copy_ns(hardware, home, device, memory, waiting_bytes(group, memory))
     return int(whole * group.expected_slices(tokens) / group.slices)
 
 
-def is_prefetched(group: WeightGroup, device: str) -> bool:
+def slice_cpu_ns(hardware: Hardware, group: WeightGroup, home: str, device: str, *, tokens: int, dtype: str) -> int:
+    """Return the expected time per pass in which the CPU `home` computes one expert that waits there for `device`.
+
+    A multiply-add of each weight for each token that is routed to it; hidden states go there and back.
+    """
+    host = hardware.device(home)
+    used = group.expected_slices(tokens) / group.slices
+    elements = sum(tensor.elements for tensor in group.tensors) // group.slices
+    routed = tokens * group.used_slices / group.slices
+    memory = used * group.slice_slab_bytes * 1e9 / host.bytes_per_s
+    arithmetic = 2.0 * routed * elements * 1e9 / host.flops_for(dtype)
+    latencies = hardware.link(home, device).latency_ns + hardware.link(device, home).latency_ns
+    return int(max(memory, arithmetic) + used * latencies)
+
+
+def is_prefetched(group: WeightGroup, device: Device) -> bool:
     """Tell whether copies of this group start before they are asked for: whole groups on their way to a GPU."""
-    return group.slices == 1 and device != "cpu"
-
-
-def hop_ns(hardware: Hardware, nbytes: int) -> int:
-    """Return the price of handing `nbytes` to another device: the slowest link between devices."""
-    names = {device.name for device in hardware.devices}
-    links = [link for link in hardware.links if link.source in names and link.target in names]
-    if not links:
-        return 0
-    return max(link.latency_ns for link in links) + nbytes * 10**9 // min(link.bytes_per_s for link in links)
+    return group.slices == 1 and device.kind != "cpu"
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A pass as it is priced: how often it happens, and the traced passes whose mean it costs."""
+    """A pass as it is priced: how often it counts, how often it happens, and the traced passes whose mean it costs."""
 
     name: str
+    weight: int
     times: int
     passes: tuple[Pass, ...]
 
@@ -100,50 +132,120 @@ class Step:
     def tokens(self) -> int:
         return self.passes[0].tokens
 
+    @property
+    def is_prefill(self) -> bool:
+        return self.name == "prefill"
+
 
 def steps_of(graph: LayerGraph, workload: Workload) -> tuple[Step, ...]:
-    """Return the prefill and, where there is one, the mean decode step."""
-    steps = [Step("prefill", 1, (graph.passes[0],))]
-    if len(graph.passes) > 1:
-        steps.append(Step("decode", workload.decode_steps, graph.passes[1:]))
-    return tuple(steps)
+    """Return the prefill and, where there is one, the mean decode step, as much of each as the objective counts."""
+    steps = workload.decode_steps if len(graph.passes) > 1 else 0
+    prefill, decode = 1, steps
+    if workload.objective == "ttft" or (workload.objective == "tpot" and not steps):
+        prefill, decode = 1, 0
+    elif workload.objective == "tpot":
+        prefill, decode = 0, 1
+    found = [Step("prefill", prefill, 1, graph.passes[:1])]
+    if steps:
+        found.append(Step("decode", decode, steps, graph.passes[1:]))
+    return tuple(found)
 
 
 def step_compute_ns(graph: LayerGraph, step: Step, index: int, device: Device, dtype: str) -> int:
     """Return the mean time of layer `index` over a step's passes, in ns."""
-    kind = graph.kind_of(index)
     tokens = step.tokens * graph.batch_size
-    times = [compute_ns(kind, entry.per_layer()[index], device, tokens=tokens, dtype=dtype) for entry in step.passes]
+    times = [
+        layer_ns(graph, index, entry.per_layer()[index], device, tokens=tokens, dtype=dtype, prefill=step.is_prefill)
+        for entry in step.passes
+    ]
     return sum(times) // len(times)
 
 
-def step_hop_ns(graph: LayerGraph, hardware: Hardware, step: Step) -> int:
-    """Return the price of one hop in a step: its largest edge."""
-    sizes = [edge.prefill_bytes if step.name == "prefill" else edge.decode_bytes for edge in graph.edges]
-    return hop_ns(hardware, max(sizes, default=0))
+@dataclass(slots=True)
+class Lane:
+    """What one device does in one step, in ns. `smallest`: the least copy of a whole group, from host memory."""
+
+    computing: int = 0
+    on_demand: int = 0
+    groups: int = 0
+    smallest: int = 0
+
+    def busy_ns(self, slots: int, *, prefill: bool) -> int:
+        """Return how long the pass stands at this device."""
+        hidden = 0 if prefill else slots * self.smallest
+        exposed = max(0, self.groups - hidden)
+        serial = self.computing + self.on_demand
+        return max(serial, exposed) if slots > 1 and not (self.on_demand and self.groups) else serial + exposed
+
+    def least_ns(self, slots: int) -> int:
+        """Return what no pass is shorter than because of this device's link."""
+        copies = self.groups + self.on_demand
+        return copies + self.computing if slots == 1 and self.groups else copies
 
 
-def objective_ns(graph: LayerGraph, hardware: Hardware, workload: Workload, placements: Sequence[Placement]) -> int:
+def lanes_of(
+    graph: LayerGraph, hardware: Hardware, step: Step, placements: Sequence[Placement], dtype: str
+) -> dict[str, Lane]:
+    """Return what every device does in one step."""
+    run_on = {placement.layer: placement.run_on for placement in placements}
+    lanes: dict[str, Lane] = {}
+    for index, layer in enumerate(graph.layers):
+        lane = lanes.setdefault(run_on[layer.name], Lane())
+        lane.computing += step_compute_ns(graph, step, index, hardware.device(run_on[layer.name]), dtype)
+    tokens = step.tokens * graph.batch_size
+    for placement, group in with_groups(graph, placements):
+        waiting = waiting_slices(placement, group)
+        if waiting == 0:
+            continue
+        home, name, memory = placement.home, placement.run_on, placement.memory
+        lane, device = lanes[name], hardware.device(name)
+        if memory != "disk" and tokens <= placement.cpu_up_to_tokens:
+            lane.computing += waiting * slice_cpu_ns(hardware, group, home, name, tokens=tokens, dtype=dtype)
+            continue
+        each = slice_copy_ns(hardware, group, home, name, memory, tokens=tokens)
+        if is_prefetched(group, device):
+            lane.groups += waiting * each
+            smallest = smallest_copy_ns(hardware, group, name)
+            lane.smallest = min(smallest, lane.smallest) if lane.smallest else smallest
+        else:
+            lane.on_demand += waiting * each
+    return lanes
+
+
+def smallest_copy_ns(hardware: Hardware, group: WeightGroup, device: str) -> int:
+    """Return the time of a whole group's copy from host memory, the least that hiding it behind others can save."""
+    return copy_ns(hardware, hardware.host(device), device, "pinned", group.slice_slab_bytes)
+
+
+def step_ns(
+    graph: LayerGraph,
+    hardware: Hardware,
+    step: Step,
+    placements: Sequence[Placement],
+    slots: Sequence[Slots],
+    dtype: str,
+) -> int:
+    """Return the time of one pass, in ns."""
+    counts = {entry.device: entry.count for entry in slots if entry.holds == "groups"}
+    lanes = lanes_of(graph, hardware, step, placements, dtype)
+    run_on = {placement.layer: placement.run_on for placement in placements}
+    moves = transfers(graph, [run_on[layer.name] for layer in graph.layers])
+    total = sum(move.ns(hardware, prefill=step.is_prefill) for move in moves)
+    total += sum(lane.busy_ns(counts.get(name, SLOT_COUNT), prefill=step.is_prefill) for name, lane in lanes.items())
+    return max([total, *(lane.least_ns(counts.get(name, SLOT_COUNT)) for name, lane in lanes.items())])
+
+
+def objective_ns(
+    graph: LayerGraph,
+    hardware: Hardware,
+    workload: Workload,
+    placements: Sequence[Placement],
+    slots: Sequence[Slots],
+) -> int:
     """Return the cost of a placement under the cost model, in ns: what the planner makes least."""
     dtype = weight_dtype(graph)
-    run_on = {placement.layer: placement.run_on for placement in placements}
-    path = [run_on[layer.name] for layer in graph.layers]
-    hops = sum(one != other for one, other in itertools.pairwise(path))
-    total = 0
-    for step in steps_of(graph, workload):
-        serial = dict.fromkeys(path, 0)
-        copies = dict.fromkeys(path, 0)
-        for index, name in enumerate(path):
-            serial[name] += step_compute_ns(graph, step, index, hardware.device(name), dtype)
-        tokens = step.tokens * graph.batch_size
-        for placement, group in with_groups(graph, placements):
-            waiting = waiting_slices(placement, group)
-            if waiting == 0:
-                continue
-            each = slice_copy_ns(hardware, group, placement.home, placement.run_on, tokens=tokens)
-            copies[placement.run_on] += waiting * each
-            if not is_prefetched(group, placement.run_on):
-                serial[placement.run_on] += waiting * each
-        once = sum(max(serial[name], copies[name]) for name in serial) + hops * step_hop_ns(graph, hardware, step)
-        total += step.times * once
-    return total
+    return sum(
+        step.weight * step_ns(graph, hardware, step, placements, slots, dtype)
+        for step in steps_of(graph, workload)
+        if step.weight
+    )

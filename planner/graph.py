@@ -6,6 +6,8 @@ not listed. It holds everything that planning, simulating and verifying need; no
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -140,12 +142,29 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Edge:
-    """Tensors that `source` makes and `target` takes: so many bytes must move in a pass if the devices differ."""
+    """What `source` makes and `target` takes: so many bytes must move in a pass if the devices differ.
+
+    tensor: edges from one source with the same name carry the same thing, which moves to each device once; the
+        smaller ones are parts of the largest.
+    may_cut: whether the two layers may run on different devices.
+    """
 
     source: int
     target: int
     prefill_bytes: int
     decode_bytes: int
+    tensor: str = ""
+    may_cut: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredTime:
+    """What a layer was measured to take on a device in each kind of pass, in ns; used instead of an estimate."""
+
+    layer: int
+    device: str
+    prefill_ns: int
+    decode_ns: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,6 +215,11 @@ class Pass:
         return tuple(span for span in self.spans for _ in range(span.count))
 
 
+@functools.lru_cache(maxsize=16)
+def _measured(times: tuple[MeasuredTime, ...]) -> dict[tuple[int, str], tuple[int, int]]:
+    return {(time.layer, time.device): (time.prefill_ns, time.decode_ns) for time in times}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerGraph:
     """The traced model.
@@ -205,6 +229,7 @@ class LayerGraph:
         the context length.
     ties: sets of full tensor names that share one storage.
     loose: tensors outside every layer (rotary tables and the like); they live with the first layer.
+    measured: computing times that the user has measured.
     """
 
     model: str
@@ -216,6 +241,14 @@ class LayerGraph:
     loose: tuple[Tensor, ...]
     allocator_bytes: int
     passes: tuple[Pass, ...]
+    measured: tuple[MeasuredTime, ...] = ()
+
+    def measured_ns(self, layer: int, device: str, *, prefill: bool) -> int | None:
+        """Return what a layer was measured to take on a device, or None."""
+        if not self.measured:
+            return None
+        found = _measured(self.measured).get((layer, device))
+        return found if found is None else found[0 if prefill else 1]
 
     def kind_of(self, index: int) -> LayerKind:
         return self.kinds[self.layers[index].kind]
@@ -260,11 +293,34 @@ class LayerGraph:
             kind = self.kinds[layer.kind]
             graph.add_node(index, name=layer.name, kind=kind.name, nbytes=kind.nbytes)
         for edge in self.edges:
-            graph.add_edge(edge.source, edge.target, prefill_bytes=edge.prefill_bytes, decode_bytes=edge.decode_bytes)
+            known = graph.get_edge_data(edge.source, edge.target, {"prefill_bytes": 0, "decode_bytes": 0})
+            graph.add_edge(
+                edge.source,
+                edge.target,
+                prefill_bytes=known["prefill_bytes"] + edge.prefill_bytes,
+                decode_bytes=known["decode_bytes"] + edge.decode_bytes,
+            )
         return graph
 
     def to_json(self) -> str:
         return canonical(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> LayerGraph:
+        """Read a graph, also one written by hand: what has a default may be left out (docs/layer-graph.md).
+
+        Raises:
+            PlanFormatError: not JSON, a key is missing, unknown or of a wrong type, or parts contradict each other.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as exc:
+            raise PlanFormatError(f"not a graph: line {exc.lineno} is not JSON ({exc.msg})") from exc
+        except RecursionError as exc:
+            raise PlanFormatError("not a graph: brackets are nested too deeply") from exc
+        graph = decode(cls, data, where="graph", defaults=True)
+        graph.check()
+        return graph
 
     @classmethod
     def from_dict(cls, data: Any) -> LayerGraph:
@@ -292,6 +348,11 @@ class LayerGraph:
         for edge in self.edges:
             if not 0 <= edge.source < edge.target < len(self.layers):
                 raise PlanFormatError(f"graph edge {edge.source} → {edge.target} does not point forward")
+            if min(edge.prefill_bytes, edge.decode_bytes) < 0:
+                raise PlanFormatError(f"graph edge {edge.source} → {edge.target} carries less than nothing")
+        for time in self.measured:
+            if not 0 <= time.layer < len(self.layers) or min(time.prefill_ns, time.decode_ns) < 0:
+                raise PlanFormatError(f"graph holds a measured time of layer {time.layer} that cannot be")
         for kind in self.kinds:
             for group in kind.groups:
                 if group.slices < 1 or any(

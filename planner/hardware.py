@@ -137,6 +137,10 @@ class Hardware:
         """The CPU of every node."""
         return tuple(device for device in self.devices if device.kind == "cpu")
 
+    @property
+    def pageable_fraction(self) -> float:
+        return 0.6
+
     def node(self, name: str) -> str:
         """Return the node that a device or memory is in; "" where there is only one."""
         return _node(name).removesuffix("/")

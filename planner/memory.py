@@ -6,13 +6,14 @@ below `peak`, which follows the passes layer by layer. Both count device-used by
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from planner.graph import SLAB_ALIGNMENT_BYTES, LayerGraph, Span, WeightGroup
 from planner.hardware import Device, Hardware
 from planner.plan import Placement, Slots
+from planner.precision import stored_as
 from planner.units import MIB, round_up
 
 # c10/core/AllocatorConfig.h: an allocation of 10 MiB or more gets a segment of its own, rounded up to 2 MiB.
@@ -23,6 +24,9 @@ _ROUND_BYTES = 512
 ALLOCATOR_BYTES = 22 * MIB
 # One slot is computed with while the next group is copied into the other.
 SLOT_COUNT = 2
+# Slots of whole groups that the planner may choose from; a single one lets nothing overlap, and takes half the memory.
+# A third would hide one more copy of a pass; the memory saves as much by keeping one more group.
+SLOT_COUNTS = (1, 2)
 
 
 def allocation_bytes(nbytes: int, device: Device) -> int:
@@ -82,22 +86,38 @@ class Usage:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
-def needed_slots(graph: LayerGraph, hardware: Hardware, placements: Sequence[Placement]) -> tuple[Slots, ...]:
+def needed_slots(
+    graph: LayerGraph,
+    hardware: Hardware,
+    placements: Sequence[Placement],
+    *,
+    single: Collection[str] = (),
+) -> tuple[Slots, ...]:
     """Return the slots that a placement needs: on each device that streams, two of its largest streamed group, and
     two of its largest streamed expert.
 
-    Whole groups that the CPU computes with straight from the mapped file need none.
+    Whole groups that the CPU computes with straight from the mapped file need none, nor do experts that it computes
+    where they wait in every pass. single: devices that make do with one slot for whole groups.
     """
     largest: dict[tuple[str, Literal["groups", "experts"]], int] = {}
+    longest = max((entry.tokens * graph.batch_size for entry in graph.passes), default=0)
     for placement, group in with_groups(graph, placements):
         if waiting_slices(placement, group) == 0:
             continue
-        if placement.run_on == "cpu" and group.slices == 1:
+        on_cpu = hardware.device(placement.run_on).kind == "cpu"
+        if on_cpu and group.slices == 1:
+            continue
+        if not on_cpu and placement.home != hardware.disk(placement.run_on) and placement.cpu_up_to_tokens >= longest:
             continue
         key = (placement.run_on, slot_kind(group))
         largest[key] = max(largest.get(key, 0), group.slice_slab_bytes)
     return tuple(
-        Slots(device=device.name, count=SLOT_COUNT, slot_bytes=nbytes, holds=holds)
+        Slots(
+            device=device.name,
+            count=1 if holds == "groups" and device.name in single else SLOT_COUNT,
+            slot_bytes=nbytes,
+            holds=holds,
+        )
         for device in hardware.devices
         for (name, holds), nbytes in sorted(largest.items(), reverse=True)
         if name == device.name
@@ -110,10 +130,10 @@ def slot_kind(group: WeightGroup) -> Literal["groups", "experts"]:
 
 
 def with_groups(graph: LayerGraph, placements: Iterable[Placement]) -> Iterable[tuple[Placement, WeightGroup]]:
-    """Yield each placement with the group of the graph that it places."""
-    kinds = {layer.name: graph.kinds[layer.kind] for layer in graph.layers}
+    """Yield each placement with the group of the graph that it places, in the precision it has there."""
+    kinds = {layer.name: {group.name: group for group in graph.kinds[layer.kind].groups} for layer in graph.layers}
     for placement in placements:
-        yield placement, kinds[placement.layer].group(placement.group)
+        yield placement, stored_as(kinds[placement.layer][placement.group], placement.dtype)
 
 
 def waiting_slices(placement: Placement, group: WeightGroup) -> int:
@@ -128,32 +148,33 @@ def static_usage(
 ) -> dict[str, Usage]:
     """Return what each memory ("disk" too) holds through the whole run: weights, slots, workspace, context."""
     weights: dict[str, int] = {pool.name: 0 for pool in hardware.pools}
-    tied = _tied_bytes(graph, placements)
+    tied = _tied_bytes(graph, hardware, placements)
     staged: set[tuple[str, str]] = set()
     for placement, group in with_groups(graph, placements):
         device = hardware.device(placement.run_on)
         waiting = waiting_slices(placement, group)
         weights[placement.run_on] += resident_bytes(group, group.slices - waiting, device)
-        each = group.slice_stored_bytes if placement.home == "disk" else group.slice_slab_bytes
+        is_on_disk = placement.home == hardware.disk(placement.run_on)
+        each = group.slice_stored_bytes if is_on_disk else group.slice_slab_bytes
         weights[placement.home] += each * waiting
-        if placement.home == "disk" and waiting and device.kind != "cpu":
+        if is_on_disk and waiting and device.kind != "cpu":
             staged.add((device.name, slot_kind(group)))
     for name, saved in tied.items():
         weights[name] -= saved
     slot_bytes: dict[str, int] = {}
-    staging = 0
     for entry in slots:
         nbytes = entry.count * allocation_bytes(entry.slot_bytes, hardware.device(entry.device))
         slot_bytes[entry.device] = slot_bytes.get(entry.device, 0) + nbytes
         if (entry.device, entry.holds) in staged:
-            staging += nbytes
+            host = hardware.host(entry.device)
+            slot_bytes[host] = slot_bytes.get(host, 0) + nbytes
     used = {placement.run_on for placement in placements}
     result = {}
     for name, nbytes in weights.items():
         context, workspace = fixed_bytes(graph, hardware.device(name)) if name in used else (0, 0)
         result[name] = Usage(
             weights=nbytes,
-            slots=slot_bytes.get(name, 0) + (staging if name == "cpu" else 0),
+            slots=slot_bytes.get(name, 0),
             context=context,
             workspace=workspace,
         )
@@ -163,23 +184,25 @@ def static_usage(
     return result
 
 
-def pinned_bytes(graph: LayerGraph, hardware: Hardware, placements: Sequence[Placement], slots: Sequence[Slots]) -> int:
-    """Return the host memory that is pinned: what waits there for GPUs, and what comes from disk through it."""
-    waiting = 0
+def pinned_bytes(
+    graph: LayerGraph, hardware: Hardware, placements: Sequence[Placement], slots: Sequence[Slots]
+) -> dict[str, int]:
+    """Return the memory of each host that is pinned: what waits there for GPUs, and what comes from disk through it."""
+    pinned = {device.name: 0 for device in hardware.hosts}
     staged: set[tuple[str, str]] = set()
     for placement, group in with_groups(graph, placements):
         slices = waiting_slices(placement, group)
         if slices == 0 or hardware.device(placement.run_on).kind == "cpu":
             continue
-        if placement.home == "cpu":
-            waiting += slices * group.slice_slab_bytes
-        else:
+        if placement.memory == "pinned":
+            pinned[placement.home] += slices * group.slice_slab_bytes
+        elif placement.memory == "disk":
             staged.add((placement.run_on, slot_kind(group)))
-    return waiting + sum(
-        entry.count * allocation_bytes(entry.slot_bytes, hardware.device(entry.device))
-        for entry in slots
-        if (entry.device, entry.holds) in staged
-    )
+    for entry in slots:
+        if (entry.device, entry.holds) in staged:
+            nbytes = entry.count * allocation_bytes(entry.slot_bytes, hardware.device(entry.device))
+            pinned[hardware.host(entry.device)] += nbytes
+    return pinned
 
 
 def planned_bytes(
@@ -252,13 +275,16 @@ def _devices(graph: LayerGraph, placements: Sequence[Placement]) -> list[str]:
     return [by_layer[layer.name] for layer in graph.layers]
 
 
-def _tied_bytes(graph: LayerGraph, placements: Sequence[Placement]) -> dict[str, int]:
+def _tied_bytes(graph: LayerGraph, hardware: Hardware, placements: Sequence[Placement]) -> dict[str, int]:
     """Return the bytes to take off each memory because tied tensors that wait there are stored once."""
+    if not graph.ties:
+        return {}
     homes = {(placement.layer, placement.group): placement.home for placement in placements}
     sizes: dict[str, tuple[str, int]] = {}
     for index, group, name, tensor in graph.tensors():
         home, nbytes = homes[graph.layers[index].name, group.name], round_up(tensor.nbytes, SLAB_ALIGNMENT_BYTES)
-        sizes[name] = (home, tensor.stored.nbytes if home == "disk" and tensor.stored is not None else nbytes)
+        is_stored = tensor.stored is not None and home == hardware.disk(home)
+        sizes[name] = (home, tensor.stored_bytes if is_stored else nbytes)
     saved: dict[str, int] = {}
     for names in graph.ties:
         seen: set[str] = set()

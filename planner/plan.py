@@ -121,16 +121,23 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solver:
-    """What is proven. `bound_ns` is a lower bound on the cost of any placement under the cost model named."""
+    """What is proven. `bound_ns` is a lower bound on the cost of any placement under the cost model named.
+
+    objective_bytes, bound_bytes: of memory, where the objective is to need the least ("fit").
+    """
 
     status: Literal["optimal", "feasible"]
     objective_ns: int
     bound_ns: int
     cost_model: str
+    objective_bytes: int | None = None
+    bound_bytes: int | None = None
 
     @property
     def gap(self) -> float:
         """Return how far the objective may be above the best, as a fraction of it."""
+        if self.objective_bytes is not None and self.bound_bytes is not None:
+            return (self.objective_bytes - self.bound_bytes) / self.objective_bytes if self.objective_bytes else 0.0
         return (self.objective_ns - self.bound_ns) / self.objective_ns if self.objective_ns else 0.0
 
 

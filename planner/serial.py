@@ -36,13 +36,28 @@ def _fields(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def decode(cls: type[T], data: Any, *, where: str = "plan") -> T:
-    """Build a `cls` from JSON data.
+def decode(cls: type[T], data: Any, *, where: str = "plan", defaults: bool = False) -> T:
+    """Build a `cls` from JSON data; with `defaults`, what has a default may be missing.
 
     Raises:
         PlanFormatError: a key is missing, unknown, or holds another type; the message says where.
     """
-    return typing.cast(T, _decode(cls, data, where))
+    return typing.cast(T, _decode(cls, data if not defaults else _filled(cls, data), where))
+
+
+def _filled(kind: Any, data: Any) -> Any:
+    """Return JSON data of a dataclass with the defaults of what it leaves out, all the way down."""
+    if typing.get_origin(kind) is tuple and isinstance(data, list):
+        return [_filled(typing.get_args(kind)[0], entry) for entry in data]
+    if not (dataclasses.is_dataclass(kind) and isinstance(data, dict)):
+        return data
+    hints = _fields(typing.cast(type, kind))
+    defaults = {
+        field.name: encode(field.default)
+        for field in dataclasses.fields(kind)
+        if field.default is not dataclasses.MISSING
+    }
+    return {**defaults, **{name: _filled(hints.get(name), value) for name, value in data.items()}}
 
 
 def _decode(kind: Any, data: Any, where: str) -> Any:

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from planner.graph import LayerGraph, WeightGroup
-from planner.memory import waiting_slices
+from planner.graph import Edge, LayerGraph, WeightGroup
+from planner.hardware import Hardware
+from planner.memory import waiting_slices, with_groups
 from planner.plan import Placement
 
 
@@ -31,43 +32,99 @@ class Part:
 
     @property
     def prefetched(self) -> bool:
-        return self.waiting > 0 and self.group.slices == 1 and self.placement.run_on != "cpu"
+        return self.waiting > 0 and self.group.slices == 1 and not self.placement.run_on.endswith("cpu")
+
+    def on_cpu(self, tokens: int) -> bool:
+        """Tell whether the CPU computes the waiting slices in a pass of so many tokens over all rows."""
+        return self.waiting > 0 and tokens <= self.placement.cpu_up_to_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """What one layer made, on its way to another device, where `target` is the first layer to take it.
+
+    waits: it is what some layer there takes last (see `awaited`), so that its latency is waited for; what else a layer
+        takes is under way by then and costs its bytes.
+    """
+
+    source: int
+    target: int
+    origin: str
+    device: str
+    prefill_bytes: int
+    decode_bytes: int
+    waits: bool
+
+    def ns(self, hardware: Hardware, *, prefill: bool) -> int:
+        """Return the time it takes on the link between the devices."""
+        link = hardware.link(self.origin, self.device)
+        nbytes = self.prefill_bytes if prefill else self.decode_bytes
+        return (link.latency_ns if self.waits else 0) + nbytes * 10**9 // link.bytes_per_s
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRun:
-    """A layer in execution order: where it runs, where its input comes from if elsewhere, and its parts."""
+    """A layer in execution order: where it runs, what must come from other devices first, and its parts."""
 
     index: int
     name: str
     device: str
-    hop_from: str | None
+    takes: tuple[Transfer, ...]
     parts: tuple[Part, ...]
 
 
 def layer_runs(graph: LayerGraph, placements: Sequence[Placement]) -> tuple[LayerRun, ...]:
     """Return every layer of one pass in order."""
-    by_layer: dict[str, list[Placement]] = {}
-    for placement in placements:
-        by_layer.setdefault(placement.layer, []).append(placement)
+    by_layer: dict[str, list[tuple[Placement, WeightGroup]]] = {}
+    for placement, group in with_groups(graph, placements):
+        by_layer.setdefault(placement.layer, []).append((placement, group))
+    devices = [by_layer[layer.name][0][0].run_on for layer in graph.layers]
+    takes: dict[int, list[Transfer]] = {}
+    for transfer in transfers(graph, devices):
+        takes.setdefault(transfer.target, []).append(transfer)
     runs: list[LayerRun] = []
-    for index, layer in enumerate(graph.layers):
-        kind = graph.kinds[layer.kind]
+    for index, (layer, device) in enumerate(zip(graph.layers, devices, strict=True)):
         placed = by_layer[layer.name]
-        device = placed[0].run_on
-        previous = runs[-1].device if runs else device
         # A slice that is not routed is not read: the share of experts is that of the slices one token uses.
-        weights = [
-            kind.group(p.group).nbytes * kind.group(p.group).used_slices / kind.group(p.group).slices for p in placed
-        ]
-        total = sum(weights) or 1.0
+        weights = [group.nbytes * group.used_slices / group.slices for _, group in placed]
+        total = sum(weights)
         parts = tuple(
-            Part(weight / total if sum(weights) else 1.0 / len(placed), p, kind.group(p.group),
-                 waiting_slices(p, kind.group(p.group)))
-            for p, weight in zip(placed, weights, strict=True)
-        )  # fmt: skip
-        runs.append(LayerRun(index, layer.name, device, previous if previous != device else None, parts))
+            Part(weight / total if total else 1.0 / len(placed), placement, group, waiting_slices(placement, group))
+            for (placement, group), weight in zip(placed, weights, strict=True)
+        )
+        runs.append(LayerRun(index, layer.name, device, tuple(takes.get(index, ())), parts))
     return tuple(runs)
+
+
+def transfers(graph: LayerGraph, devices: Sequence[str]) -> tuple[Transfer, ...]:
+    """Return what moves between devices in one pass, once for each device that takes it, in order of the takers."""
+    latest = awaited(graph)
+    moves: dict[tuple[int, str, str], list[Edge]] = {}
+    for edge in graph.edges:
+        if devices[edge.source] != devices[edge.target]:
+            moves.setdefault((edge.source, edge.tensor, devices[edge.target]), []).append(edge)
+    found = [
+        Transfer(
+            source=source,
+            target=min(edge.target for edge in edges),
+            origin=devices[source],
+            device=device,
+            prefill_bytes=max(edge.prefill_bytes for edge in edges),
+            decode_bytes=max(edge.decode_bytes for edge in edges),
+            waits=any(latest[edge.target] == (source, tensor) for edge in edges),
+        )
+        for (source, tensor, device), edges in moves.items()
+    ]
+    return tuple(sorted(found, key=lambda move: (move.target, move.source, move.prefill_bytes)))
+
+
+def awaited(graph: LayerGraph) -> dict[int, tuple[int, str]]:
+    """Return for each layer what it waits for: the largest tensor of the latest layer that it takes from."""
+    best: dict[int, tuple[int, int, str]] = {}
+    for edge in graph.edges:
+        found = (edge.source, edge.prefill_bytes + edge.decode_bytes, edge.tensor)
+        best[edge.target] = max(best.get(edge.target, found), found)
+    return {target: (source, tensor) for target, (source, _, tensor) in best.items()}
 
 
 def prefetch_order(runs: Sequence[LayerRun], device: str) -> Iterator[Part]:

@@ -509,27 +509,40 @@ _SPAN_FIELDS = tuple(name for name in Span.__slots__ if name != "count")
 
 
 def _edges(traced: list[tuple[str, TracedPass]], position: dict[int, int]) -> tuple[Edge, ...]:
-    """Return who uses what others made, as bytes of distinct blocks, in the prefill and in the last step."""
-    sizes: list[dict[tuple[int, int], int]] = []
+    """Return who uses what others made, as bytes of distinct blocks, in the prefill and in the last step.
+
+    Blocks that one layer makes for the same others are one tensor.
+    """
+    sizes: list[dict[tuple[int, tuple[int, ...]], int]] = []
     for _, entry in (traced[0], traced[-1]):
         run = entry.run
-        found: dict[tuple[int, int], int] = {}
         made = {event.block: event.nbytes for event in entry.events if event.nbytes > 0}
+        users: dict[int, set[int]] = {}
         for block, user in run.flows:
-            if block in made and user >= 0 and block not in run.cache_blocks:
-                pair = (position[run.maker[block]], position[user])
-                if pair[0] < pair[1]:
-                    found[pair] = found.get(pair, 0) + made[block]
+            is_handed_on = block in made and user >= 0 and block not in run.cache_blocks
+            if is_handed_on and position[run.maker[block]] < position[user]:
+                users.setdefault(block, set()).add(position[user])
+        found: dict[tuple[int, tuple[int, ...]], int] = {}
+        for block, taken_by in users.items():
+            key = (position[run.maker[block]], tuple(sorted(taken_by)))
+            found[key] = found.get(key, 0) + made[block]
         sizes.append(found)
     prefill, decode = sizes
     if len(traced) == 1:
         decode = {}
-    return tuple(
+    keys = sorted(prefill.keys() | decode.keys())
+    of_source: dict[int, list[tuple[int, ...]]] = {}
+    for source, targets in keys:
+        of_source.setdefault(source, []).append(targets)
+    edges = [
         Edge(
             source=source,
             target=target,
-            prefill_bytes=prefill.get((source, target), 0),
-            decode_bytes=decode.get((source, target), 0),
+            prefill_bytes=prefill.get((source, targets), 0),
+            decode_bytes=decode.get((source, targets), 0),
+            tensor=str(of_source[source].index(targets)) if len(of_source[source]) > 1 else "",
         )
-        for source, target in sorted(prefill.keys() | decode.keys())
-    )
+        for source, targets in keys
+        for target in targets
+    ]
+    return tuple(sorted(edges, key=lambda edge: (edge.source, edge.target, edge.tensor)))

@@ -73,8 +73,7 @@ class _Simulation:
             self._begin_prefetch()
         for run in self.runs:
             span, other = first[run.index], last[run.index]
-            if run.hop_from is not None:
-                now = self._hop(run, span, now, step)
+            now = self._take(run, now, step)
             held = _between(span.requested_bytes, other.requested_bytes, weight)
             self._sample(now, run.device, self.static[run.device], cached[run.device], held)
             now = self._layer(run, span, other, weight, now, step)
@@ -94,13 +93,12 @@ class _Simulation:
 
     def _layer(self, run: LayerRun, span: Span, other: Span, weight: float, now: int, step: int) -> int:
         device = self.hardware.device(run.device)
-        kind = self.graph.kind_of(run.index)
-        tokens = self._tokens(step)
-        whole = _between(
-            cost.compute_ns(kind, span, device, tokens=tokens, dtype=self.dtype),
-            cost.compute_ns(kind, other, device, tokens=tokens, dtype=self.dtype),
-            weight,
+        tokens, prefill = self._tokens(step), step == 0
+        begun, ended = (
+            cost.layer_ns(self.graph, run.index, each, device, tokens=tokens, dtype=self.dtype, prefill=prefill)
+            for each in (span, other)
         )
+        whole = _between(begun, ended, weight)
         pending = 0
         for part in run.parts:
             own = round(whole * part.share)
@@ -123,21 +121,35 @@ class _Simulation:
         lanes = (f"{run.device} compute",)
         return self.engine.issue("run", label, lanes=lanes, duration_ns=duration, after=after, step=step)
 
-    def _hop(self, run: LayerRun, span: Span, now: int, step: int) -> int:
-        assert run.hop_from is not None
-        link = self.hardware.link(run.hop_from, run.device)
-        duration = link.latency_ns + span.input_bytes * 10**9 // link.bytes_per_s
-        lanes = (f"{run.hop_from}→{run.device} copy",)
-        return self.engine.issue("hop", f"→ {run.name}", lanes=lanes, duration_ns=duration, after=now, step=step)
+    def _take(self, run: LayerRun, now: int, step: int) -> int:
+        """Bring what other devices made and this layer is the first here to take; return when it is there."""
+        for move in run.takes:
+            now = self.engine.issue(
+                "hop",
+                f"→ {run.name}",
+                lanes=(f"{move.origin}→{move.device} copy",),
+                duration_ns=move.ns(self.hardware, prefill=step == 0),
+                after=now,
+                step=step,
+            )
+        return now
 
     def _fetch(self, run: LayerRun, part: Part, tokens: int, now: int, step: int) -> int:
-        """Copy what the router asked for, or read what the CPU is about to use; return when it is there."""
-        home = part.placement.home
-        each = cost.slice_copy_ns(self.hardware, part.group, home, run.device, tokens=tokens)
+        """Copy what the router asked for, or read what the CPU is about to use; return when it is there.
+
+        What the CPU computes where it waits takes its time there, and the device waits.
+        """
+        home, kind = part.placement.home, part.placement.memory
+        label = f"{run.name} {part.group.name}"
+        if kind != "disk" and part.on_cpu(tokens):
+            each = cost.slice_cpu_ns(self.hardware, part.group, home, run.device, tokens=tokens, dtype=self.dtype)
+            lanes: tuple[str, ...] = (f"{home} compute",)
+            return self.engine.issue("run", label, lanes=lanes, duration_ns=each * part.waiting, after=now, step=step)
+        each = cost.slice_copy_ns(self.hardware, part.group, home, run.device, kind, tokens=tokens)
         return self.engine.issue(
-            "read" if home == "disk" else "copy",
-            f"{run.name} {part.group.name}",
-            lanes=_lanes(home, run.device),
+            "read" if kind == "disk" else "copy",
+            label,
+            lanes=self._lanes(home, run.device, kind),
             duration_ns=each * part.waiting,
             after=now,
             step=step,
@@ -163,16 +175,23 @@ class _Simulation:
             return
         part = self.queue[device].pop(0)
         self.queue[device].append(part)
-        home = part.placement.home
+        home, kind = part.placement.home, part.placement.memory
         end = self.engine.issue(
             "copy",
             f"{part.placement.layer} {part.group.name}",
-            lanes=_lanes(home, device),
-            duration_ns=cost.copy_ns(self.hardware, home, device, cost.waiting_bytes(part.group, home)),
+            lanes=self._lanes(home, device, kind),
+            duration_ns=cost.copy_ns(self.hardware, home, device, kind, cost.waiting_bytes(part.group, kind)),
             after=slot_free,
             step=step,
         )
         self.copied[device].append(end)
+
+    def _lanes(self, home: str, device: str, kind: str) -> tuple[str, ...]:
+        host = self.hardware.host(device)
+        if kind == "disk":
+            read = f"{home}→{host} read"
+            return (read,) if device == host else (read, f"{host}→{device} copy")
+        return (f"{home}→{device} copy",)
 
     def _sample(self, now: int, device: str, usage: Usage, kv_cache: int = 0, activations: int = 0) -> None:
         self.samples.append(
@@ -187,12 +206,6 @@ class _Simulation:
                 context=usage.context,
             )
         )
-
-
-def _lanes(home: str, device: str) -> tuple[str, ...]:
-    if home == "disk":
-        return ("disk→cpu read",) if device == "cpu" else ("disk→cpu read", f"cpu→{device} copy")
-    return (f"{home}→{device} copy",)
 
 
 def _between(first: int, last: int, weight: float) -> int:

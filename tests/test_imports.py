@@ -21,6 +21,7 @@ ORDER = (
     ("units", "serial"),
     ("hardware", "workload", "graph", "rules"),
     ("plan",),
+    ("precision",),
     ("lifetimes",),
     ("memory", "cuda_allocator", "cache", "models"),
     ("headers",),

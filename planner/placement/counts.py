@@ -1,32 +1,40 @@
 """The counting model: how many layers of each class run on each device, and how many slices wait where (CP-SAT).
 
-Variables, for a class c, a device d, a group g and a home h:
-    layers[c, d]      how many layers of the class run there
-    away[c, d, g, h]  how many slices of the group, over those layers, wait at h
-    on_disk[c, d, g]  in how many of those layers the waiting slices of the group are on disk
-    ends[u, d]        whether the front (embeddings) or tail (head) runs there
-    used[d]           whether anything does
-    time[s, d]        what step s takes on d
-The model counts and does not name, so alike layers give it no symmetry; alike devices are ordered by their layers.
+Variables, for a unit u, a device d, a group g in a precision p and a memory m of a home:
+    layers[u, d]            how many layers of the unit run there (0 or 1 of one that is placed whole)
+    stored[u, d, g, p]      how many of them have the group in that precision
+    away[u, d, g, p, m]     how many slices of the group, over those layers, wait in that memory
+    at[u, d, g, p, m]       in how many of those layers the waiting slices are in that memory
+    used[d], two[d]         whether anything runs there; whether whole groups have two slots and not one
+    time[s, d], total[s]    what step s takes on d, and in all
+The model counts and does not name, so alike layers give it no symmetry; alike devices are ordered by their layers. What
+moves between devices is priced in `planner.placement.moves`.
 """
 
 from __future__ import annotations
 
 import itertools
+import threading
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ortools.sat.python import cp_model
 
 from planner import memory
 from planner.errors import NoSolutionInTimeError
-from planner.placement.problem import GroupCost, Problem, Tie, Unit, UnitCost, likeness
+from planner.placement import moves
+from planner.placement.problem import Home, Option, Problem, Tie, Unit, UnitCost, likeness
 
 # (linearization level, limit) tried in turn: most instances are proven at once at one level or the other, and which
 # one is not known before. Limits are on CP-SAT's own deterministic clock, so that a search is cut off at the same
 # place everywhere.
 SEARCHES = ((1, 0.3), (2, 0.3), (1, 10.0))
+# Every layer named: the bound comes from the linear relaxation, and there is much of it.
+NAMED_SEARCHES = ((2, 60.0),)
+# After the first two searches an answer this near to its bound is taken.
+NEAR = 1e-3
 # A shortfall need not be proven the least: it is said to a person.
 SHORTFALL_SEARCHES = ((1, 0.3), (2, 0.3), (1, 1.0))
 # That clock can all but stand still while a search goes in circles. Only then does a wall clock end it.
@@ -34,18 +42,22 @@ LONGEST_SEARCH_S = 30.0
 LONGEST_SHORTFALL_S = 2.0
 MOST_OBJECTIVE = 2**60
 
+# Unit, device, group, precision.
+Stored = tuple[str, str, str, str | None]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """A solution. `away`: (class, device, group, home) → slices; `on_disk`: (class, device, group) → layers."""
+    """A solution. The keys are those of the model's variables; what is 0 is left out."""
 
-    optimal: bool
-    objective_ns: int
-    bound_ns: int
-    ends: dict[str, str]
+    is_optimal: bool
+    objective: int
+    bound: int
     layers: dict[tuple[str, str], int]
-    away: dict[tuple[str, str, str, str], int]
-    on_disk: dict[tuple[str, str, str], int]
+    stored: dict[Stored, int]
+    away: dict[tuple[Stored, str], int]
+    at: dict[tuple[Stored, str], int]
+    single: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +68,23 @@ class Shortfall:
     missing_bytes: int
 
 
-def solve(problem: Problem, *, order: Sequence[str] | None = None) -> Counts | None:
+@dataclass(slots=True)
+class Clock:
+    """What is left of the user's time; an interrupt ends it."""
+
+    limit_s: float | None = None
+    started: float = field(default_factory=time.monotonic)
+    interrupted: bool = False
+
+    def left_s(self, most: float) -> float:
+        if self.interrupted:
+            return 0.0
+        return most if self.limit_s is None else max(0.0, min(most, self.limit_s - (time.monotonic() - self.started)))
+
+
+def solve(
+    problem: Problem, clock: Clock, *, order: Sequence[str] | None = None, hint: Counts | None = None
+) -> Counts | None:
     """Return the best counts, or None when nothing fits; with `order`, of chains that visit devices in that order.
 
     Raises:
@@ -65,16 +93,18 @@ def solve(problem: Problem, *, order: Sequence[str] | None = None) -> Counts | N
     model = _Model(problem, grow=None, ordered=order is not None)
     if order is not None:
         model.follow(order)
-    model.minimise_time()
-    return model.solve()
+    model.minimise()
+    if hint is not None:
+        model.hint(hint)
+    return model.solve(clock)
 
 
-def shortfall(problem: Problem, pool: str) -> Shortfall | None:
+def shortfall(problem: Problem, pool: str, clock: Clock) -> Shortfall | None:
     """Return the least growth of one memory with which everything fits; None where that alone cannot help."""
     model = _Model(problem, grow=pool)
     model.model.minimize(model.growth)
-    solver, status = model.run(SHORTFALL_SEARCHES, longest_s=LONGEST_SHORTFALL_S)
-    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+    solver, status = model.run(SHORTFALL_SEARCHES, clock, longest_s=LONGEST_SHORTFALL_S)
+    if solver is None or status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return None
     entry = problem.hardware.pool(pool)
     overdrawn = max(0, entry.reserved_bytes - entry.capacity_bytes)
@@ -83,88 +113,196 @@ def shortfall(problem: Problem, pool: str) -> Shortfall | None:
 
 class _Model:
     def __init__(self, problem: Problem, *, grow: str | None, ordered: bool = False):
-        self.problem = problem
+        self.problem, self.hardware, self.rules = problem, problem.hardware, problem.rules
         self.model = cp_model.CpModel()
-        self.devices = [device.name for device in problem.hardware.devices]
+        self.devices = [device.name for device in self.hardware.devices]
         self.layers: dict[tuple[str, str], Any] = {}
-        self.away: dict[tuple[str, str, str, str], Any] = {}
-        self.on_disk: dict[tuple[str, str, str], Any] = {}
-        self.ends: dict[tuple[str, str], Any] = {}
-        self.held: dict[str, list[Any]] = {pool.name: [] for pool in problem.hardware.pools}
-        self.pinned: list[Any] = []
+        self.stored: dict[Stored, Any] = {}
+        self.away: dict[tuple[Stored, str], Any] = {}
+        self.at: dict[tuple[Stored, str], Any] = {}
+        self.options: dict[Stored, Option] = {}
+        self.held: dict[str, list[Any]] = {pool.name: [] for pool in self.hardware.pools}
+        self.pinned: dict[str, list[Any]] = {device.name: [] for device in self.hardware.hosts}
         # (bytes, literal) that a device's activations and slots must be as large as; literals of what comes from disk
         self.activations: dict[str, list[tuple[int, Any]]] = {name: [] for name in self.devices}
         self.slots: dict[tuple[str, str], list[tuple[int, Any]]] = {}
         self.staged: dict[tuple[str, str], list[Any]] = {}
+        # (the least copy, literal) of whole groups that are streamed; by step, literals of what is copied on demand
+        self.streams: dict[str, list[tuple[int, Any]]] = {name: [] for name in self.devices}
+        self.demands: dict[tuple[str, str], list[Any]] = {}
         self.used = {name: self.model.new_bool_var(f"used {name}") for name in self.devices}
+        self.two = {name: self.model.new_bool_var(f"two slots {name}") for name in self.devices}
         self.growth = self.model.new_int_var(0, self._most_growth() if grow else 0, "growth")
         self._variables()
         self._buffers()
         self._memory(grow)
+        self._rules()
         if not ordered:
             self._order_alike_devices()
 
     # Where layers run and slices wait.
     def _variables(self) -> None:
         model, problem = self.model, self.problem
-        self._device_buffers()
-        for unit in problem.blocks:
-            for name in self.devices:
-                self.layers[unit.name, name] = model.new_int_var(0, len(unit.layers), f"layers {unit.name} {name}")
-                self._block_on(unit, name, unit.on[name])
-            # [Constraint] every layer of a class runs somewhere
-            model.add(sum(self.layers[unit.name, name] for name in self.devices) == len(unit.layers))
-        for end in (problem.front, problem.tail):
-            if end is None:
-                continue
-            for name in self.devices:
-                self.ends[end.name, name] = model.new_bool_var(f"{end.name} {name}")
-                self._end_on(end, name, end.on[name])
-            # [Constraint] front and tail run on one device each
-            model.add_exactly_one(self.ends[end.name, name] for name in self.devices)
-        for tie in problem.ties:
-            for name in self.devices:
-                self._tie(tie, name)
-
-    def _tie(self, tie: Tie, name: str) -> None:
-        """Take a tied tensor off a memory where both of its groups wait there: on the device, or on disk."""
-        keys = (("front", tie.front_key), ("tail", tie.tail_key))
-        found = [self.away.get((end, name, key, "disk")) for end, key in keys]
-        disks = [disk for disk in found if disk is not None]
-        together = self.model.new_bool_var(f"tied {name}")
-        for end in ("front", "tail"):
-            self.model.add_implication(together, self.ends[end, name])
-        for disk in disks:
-            self.model.add_implication(together, ~disk)
-        self.held[name].append(-tie.nbytes * together)
-        if len(disks) == len(keys):
-            on_disk = self.model.new_bool_var(f"tied on disk {name}")
-            for disk in disks:
-                self.model.add_implication(on_disk, disk)
-            self.held["disk"].append(-tie.nbytes * on_disk)
-
-    def _device_buffers(self) -> None:
         for name in self.devices:
-            context, workspace = memory.fixed_bytes(self.problem.graph, self.problem.hardware.device(name))
-            # What stands outside every layer lives with the first one: with the front, or where that may be.
-            loose = self.problem.loose_bytes if self.problem.front is None else 0
+            context, workspace = memory.fixed_bytes(problem.graph, self.hardware.device(name))
+            # What stands outside every layer lives with the first one: with its unit, or where that may be.
+            loose = problem.loose_bytes if self._first() is None else 0
             self.held[name].append((context + workspace + loose) * self.used[name])
+        for unit in problem.units:
+            for name, costs in unit.on.items():
+                self.layers[unit.name, name] = (
+                    model.new_bool_var(f"layers {unit.name} {name}")
+                    if unit.count == 1
+                    else model.new_int_var(0, unit.count, f"layers {unit.name} {name}")
+                )
+                self._unit_on(unit, name, costs)
+            # [Constraint] every layer of a unit runs somewhere
+            here = [self.layers[unit.name, name] for name in unit.on]
+            if unit.count == 1:
+                model.add_exactly_one(here)
+            else:
+                model.add(sum(here) == unit.count)
+        for tie in problem.ties:
+            self._tie(tie)
+        if self.rules.dtypes:
+            # [Constraint] the chosen precisions lose no more quality than the budget
+            lost = [option.loss * self.stored[key] for key, option in self.options.items() if option.loss]
+            model.add(sum(lost) <= problem.quality_budget)
+
+    def _first(self) -> Unit | None:
+        """Return the unit of the first layer where that is placed as one."""
+        return next((unit for unit in self.problem.units if unit.count == 1 and 0 in unit.layers), None)
+
+    def _unit_on(self, unit: Unit, name: str, costs: UnitCost) -> None:
+        model, here = self.model, self.layers[unit.name, name]
+        active = here
+        if unit.count > 1:
+            active = model.new_bool_var(f"active {unit.name} {name}")
+            model.add(here <= unit.count * active)
+        model.add_implication(active, self.used[name])
+        self.activations[name].append((costs.activation_bytes, active))
+        loose = self.problem.loose_bytes if unit is self._first() else 0
+        self.held[name].append((costs.resident_bytes + costs.kv_bytes + loose) * here)
+        for key, choices in costs.options.items():
+            keys = [(unit.name, name, key, option.dtype) for option in choices]
+            if len(choices) == 1:
+                self.stored[keys[0]] = here
+            else:
+                for each in keys:
+                    self.stored[each] = model.new_int_var(0, unit.count, f"stored {each}")
+                # [Constraint] every layer has the group in one precision
+                model.add(sum(self.stored[each] for each in keys) == here)
+            for each, option in zip(keys, choices, strict=True):
+                self.options[each] = option
+                self._group(unit, each, option)
+
+    def _group(self, unit: Unit, key: Stored, option: Option) -> None:
+        model, group, name = self.model, option.group, key[1]
+        here = self.stored[key]
+        most = unit.count * group.slices
+        self.held[name].append(option.freed_bytes * group.slices * here)
+        total, spread = [], []
+        for home in option.homes:
+            slices = (
+                model.new_bool_var(f"away {key} {home.memory}")
+                if most == 1
+                else model.new_int_var(0, most, f"away {key} {home.memory}")
+            )
+            self.away[key, home.memory] = slices
+            total.append(slices)
+            self.held[home.place].append(home.nbytes * slices)
+            self.held[name].append(-option.freed_bytes * slices)
+            if home.memory == "pinned":
+                self.pinned[home.place].append(home.nbytes * slices)
+            if len(option.homes) > 1 and group.slices > 1:
+                layers = model.new_int_var(0, unit.count, f"at {key} {home.memory}")
+                self.at[key, home.memory] = layers
+                spread.append(layers)
+                # [Constraint] the waiting slices of one layer's group have one home
+                model.add(slices <= group.slices * layers)
+            self._copied(unit, key, option, home, slices, most)
+        if spread:
+            model.add(sum(spread) <= here)
+        if total:
+            model.add(sum(total) <= group.slices * here)
+
+    def _copied(self, unit: Unit, key: Stored, option: Option, home: Home, slices: Any, most: int) -> None:
+        """Note what a home's copies need: slots, staging memory for what is on disk, and time that is not hidden."""
+        if not home.needs_slot:
+            return
+        model, name = self.model, key[1]
+        device = self.hardware.device(name)
+        waits = slices
+        if most > 1:
+            waits = model.new_bool_var(f"waits {key} {home.memory}")
+            model.add(slices <= most * waits)
+        kind = (name, memory.slot_kind(option.group))
+        size = memory.allocation_bytes(option.group.slice_slab_bytes, device)
+        self.slots.setdefault(kind, []).append((size, waits))
+        if home.memory == "disk" and device.kind != "cpu":
+            self.staged.setdefault(kind, []).append(waits)
+        if option.prefetched:
+            self.streams[name].append((option.smallest_ns, waits))
+        else:
+            for step, lane in home.lane_ns.items():
+                if lane:
+                    self.demands.setdefault((step, name), []).append(waits)
+
+    def _tie(self, tie: Tie) -> None:
+        """Take a tied tensor off each memory as often as it waits there beyond once."""
+        waiting: dict[str, list[Any]] = {}
+        disks: dict[str, list[Any]] = {}
+        for unit_name, key in tie.members:
+            unit = self.problem.unit(unit_name)
+            assert unit is not None
+            for name in unit.on:
+                here = self.layers[unit_name, name]
+                elsewhere = []
+                for (stored, memory_kind), slices in self.away.items():
+                    if stored[:3] == (unit_name, name, key):
+                        elsewhere.append(slices)
+                        if memory_kind == "disk":
+                            disks.setdefault(self.hardware.disk(name), []).append(slices)
+                        else:
+                            waiting.setdefault(self.hardware.host(name), []).append(slices)
+                waiting.setdefault(name, []).append(here - sum(elsewhere) if elsewhere else here)
+        for places, nbytes in ((waiting, tie.nbytes), (disks, tie.stored_bytes)):
+            for place, members in places.items():
+                if len(members) < 2:
+                    continue
+                anything = self.model.new_bool_var(f"tied {tie.members} {place}")
+                for member in members:
+                    self.model.add(member <= anything)
+                self.held[place].append(nbytes * anything - nbytes * sum(members))
 
     # [Constraint] a device holds its greatest activations and slots; disk → GPU goes through host memory, in pieces
     # as large as that GPU's slots
     def _buffers(self) -> None:
+        model = self.model
         for name, needs in self.activations.items():
             self.held[name] += [nbytes * level for nbytes, level in self._greatest(needs, f"activations {name}")]
         for (name, holds), needs in self.slots.items():
+            on_disk = self.staged.get((name, holds), [])
+            from_disk = model.new_bool_var(f"from disk {name} {holds}")
+            for literal in on_disk:
+                model.add_implication(literal, from_disk)
             for nbytes, level in self._greatest(needs, f"slots {name} {holds}"):
-                self.held[name].append(nbytes * level)
-                if not self.staged.get((name, holds)):
+                second = level
+                if holds == "groups":
+                    second = model.new_bool_var(f"second slot {name} {nbytes}")
+                    model.add_bool_or(second, ~level, ~self.two[name])
+                self.held[name].append(nbytes * (level + second))
+                if not on_disk:
                     continue
-                staging = self.model.new_bool_var(f"staging {name} {holds} {nbytes}")
-                for from_disk in self.staged[name, holds]:
-                    self.model.add_bool_or(staging, ~level, ~from_disk)
-                self.held["cpu"].append(nbytes * staging)
-                self.pinned.append(nbytes * staging)
+                for which, literal in (("first", level), ("second", second)):
+                    staging = model.new_bool_var(f"{which} staging {name} {holds} {nbytes}")
+                    model.add_bool_or(staging, ~literal, ~from_disk)
+                    host = self.hardware.host(name)
+                    self.held[host].append(nbytes * staging)
+                    self.pinned[host].append(nbytes * staging)
+        for name in self.devices:
+            if not self.streams[name]:
+                model.add(self.two[name] == 1)
 
     def _greatest(self, needs: list[tuple[int, Any]], what: str) -> list[tuple[int, Any]]:
         """Return (bytes, bool) whose sum is the greatest that `needs` (bytes, literal) asks for: a step for each size.
@@ -182,102 +320,69 @@ class _Model:
             before = size
         return steps
 
-    def _slot_bytes(self, entry: GroupCost, name: str) -> int:
-        device = self.problem.hardware.device(name)
-        return memory.SLOT_COUNT * memory.allocation_bytes(entry.slab_bytes, device)
-
-    def _units(self) -> list[Unit]:
-        ends = (self.problem.front, self.problem.tail)
-        return [*self.problem.blocks, *(end for end in ends if end is not None)]
-
     def _most_growth(self) -> int:
         """Return more bytes than any one memory can lack: everything there, and waiting there, at once."""
         total = self.problem.loose_bytes
         for name in self.devices:
-            total += sum(memory.fixed_bytes(self.problem.graph, self.problem.hardware.device(name)))
-            for unit in self._units():
+            device = self.hardware.device(name)
+            total += sum(memory.fixed_bytes(self.problem.graph, device))
+            for unit in self.problem.units:
+                if name not in unit.on:
+                    continue
                 costs = unit.on[name]
-                count = len(unit.layers) if unit in self.problem.blocks else 1
-                total += costs.activation_bytes + count * (costs.resident_bytes + costs.kv_bytes)
-                total += sum(
-                    2 * self._slot_bytes(g, name) + count * g.group.slices * g.slab_bytes for g in costs.groups
-                )
+                total += costs.activation_bytes + unit.count * (costs.resident_bytes + costs.kv_bytes)
+                for option in itertools.chain.from_iterable(costs.options.values()):
+                    slab = memory.allocation_bytes(option.group.slice_slab_bytes, device)
+                    total += 4 * slab + unit.count * option.group.slices * (slab + option.group.slice_stored_bytes)
         return total
-
-    def _block_on(self, unit: Unit, name: str, costs: UnitCost) -> None:
-        model, here = self.model, self.layers[unit.name, name]
-        active = model.new_bool_var(f"active {unit.name} {name}")
-        model.add(here <= len(unit.layers) * active)
-        model.add_implication(active, self.used[name])
-        self.activations[name].append((costs.activation_bytes, active))
-        self.held[name].append((costs.resident_bytes + costs.kv_bytes) * here)
-        for entry in costs.groups:
-            self._waiting(unit, name, entry, here)
-
-    def _waiting(self, unit: Unit, name: str, entry: GroupCost, here: Any) -> None:
-        model, group = self.model, entry.group
-        most = len(unit.layers) * group.slices
-        disk_layers = model.new_int_var(0, len(unit.layers), f"on disk {unit.name} {name} {group.name}")
-        self.on_disk[unit.name, name, entry.key] = disk_layers
-        model.add(disk_layers <= here)
-        streams = model.new_bool_var(f"streams {unit.name} {name} {group.name}")
-        from_disk = model.new_bool_var(f"from disk {unit.name} {name} {group.name}")
-        homes = {home for home, _ in entry.copy_ns}
-        total = []
-        for home in sorted(homes):
-            slices = model.new_int_var(0, most, f"away {unit.name} {name} {group.name} {home}")
-            self.away[unit.name, name, entry.key, home] = slices
-            total.append(slices)
-            each = group.slice_stored_bytes if home == "disk" else entry.slab_bytes
-            self.held[home].append(each * slices)
-            if home == "cpu":
-                self.pinned.append(entry.slab_bytes * slices)
-            # [Constraint] the waiting slices of one layer's group have one home
-            model.add(slices <= group.slices * (disk_layers if home == "disk" else here - disk_layers))
-            self.held[name].append(-entry.freed_bytes * slices)
-        model.add(sum(total) <= most * streams)
-        model.add(disk_layers <= len(unit.layers) * from_disk)
-        if entry.needs_slot:
-            device = self.problem.hardware.device(name)
-            size = self._slot_bytes(entry, name)
-            key = (name, memory.slot_kind(group))
-            self.slots.setdefault(key, []).append((size, streams))
-            if device.kind != "cpu":
-                self.staged.setdefault(key, []).append(from_disk)
-
-    def _end_on(self, end: Unit, name: str, costs: UnitCost) -> None:
-        here = self.ends[end.name, name]
-        self.model.add_implication(here, self.used[name])
-        self.activations[name].append((costs.activation_bytes, here))
-        loose = self.problem.loose_bytes if end is self.problem.front else 0
-        self.held[name].append((costs.resident_bytes + costs.kv_bytes + loose) * here)
-        for entry in costs.groups:
-            disk = self.model.new_bool_var(f"disk {end.name} {name} {entry.group.name}")
-            self.away[end.name, name, entry.key, "disk"] = disk
-            self.model.add_implication(disk, here)
-            self.held[name].append(-entry.freed_bytes * disk)
-            self.held["disk"].append(entry.group.slice_stored_bytes * disk)
 
     # [Constraint] no memory holds more than is usable
     def _memory(self, grow: str | None) -> None:
-        for pool in self.problem.hardware.pools:
+        for pool in self.hardware.pools:
             more = self.growth if pool.name == grow else 0
             self.model.add(sum(self.held[pool.name]) <= pool.usable_bytes + more)
-        limit = self.problem.hardware.pinned_limit_bytes
-        if limit is not None and self.pinned:
-            # [Constraint] no more host memory is pinned than may be
-            self.model.add(sum(self.pinned) <= limit)
+        limit = self.hardware.pinned_limit_bytes
+        for name, pinned in self.pinned.items():
+            if limit is not None and pinned:
+                # [Constraint] no more host memory is pinned than may be
+                more = self.growth if name == grow and limit >= self.hardware.pool(name).usable_bytes else 0
+                self.model.add(sum(pinned) <= limit + more)
 
-    # [Constraint] of alike devices, an earlier one runs at least as many layers
+    def _rules(self) -> None:
+        if self.rules.never_across_nodes:
+            # [Constraint] everything runs in one node
+            inside = {}
+            for name in self.devices:
+                node = self.hardware.node(name)
+                if node not in inside:
+                    inside[node] = self.model.new_bool_var(f"in {node}")
+                self.model.add_implication(self.used[name], inside[node])
+            self.model.add_exactly_one(inside.values())
+
+    # [Constraint] of alike devices of a node, an earlier one runs at least as many layers; of alike nodes too
     def _order_alike_devices(self) -> None:
-        hardware = self.problem.hardware
-        for one, other in zip(hardware.devices, hardware.devices[1:], strict=False):
-            alike = likeness(hardware, one) == likeness(hardware, other)
-            if alike:
-                blocks = self.problem.blocks
-                here = sum(self.layers[unit.name, one.name] for unit in blocks)
-                there = sum(self.layers[unit.name, other.name] for unit in blocks)
-                self.model.add(here >= there)
+        nodes: dict[str, list[str]] = {}
+        for name in self.devices:
+            nodes.setdefault(self.hardware.node(name), []).append(name)
+        alike = {name: likeness(self.hardware, self.hardware.device(name), self.rules) for name in self.devices}
+        by_device = {
+            name: sum(self.layers[unit.name, name] for unit in self.problem.blocks if name in unit.on)
+            for name in self.devices
+        }
+        for names in nodes.values():
+            last: dict[object, str] = {}
+            for name in names:
+                if alike[name] in last:
+                    self.model.add(by_device[last[alike[name]]] >= by_device[name])
+                last[alike[name]] = name
+        kinds: dict[object, str] = {}
+        for node, names in nodes.items():
+            disk = self.hardware.pool(self.hardware.disk(names[0])).usable_bytes
+            kind = (disk, tuple(sorted((alike[name] for name in names), key=repr)))
+            if kind in kinds:
+                earlier = nodes[kinds[kind]]
+                self.model.add(sum(by_device[name] for name in earlier) >= sum(by_device[name] for name in names))
+            kinds[kind] = node
 
     # [Constraint] each device runs one stretch of the chain, the devices following each other in `order`
     def follow(self, order: Sequence[str]) -> None:
@@ -295,125 +400,219 @@ class _Model:
                 prefix = list(itertools.accumulate((other is unit for _, other in chain), initial=0))
                 so_far = self.model.new_int_var(0, len(unit.layers), f"before {name} {unit.name}")
                 self.model.add_element(end, prefix, so_far)
-                self.model.add(self.layers[unit.name, name] == so_far - before[unit.name])
+                self.model.add(self.layers.get((unit.name, name), 0) == so_far - before[unit.name])
                 before[unit.name] = so_far
 
-    def minimise_time(self) -> None:
-        """Make the objective the cost model's: the longest lane of every device in every step, and the hops.
+    def minimise(self) -> None:
+        """Make the objective the cost model's time, or bytes of memory.
 
-        Of equal costs, the one with the fewest layers on the CPU and slices that wait (those on disk twice) is taken.
+        Of equal costs, the one with the fewest layers on the CPU and slices that wait (those on disk twice) is taken;
+        of equal memory the fastest.
         """
-        problem, total = self.problem, []
-        for step, times in problem.times.items():
-            for name in self.devices:
-                serial, copies = self._work(step, name)
-                if not serial:
-                    continue
-                time = self.model.new_int_var(0, self._longest_ns(step, name), f"time {step} {name}")
-                self.model.add(time >= sum(serial))
-                if copies:
-                    self.model.add(time >= sum(copies))
-                total.append(times * time)
-            total.append(times * problem.hop_ns[step] * self._hops())
-        self.time_ns = sum(total)
-        on_cpu = [var for (_, name), var in (*self.layers.items(), *self.ends.items()) if name == "cpu"]
-        on_disk = [slices for (*_, home), slices in self.away.items() if home == "disk"]
+        problem = self.problem
+        self._longest = {
+            step.name: sum(self._longest_ns(step.name, name) for name in self.devices) for step in problem.steps
+        }
+        totals = {step.name: self._total(step.name, prefill=step.is_prefill) for step in problem.steps}
+        times = sum(step.weight * totals[step.name] for step in problem.steps if step.weight)
+        longest = sum(step.weight * 2 * self._longest[step.name] for step in problem.steps)
+        if problem.workload.objective == "fit":
+            disks = {self.hardware.disk(name) for name in self.devices}
+            self.goal = sum(
+                itertools.chain.from_iterable(held for name, held in self.held.items() if name not in disks)
+            )
+            self.weight = 1
+            self.model.minimize(self.goal)
+            return
+        self.goal = times
+        on_cpu = [var for (_, name), var in self.layers.items() if self.hardware.device(name).kind == "cpu"]
+        on_disk = [slices for (_, kind), slices in self.away.items() if kind == "disk"]
         # Layers on the CPU, slices that wait, and again those on disk; none is more often than it exists.
         graph = problem.graph
         every = sum(1 + 2 * group.slices for layer in graph.layers for group in graph.kinds[layer.kind].groups)
-        self.weight = 1 + len(graph.layers) + every
-        second = sum([*on_cpu, *self.away.values(), *on_disk])
-        longest = sum(
-            times * (self._longest_ns(step, name) + 2 * problem.hop_ns[step])
-            for step, times in problem.times.items()
-            for name in self.devices
-        )
+        self.weight = 1 + len(graph.layers) + every + len(self.devices)
+        second = sum([*on_cpu, *self.away.values(), *on_disk, *(1 - two for two in self.two.values())])
         if self.weight * (longest + 1) > MOST_OBJECTIVE:
             # Too long a time to leave room for a second thought in 64 bits.
             self.weight, second = 1, 0
-        self.model.minimize(self.weight * self.time_ns + second)
+        self.model.minimize(self.weight * self.goal + second)
 
-    def _work(self, step: str, name: str) -> tuple[list[Any], list[Any]]:
-        serial: list[Any] = []
-        copies: list[Any] = []
-        for unit in self._units():
-            costs = unit.on[name]
-            here = self.layers[unit.name, name] if (unit.name, name) in self.layers else self.ends[unit.name, name]
-            serial.append(costs.compute_ns[step] * here)
-            for entry in costs.groups:
-                for home in ("cpu", "disk"):
-                    slices = self.away.get((unit.name, name, entry.key, home))
-                    if slices is None:
-                        continue
-                    copies.append(entry.copy_ns[home, step] * slices)
-                    if not entry.prefetched:
-                        serial.append(entry.copy_ns[home, step] * slices)
-        return serial, copies
+    def _total(self, step: str, *, prefill: bool) -> Any:
+        """Return what a step takes: the devices' times and what moves between them, or one link's time if longer."""
+        model, parts, floors = self.model, [], []
+        for name in self.devices:
+            computing, demand, groups = self._work(step, name)
+            serial = sum(computing) + sum(demand)
+            if not computing:
+                continue
+            most = self._longest_ns(step, name)
+            taken = model.new_int_var(0, most, f"time {step} {name}")
+            model.add(taken >= serial)
+            parts.append(taken)
+            lane = sum(groups) + sum(demand)
+            if groups:
+                exposed = model.new_int_var(0, most, f"exposed {step} {name}")
+                model.add(exposed >= sum(groups) - (0 if prefill else self._hidden(name)))
+                overlaps = self.two[name]
+                if self.demands.get((step, name)):
+                    overlaps = model.new_bool_var(f"overlaps {step} {name}")
+                    model.add_implication(overlaps, self.two[name])
+                    for literal in self.demands[step, name]:
+                        some = self._some_stream(name)
+                        model.add_bool_or(~overlaps, ~literal, ~some)
+                model.add(taken >= exposed)
+                model.add(taken >= serial + exposed).only_enforce_if(~overlaps)
+                floors.append((name, lane, sum(computing)))
+            elif demand:
+                floors.append((name, lane, None))
+        total = model.new_int_var(0, 2 * self._longest[step] + 2**40, f"total {step}")
+        model.add(total >= sum(parts) + moves.price(self, step, prefill=prefill))
+        if not prefill:
+            for name, lane, computing in floors:
+                model.add(total >= lane)
+                if computing is not None:
+                    model.add(total >= lane + computing).only_enforce_if(~self.two[name])
+        return total
+
+    def _some_stream(self, name: str) -> Any:
+        """Return a literal that holds where any whole group is streamed to a device."""
+        known: dict[str, Any] = self.__dict__.setdefault("_some", {})
+        if name not in known:
+            known[name] = self.model.new_bool_var(f"streams {name}")
+            for _, literal in self.streams[name]:
+                self.model.add_implication(literal, known[name])
+        return known[name]
+
+    def _hidden(self, name: str) -> Any:
+        """Return what copies of whole groups a device does while others compute: as many as slots, of the smallest."""
+        known: dict[str, Any] = self.__dict__.setdefault("_hides", {})
+        if name not in known:
+            most = max(smallest for smallest, _ in self.streams[name])
+            hidden = self.model.new_int_var(0, memory.SLOT_COUNT * most, f"hidden {name}")
+            for smallest, literal in self.streams[name]:
+                self.model.add(hidden <= memory.SLOT_COUNT * smallest).only_enforce_if(literal)
+                self.model.add(hidden <= smallest).only_enforce_if(literal, ~self.two[name])
+            known[name] = hidden
+        return known[name]
+
+    def _work(self, step: str, name: str) -> tuple[list[Any], list[Any], list[Any]]:
+        """Return what a device computes, what it copies on demand, and its copies of whole groups."""
+        computing, demand, groups = [], [], []
+        for unit in self.problem.units:
+            if name in unit.on:
+                computing.append(unit.on[name].compute_ns[step] * self.layers[unit.name, name])
+                for key, choices in unit.on[name].options.items():
+                    for option in choices:
+                        stored = (unit.name, name, key, option.dtype)
+                        for home in option.homes:
+                            slices = self.away[stored, home.memory]
+                            serial, lane = home.serial_ns[step], home.lane_ns[step]
+                            if option.prefetched:
+                                groups.append(lane * slices)
+                            elif lane:
+                                demand.append(serial * slices)
+                            else:
+                                computing.append(serial * slices)
+        return computing, demand, groups
 
     def _longest_ns(self, step: str, name: str) -> int:
         """Return a time that no choice exceeds: every layer there, and every slice fetched from its slowest home."""
         total = 0
-        for unit in self._units():
-            costs, count = unit.on[name], len(unit.layers) if unit in self.problem.blocks else 1
-            total += costs.compute_ns[step] * count
-            for entry in costs.groups:
-                slowest = max(ns for (_, of), ns in entry.copy_ns.items() if of == step)
-                total += slowest * entry.group.slices * count
+        for unit in self.problem.units:
+            if name not in unit.on:
+                continue
+            costs = unit.on[name]
+            total += costs.compute_ns[step] * unit.count
+            for choices in costs.options.values():
+                slowest = [
+                    max(home.lane_ns[step], home.serial_ns[step]) * option.group.slices
+                    for option in choices
+                    for home in option.homes
+                ]
+                total += max(slowest, default=0) * unit.count
         return total
 
-    def _hops(self) -> Any:
-        """Return the fewest changes of device: one less than devices used, one more if the walk ends where it began."""
-        if not hasattr(self, "_hop_count"):
-            model, problem = self.model, self.problem
-            hops = model.new_int_var(0, 2 * len(self.devices), "hops")
-            model.add(hops >= sum(self.used.values()) - 1)
-            if problem.front is not None and problem.tail is not None:
-                several = model.new_bool_var("several")
-                model.add(sum(self.used.values()) <= 1 + len(self.devices) * several)
-                for name in self.devices:
-                    back = [self.ends["front", name], self.ends["tail", name], several]
-                    model.add(hops >= sum(self.used.values()) - 3 * len(self.devices) * (3 - sum(back)))
-            self._hop_count = hops
-        return self._hop_count
+    def hint(self, counts: Counts) -> None:
+        """Start the search from an answer."""
+        pairs: list[tuple[dict[Any, Any], dict[Any, int]]] = [
+            (self.layers, counts.layers), (self.stored, counts.stored), (self.away, counts.away), (self.at, counts.at),
+        ]  # fmt: skip
+        seen: set[int] = set()
+        for known, found in pairs:
+            for key, variable in known.items():
+                if variable.index not in seen:
+                    seen.add(variable.index)
+                    self.model.add_hint(variable, found.get(key, 0))
 
     def run(
-        self, searches: Sequence[tuple[int, float]] = SEARCHES, *, longest_s: float = LONGEST_SEARCH_S
-    ) -> tuple[cp_model.CpSolver, Any]:
+        self, searches: Sequence[tuple[int, float]], clock: Clock, *, longest_s: float = LONGEST_SEARCH_S
+    ) -> tuple[cp_model.CpSolver | None, Any]:
         """Search until something is proven or the last limit is reached; each search starts from the last's answer."""
-        for level, limit in searches:
+        best: cp_model.CpSolver | None = None
+        status: Any = cp_model.UNKNOWN
+        for number, (level, limit) in enumerate(searches):
+            left = clock.left_s(longest_s)
+            if left <= 0 and best is not None:
+                break
             solver = cp_model.CpSolver()
             solver.parameters.num_workers = 1
             solver.parameters.random_seed = 0
             solver.parameters.linearization_level = level
             solver.parameters.max_deterministic_time = limit
-            solver.parameters.max_time_in_seconds = longest_s
-            status = solver.solve(self.model)
-            if status not in (cp_model.FEASIBLE, cp_model.UNKNOWN):
+            solver.parameters.max_time_in_seconds = max(left, 0.01)
+            solver.parameters.catch_sigint_signal = False
+            found = _solve(solver, self.model, clock)
+            if found != cp_model.UNKNOWN or best is None:
+                best, status = solver, found
+            if found not in (cp_model.FEASIBLE, cp_model.UNKNOWN):
                 break
-            if status == cp_model.FEASIBLE:
+            if found == cp_model.FEASIBLE:
+                near = solver.objective_value - solver.best_objective_bound <= NEAR * solver.objective_value
+                if number > 0 and near:
+                    break
                 self.model.clear_hints()
                 for index in range(len(self.model.proto.variables)):
                     variable = self.model.get_int_var_from_proto_index(index)
                     self.model.add_hint(variable, solver.value(variable))
-        return solver, status
+        return best, status
 
-    def solve(self) -> Counts | None:
-        solver, status = self.run()
+    def solve(self, clock: Clock) -> Counts | None:
+        solver, status = self.run(NAMED_SEARCHES if self.problem.named else SEARCHES, clock)
         assert status != cp_model.MODEL_INVALID, self.model.validate()
         if status == cp_model.INFEASIBLE:
             return None
-        if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        if solver is None or status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
             raise NoSolutionInTimeError(
-                "the search was cut off before it found a placement; give fewer kinds of GPUs, or more memory"
+                "the search was cut off before it found a placement; give it more time, fewer kinds of GPUs, or more "
+                "memory"
             )
-        optimal, objective = status == cp_model.OPTIMAL, int(solver.value(self.time_ns))
+        optimal, objective = status == cp_model.OPTIMAL, int(solver.value(self.goal))
+
+        def values(variables: dict[Any, Any]) -> dict[Any, int]:
+            return {key: solver.value(var) for key, var in variables.items() if solver.value(var)}
+
         return Counts(
-            optimal=optimal,
-            objective_ns=objective,
-            # The solver's bound is a float: one nanosecond covers its rounding.
-            bound_ns=objective if optimal else max(0, int(solver.best_objective_bound / self.weight) - 1),
-            ends={unit: name for (unit, name), var in self.ends.items() if solver.value(var)},
-            layers={key: solver.value(var) for key, var in self.layers.items()},
-            away={key: solver.value(var) for key, var in self.away.items()},
-            on_disk={key: solver.value(var) for key, var in self.on_disk.items()},
+            is_optimal=optimal,
+            objective=objective,
+            # The solver's bound is a float: one unit covers its rounding.
+            bound=objective if optimal else max(0, int(solver.best_objective_bound / self.weight) - 1),
+            layers=values(self.layers),
+            stored=values(self.stored),
+            away=values(self.away),
+            at=values(self.at),
+            single=frozenset(name for name, two in self.two.items() if not solver.value(two)),
         )
+
+
+def _solve(solver: cp_model.CpSolver, model: cp_model.CpModel, clock: Clock) -> Any:
+    """Search in a thread, so that Ctrl-C is noticed here: it ends the search with the best it has."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(solver.solve(model)), daemon=True)
+    thread.start()
+    while thread.is_alive():
+        try:
+            thread.join()
+        except KeyboardInterrupt:
+            clock.interrupted = True
+            solver.stop_search()
+    return found[0]

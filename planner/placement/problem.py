@@ -2,37 +2,59 @@
 
 Layers come in a chain: what stands before the first block (embeddings) is one unit, "front"; what stands after the
 last (final norm and head) is another, "tail"; the blocks between are counted by class. Blocks are of one class when
-they have the same weights and cost the same everywhere.
+they have the same weights and cost the same everywhere. A graph that is no chain has every layer named: a class of its
+own, and neither front nor tail.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
-from planner import cost, memory
+from planner import cost, memory, precision
+from planner.errors import InputError
 from planner.graph import SLAB_ALIGNMENT_BYTES, LayerGraph, WeightGroup
 from planner.hardware import Device, Hardware
+from planner.rules import Rules
 from planner.units import round_up
 from planner.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GroupCost:
-    """One weight group of a class, or of one layer of the front or tail, on one device.
+class Home:
+    """One memory that slices of a group may wait in, for one device.
 
-    layer: whose group it is; the first of a class stands for all.
+    nbytes: of a slice there. serial_ns, lane_ns: by step, what a waiting slice adds to the device's own time, and to
+    its link's. needs_slot: it is copied, in some step, through a slot. cpu_up_to_tokens: see Placement.
+    """
 
-    Of each slice that waits elsewhere: freed_bytes on the device, slab_bytes at its home, and by home and step
-    copy_ns. prefetched: whether copies overlap with computing; needs_slot: whether they pass through slots.
+    place: str
+    memory: cost.Memory
+    nbytes: int
+    serial_ns: dict[str, int]
+    lane_ns: dict[str, int]
+    needs_slot: bool
+    cpu_up_to_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One weight group of a class, or of one layer of the front or tail, in one precision on one device.
+
+    layer: whose group it is; the first of a class stands for all. group: in that precision.
+    freed_bytes: on the device, for each slice that waits elsewhere. prefetched: copies overlap with computing, and
+    smallest_ns is the least such a copy takes. loss: of quality, for each layer's group in this precision.
     """
 
     layer: int
     group: WeightGroup
+    dtype: str | None
     freed_bytes: int
-    slab_bytes: int
-    copy_ns: dict[tuple[str, str], int]
+    homes: tuple[Home, ...]
     prefetched: bool
-    needs_slot: bool
+    smallest_ns: int
+    loss: int = 0
 
     @property
     def key(self) -> str:
@@ -41,143 +63,229 @@ class GroupCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitCost:
-    """One layer of a class, or the front or tail, on one device. compute_ns: by step name."""
+    """One layer of a class, or the front or tail, on one device. compute_ns: by step name.
+
+    resident_bytes: of the groups that have no options; options: by group, its precisions.
+    """
 
     compute_ns: dict[str, int]
     kv_bytes: int
     activation_bytes: int
     resident_bytes: int
-    groups: tuple[GroupCost, ...]
+    options: dict[str, tuple[Option, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """Layers that are decided together: indices of the front, of the tail, or of one class of blocks."""
+    """Layers that are decided together: indices of the front, of the tail, or of one class of blocks.
+
+    on: its costs by device; devices that it may not run on are left out. is_whole: placed as one.
+    """
 
     name: str
     layers: tuple[int, ...]
     on: dict[str, UnitCost]
+    is_whole: bool
+
+    @property
+    def count(self) -> int:
+        return 1 if self.is_whole else len(self.layers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tie:
-    """A tensor of the front that is one of the tail too; stored once where both of their groups wait in one place."""
+    """One tensor that several whole groups, each of a unit with one layer or placed as one, have under other names.
 
-    front_key: str
-    tail_key: str
+    members: (unit, group key); nbytes, stored_bytes: in memory and on disk.
+    """
+
+    members: tuple[tuple[str, str], ...]
     nbytes: int
+    stored_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """front and tail are placed whole; blocks are counted. times: how often each step happens.
-
-    ties: what front and tail share.
-    """
+    """named: every layer is a unit of its own, and edges are priced one by one. ties: between those units."""
 
     graph: LayerGraph
     hardware: Hardware
-    front: Unit | None
-    tail: Unit | None
-    blocks: tuple[Unit, ...]
-    times: dict[str, int]
-    hop_ns: dict[str, int]
+    workload: Workload
+    rules: Rules
+    dtype: str
+    steps: tuple[cost.Step, ...]
+    units: tuple[Unit, ...]
+    named: bool
     ties: tuple[Tie, ...]
     loose_bytes: int
+    quality_budget: int
+    _by_name: dict[str, Unit] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> tuple[Unit, ...]:
+        return tuple(unit for unit in self.units if not unit.is_whole)
+
+    def unit(self, name: str) -> Unit | None:
+        if not self._by_name:
+            self._by_name.update({unit.name: unit for unit in self.units})
+        return self._by_name.get(name)
+
+    @property
+    def front(self) -> Unit | None:
+        return self.unit("front")
+
+    @property
+    def tail(self) -> Unit | None:
+        return self.unit("tail")
 
 
-def build(graph: LayerGraph, hardware: Hardware, workload: Workload) -> Problem:
-    """Return the problem's numbers."""
-    is_block = [any(group.streamable for group in graph.kind_of(i).groups) for i in range(len(graph.layers))]
-    if True in is_block:
-        first = is_block.index(True)
-        last = len(is_block) - 1 - is_block[::-1].index(True)
-    else:
-        first, last = len(is_block), len(is_block) - 1
-    steps = cost.steps_of(graph, workload)
-    dtype = cost.weight_dtype(graph)
-    maker = _Maker(graph, hardware, steps, dtype)
-    front, tail = tuple(range(first)), tuple(range(last + 1, len(is_block)))
+# Losses of quality are counted in whole parts of so many to one.
+LOSS_UNIT = 10**9
+
+
+def build(graph: LayerGraph, hardware: Hardware, workload: Workload, rules: Rules, *, named: bool) -> Problem:
+    """Return the problem's numbers; `named`: every layer a unit of its own.
+
+    Raises:
+        InputError: a rule names a device that does not exist, or no device is left for a layer.
+    """
+    maker = _Maker(graph, hardware, workload, rules)
+    first, last = (0, len(graph.layers) - 1) if named else _blocks(graph)
+    front, tail = tuple(range(first)), tuple(range(last + 1, len(graph.layers)))
     classes: dict[object, list[int]] = {}
     for index in range(first, last + 1):
-        classes.setdefault(maker.signature(index), []).append(index)
+        classes.setdefault(index if named else maker.signature(index), []).append(index)
+    units = [maker.unit("front", front, is_whole=True)] if front else []
+    units += [
+        maker.unit(f"{graph.kind_of(members[0]).name}#{number}", tuple(members), is_whole=False)
+        for number, members in enumerate(classes.values())
+    ]
+    units += [maker.unit("tail", tail, is_whole=True)] if tail else []
     return Problem(
         graph=graph,
         hardware=hardware,
-        front=maker.end("front", front) if front else None,
-        tail=maker.end("tail", tail) if tail else None,
-        blocks=tuple(
-            maker.block(f"{graph.kind_of(members[0]).name}#{number}", tuple(members))
-            for number, members in enumerate(classes.values())
-        ),
-        times={step.name: step.times for step in steps},
-        hop_ns={step.name: cost.step_hop_ns(graph, hardware, step) for step in steps},
-        ties=_ties(graph, set(front), set(tail)),
+        workload=workload,
+        rules=rules,
+        dtype=maker.dtype,
+        steps=maker.steps,
+        units=tuple(units),
+        named=named,
+        ties=tuple(_ties(graph, units)),
         loose_bytes=sum(tensor.nbytes for tensor in graph.loose),
+        quality_budget=int(rules.quality_budget * LOSS_UNIT),
     )
 
 
-def _ties(graph: LayerGraph, front: set[int], tail: set[int]) -> tuple[Tie, ...]:
-    tied = graph.tied_to_earlier()
-    where = {name: (index, group.name, tensor.nbytes) for index, group, name, tensor in graph.tensors()}
-    found = []
-    for later, earlier in tied.items():
-        (index, group, nbytes), (first, first_group, _) = where[later], where[earlier]
-        if first in front and index in tail:
-            size = round_up(nbytes, SLAB_ALIGNMENT_BYTES)
-            found.append(Tie(front_key=f"{first} {first_group}", tail_key=f"{index} {group}", nbytes=size))
-    return tuple(found)
+def _blocks(graph: LayerGraph) -> tuple[int, int]:
+    """Return the first and the last layer that has weights which may wait elsewhere."""
+    is_block = [any(group.streamable for group in graph.kind_of(i).groups) for i in range(len(graph.layers))]
+    if True not in is_block:
+        return len(is_block), len(is_block) - 1
+    return is_block.index(True), len(is_block) - 1 - is_block[::-1].index(True)
 
 
-def likeness(hardware: Hardware, device: Device) -> object:
-    """Return what makes two devices exchangeable: equal rates, capacity, and links to everything."""
+def is_chain(graph: LayerGraph) -> bool:
+    """Tell whether layers follow each other, so that alike ones may be counted: each takes from the one before.
+
+    What skips layers besides must come from before the first block, or be small beside what is handed on.
+    """
+    first, last = _blocks(graph)
+    steps = {
+        edge.source: edge.decode_bytes + edge.prefill_bytes for edge in graph.edges if edge.target == edge.source + 1
+    }
+    if any(index not in steps for index in range(max(0, first - 1), min(last + 1, len(graph.layers) - 1))):
+        return False
+    least = min((steps[i] for i in range(max(0, first - 1), min(last + 1, len(graph.layers) - 1))), default=0)
+    crossing: dict[int, int] = {}
+    for edge in graph.edges:
+        if edge.target > edge.source + 1 and edge.source >= first:
+            crossing[edge.source] = max(crossing.get(edge.source, 0), edge.decode_bytes + edge.prefill_bytes)
+        if not edge.may_cut and not (edge.target < first or edge.source > last):
+            return False
+    # One such tensor (an encoder's output) is paid once for each device; many are skips that bind layers together.
+    return sum(crossing.values()) <= 2 * least
+
+
+def _ties(graph: LayerGraph, units: Sequence[Unit]) -> Iterable[Tie]:
+    unit_of = {index: unit for unit in units for index in unit.layers if unit.is_whole or len(unit.layers) == 1}
+    where = {name: (index, group, tensor) for index, group, name, tensor in graph.tensors()}
+    for names in graph.ties:
+        members = []
+        for name in names:
+            if name in where:
+                index, group, tensor = where[name]
+                if index in unit_of and group.slices == 1:
+                    members.append((unit_of[index].name, f"{index} {group.name}"))
+        if len(members) > 1:
+            # One layer of a class has its group under one key: the first layer's.
+            size = round_up(tensor.nbytes, SLAB_ALIGNMENT_BYTES)
+            stored = tensor.stored_bytes if tensor.stored is not None else size
+            yield Tie(members=tuple(members), nbytes=size, stored_bytes=stored)
+
+
+def likeness(hardware: Hardware, device: Device, rules: Rules) -> object:
+    """Return what makes two devices exchangeable: equal rates, capacity, and links to everything, and no pin."""
     links = [(link.target if link.source == device.name else link.source, link.source == device.name, link)
              for link in hardware.links if device.name in (link.source, link.target)]  # fmt: skip
     kinds = {other.name: other.kind for other in hardware.devices}
+    pinned = device.name if any(pin.device == device.name for pin in rules.pins) else ""
     return (
         device.kind, device.product, tuple(sorted(device.flops_per_s.items())), device.bytes_per_s, device.operator_ns,
-        device.context_bytes, device.workspace_bytes, hardware.pool(device.pool).usable_bytes,
-        tuple(sorted((kinds.get(other, other), out, link.bytes_per_s, link.latency_ns) for other, out, link in links)),
+        device.context_bytes, device.workspace_bytes, hardware.pool(device.pool).usable_bytes, pinned,
+        tuple(sorted((kinds.get(other, hardware.disk(other)), out, link.bytes_per_s, link.latency_ns)
+                     for other, out, link in links)),
     )  # fmt: skip
 
 
 class _Maker:
-    def __init__(self, graph: LayerGraph, hardware: Hardware, steps: tuple[cost.Step, ...], dtype: str):
-        self.graph, self.hardware, self.steps, self.dtype = graph, hardware, steps, dtype
+    def __init__(self, graph: LayerGraph, hardware: Hardware, workload: Workload, rules: Rules):
+        self.graph, self.hardware, self.rules = graph, hardware, rules
+        self.steps, self.dtype = cost.steps_of(graph, workload), cost.weight_dtype(graph)
         self.held = memory.activation_bytes(graph)
-        self.spans = [[entry.per_layer()[index] for entry in graph.passes] for index in range(len(graph.layers))]
+        self.spans = list(zip(*(entry.per_layer() for entry in graph.passes), strict=True))
+        self.losses = {dtype: precision.losses(graph, dtype, rules.sensitivity) for dtype in rules.dtypes}
+        names = [device.name for device in hardware.devices]
+        for pin in rules.pins:
+            if pin.device not in names:
+                raise InputError(
+                    f"--pin {pin.layers}={pin.device}: there is no {pin.device}; there are {', '.join(names)}"
+                )
 
     def signature(self, index: int) -> object:
         """Return what decides a block's class: its kind, and everything about its spans but what others hold."""
-        return (
-            self.graph.layers[index].kind,
-            tuple(
-                (
-                    s.peak_bytes,
-                    s.scratch_bytes,
-                    s.kv_before_bytes,
-                    s.kv_after_bytes,
-                    s.flops,
-                    s.moved_bytes,
-                    s.operators,
-                )
-                for s in self.spans[index]
-            ),
+        spans = tuple(
+            (s.peak_bytes, s.scratch_bytes, s.kv_before_bytes, s.kv_after_bytes, s.flops, s.moved_bytes, s.operators)
+            for s in self.spans[index]
         )
+        layer = self.graph.layers[index]
+        measured = tuple(
+            (time.device, time.prefill_ns, time.decode_ns) for time in self.graph.measured if time.layer == index
+        )
+        return layer.kind, spans, self.rules.pinned_to(layer.name), measured
 
-    def block(self, name: str, members: tuple[int, ...]) -> Unit:
-        on = {device.name: self._cost(members[:1], members, device, streams=True) for device in self.hardware.devices}
-        return Unit(name=name, layers=members, on=on)
-
-    def end(self, name: str, members: tuple[int, ...]) -> Unit:
+    def unit(self, name: str, members: tuple[int, ...], *, is_whole: bool) -> Unit:
+        pins = {self.rules.pinned_to(self.graph.layers[index].name) for index in members} - {None}
+        if len(pins) > 1:
+            names = ", ".join(self.graph.layers[index].name for index in members)
+            raise InputError(f"{names} run on one device, and are pinned to {' and '.join(sorted(map(str, pins)))}")
+        counted = members if is_whole else members[:1]
         on = {
-            device.name: self._cost(members, members, device, streams=device.kind == "cpu")
+            device.name: self._cost(counted, members, device, streams=not is_whole or device.kind == "cpu")
             for device in self.hardware.devices
+            if not pins or device.name in pins
         }
-        return Unit(name=name, layers=members, on=on)
+        return Unit(name=name, layers=members, on=on, is_whole=is_whole)
 
     def _cost(self, counted: tuple[int, ...], members: tuple[int, ...], device: Device, *, streams: bool) -> UnitCost:
-        groups = [(index, group) for index in counted for group in self.graph.kind_of(index).groups]
+        options: dict[str, tuple[Option, ...]] = {}
+        resident = 0
+        for index in counted:
+            for group in self.graph.kind_of(index).groups:
+                found = self._choices(index, group, device) if streams else ()
+                if found:
+                    options[found[0].key] = found
+                else:
+                    resident += memory.resident_bytes(group, group.slices, device)
         return UnitCost(
             compute_ns={
                 step.name: sum(cost.step_compute_ns(self.graph, step, index, device, self.dtype) for index in counted)
@@ -185,34 +293,87 @@ class _Maker:
             },
             kv_bytes=sum(memory.kv_bytes(self.spans[index]) for index in counted),
             activation_bytes=max(self.held[index] for index in members),
-            resident_bytes=sum(memory.resident_bytes(group, group.slices, device) for _, group in groups),
-            groups=tuple(
-                self._group(index, group, device)
-                for index, group in groups
-                if streams and self._may_wait(group, device)
-            ),
+            resident_bytes=resident,
+            options=options,
         )
 
-    def _may_wait(self, group: WeightGroup, device: Device) -> bool:
-        """Tell whether a group may wait elsewhere; whole ones the CPU uses straight from the file, or not at all."""
-        if device.kind == "cpu":
-            return group.slices > 1 or group.is_mappable
-        return group.streamable
-
-    def _group(self, layer: int, group: WeightGroup, device: Device) -> GroupCost:
-        homes = ["disk"] if device.kind == "cpu" else ["cpu", "disk"]
-        return GroupCost(
-            layer=layer,
-            group=group,
-            freed_bytes=memory.resident_bytes(group, 1, device),
-            slab_bytes=group.slice_slab_bytes,
-            copy_ns={
-                (home, step.name): cost.slice_copy_ns(
-                    self.hardware, group, home, device.name, tokens=step.tokens * self.graph.batch_size
+    def _choices(self, index: int, group: WeightGroup, device: Device) -> tuple[Option, ...]:
+        """Return the precisions that a group may have on a device; none where it just stays there as it is."""
+        found = []
+        for dtype in (None, *self.rules.dtypes):
+            loss = 0 if dtype is None else self.losses[dtype].get((self.graph.layers[index].kind, group.name))
+            if loss is None:
+                continue
+            stored = precision.stored_as(group, dtype)
+            found.append(
+                Option(
+                    layer=index,
+                    group=stored,
+                    dtype=dtype,
+                    freed_bytes=memory.resident_bytes(stored, 1, device),
+                    homes=self._homes(stored, device, dtype),
+                    prefetched=cost.is_prefetched(group, device),
+                    smallest_ns=0
+                    if device.kind == "cpu"
+                    else cost.smallest_copy_ns(self.hardware, stored, device.name),
+                    loss=math.ceil(loss * LOSS_UNIT),
                 )
-                for home in homes
+            )
+        return tuple(found) if len(found) > 1 or found[0].homes else ()
+
+    def _homes(self, group: WeightGroup, device: Device, dtype: str | None) -> tuple[Home, ...]:
+        """Return where slices of a group may wait; whole ones the CPU uses straight from the file, or not at all."""
+        on_cpu = device.kind == "cpu"
+        if not (group.slices > 1 or group.is_mappable if on_cpu else group.streamable):
+            return ()
+        host, found = self.hardware.host(device.name), []
+        if not on_cpu:
+            found.append(self._home(group, device, host, "pinned"))
+            if self.hardware.pinned_limit_bytes is not None:
+                found.append(self._home(group, device, host, "pageable"))
+        # What is converted while it is loaded is not in the checkpoint's files.
+        if not self.rules.never_on_disk and dtype is None:
+            found.append(self._home(group, device, self.hardware.disk(device.name), "disk"))
+        return tuple(found)
+
+    def _home(self, group: WeightGroup, device: Device, place: str, kind: cost.Memory) -> Home:
+        tokens = {step.name: step.tokens * self.graph.batch_size for step in self.steps}
+        copied = {
+            step.name: cost.slice_copy_ns(self.hardware, group, place, device.name, kind, tokens=tokens[step.name])
+            for step in self.steps
+        }
+        until = 0
+        computed: dict[str, int] = {}
+        if kind != "disk" and group.slices > 1 and self.rules.cpu_experts:
+            computed = {
+                step.name: cost.slice_cpu_ns(
+                    self.hardware, group, place, device.name, tokens=tokens[step.name], dtype=self.dtype
+                )
                 for step in self.steps
-            },
-            prefetched=cost.is_prefetched(group, device.name),
-            needs_slot=device.kind != "cpu" or group.slices > 1,
+            }
+            until = self._least(copied, computed, tokens)
+        prefetched = cost.is_prefetched(group, device)
+        serial, lane = {}, {}
+        for name in copied:
+            is_computed = bool(computed) and tokens[name] <= until
+            lane[name] = 0 if is_computed else copied[name]
+            serial[name] = computed[name] if is_computed else 0 if prefetched else copied[name]
+        return Home(
+            place=place,
+            memory=kind,
+            nbytes=cost.waiting_bytes(group, kind),
+            serial_ns=serial,
+            lane_ns=lane,
+            needs_slot=(device.kind != "cpu" or group.slices > 1) and not all(t <= until for t in tokens.values()),
+            cpu_up_to_tokens=until,
         )
+
+    def _least(self, copied: dict[str, int], computed: dict[str, int], tokens: dict[str, int]) -> int:
+        """Return the number of tokens up to which computing on the CPU costs least in all, of 0 and each step's."""
+
+        def total(until: int) -> int:
+            return sum(
+                step.weight * (computed if tokens[step.name] <= until else copied)[step.name] for step in self.steps
+            )
+
+        return min(sorted({0, *tokens.values()}), key=total)

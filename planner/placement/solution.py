@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
+
 from planner import cost, memory
-from planner.errors import InfeasibleError
+from planner.errors import InfeasibleError, NoSolutionInTimeError
 from planner.graph import LayerGraph
 from planner.hardware import Hardware
 from planner.placement import counts as counting
-from planner.placement.problem import Problem, build
-from planner.placement.realise import realise
+from planner.placement.problem import Problem, build, is_chain
+from planner.placement.realise import chain_order, realise
 from planner.plan import Placement, Slots, Solver
 from planner.rules import NO_RULES, Rules
 from planner.units import GB, MB, format_bytes
 from planner.workload import Workload
+
+# Layers times devices: more are only ever counted.
+MOST_NAMED = 4_000
+# A chain's placement that is further than this above its bound is looked for again with every layer named.
+NAMED_ABOVE = 0.01
 
 
 def find(
@@ -20,41 +28,85 @@ def find(
 ) -> tuple[tuple[Placement, ...], tuple[Slots, ...], Solver]:
     """Return the placement of least cost with its slots, and its proof.
 
-    The count model ignores the order of layers, so its bound holds for every placement, contiguous or not. Where
-    blocks are of several classes its counts may need more hops than it counted: then chains that visit the devices
-    in two natural orders are searched as well, and what is left between the best of them and the bound is the gap.
+    Layers of a chain are counted, which ignores their order: the bound holds for every placement, contiguous or not.
+    Where blocks are of several classes its counts may need more hops than it counted: then chains that visit the
+    devices in natural orders are searched as well, and what is left between the best of them and the bound is the gap.
+    Layers of any other graph are named.
 
     Raises:
         InfeasibleError: nothing fits. NoSolutionInTimeError: cut off before anything was found.
+        InputError: a rule cannot be followed on this machine.
     """
-    problem = build(graph, hardware, workload)
-    counts = counting.solve(problem)
+    clock = counting.Clock(rules.time_limit_s)
+    size = len(graph.layers) * len(hardware.devices)
+    named = size <= MOST_NAMED and not is_chain(graph)
+    problem = build(graph, hardware, workload, rules, named=named)
+    counts = counting.solve(problem, clock)
     if counts is None:
-        raise _infeasible(problem)
-    candidates = [realise(problem, counts)]
-    best = min(cost.objective_ns(graph, hardware, workload, entry) for entry in candidates)
-    if best > counts.bound_ns and len(problem.blocks) > 1:
-        names = [device.name for device in hardware.devices]
-        for order in (names, names[-1:] + names[:-1]):
-            found = counting.solve(problem, order=order)
-            if found is not None:
-                candidates.append(realise(problem, found, order=order))
-    scored = sorted((cost.objective_ns(graph, hardware, workload, entry), i) for i, entry in enumerate(candidates))
-    objective, index = scored[0]
-    placements = candidates[index]
-    slots = memory.needed_slots(graph, hardware, placements)
+        raise _infeasible(problem, clock)
+    found = [] if rules.contiguous else [realise(problem, counts)]
+    bound = counts.bound
+    if not named and (rules.contiguous or (_score(problem, *found[0]) > bound and len(problem.blocks) > 1)):
+        found += list(_chains(problem, counts, clock))
+    best = min((_score(problem, *entry) for entry in found), default=None)
+    if not named and size <= MOST_NAMED and (best is None or best - bound > NAMED_ABOVE * best):
+        named_problem = build(graph, hardware, workload, rules, named=True)
+        again = counting.solve(named_problem, clock)
+        if again is not None:
+            found.append(realise(named_problem, again))
+            bound = max(bound, again.bound)
+    scored = [(_score(problem, *entry), number) for number, entry in enumerate(found)]
+    if rules.contiguous:
+        scored = [entry for entry in scored if is_contiguous(graph, found[entry[1]][0])]
+    if not scored:
+        raise NoSolutionInTimeError("no contiguous placement was found in time; allow others, or give it more time")
+    objective, number = min(scored)
+    placements, slots = found[number]
+    in_bytes = workload.objective == "fit"
+    time_ns = cost.objective_ns(graph, hardware, workload, placements, slots)
     solver = Solver(
-        status="optimal" if objective <= counts.bound_ns else "feasible",
-        objective_ns=objective,
-        bound_ns=min(counts.bound_ns, objective),
+        status="optimal" if objective <= bound else "feasible",
+        objective_ns=time_ns,
+        bound_ns=0 if in_bytes else min(bound, objective),
+        objective_bytes=objective if in_bytes else None,
+        bound_bytes=min(bound, objective) if in_bytes else None,
         cost_model=cost.COST_MODEL,
     )
     return placements, slots, solver
 
 
-def _infeasible(problem: Problem) -> InfeasibleError:
+def _score(problem: Problem, placements: tuple[Placement, ...], slots: tuple[Slots, ...]) -> int:
+    """Return what the objective makes least: ns, or bytes of memory."""
+    graph, hardware = problem.graph, problem.hardware
+    if problem.workload.objective != "fit":
+        return cost.objective_ns(graph, hardware, problem.workload, placements, slots)
+    planned = memory.planned_bytes(graph, hardware, placements, slots)
+    return sum(usage.total for name, usage in planned.items() if name != hardware.disk(name))
+
+
+def _chains(
+    problem: Problem, counts: counting.Counts, clock: counting.Clock
+) -> Iterator[tuple[tuple[Placement, ...], tuple[Slots, ...]]]:
+    names = [device.name for device in problem.hardware.devices]
+    orders = [names, names[-1:] + names[:-1]]
+    cheapest = chain_order(problem, counts)
+    orders += [cheapest] if sorted(cheapest) == sorted(names) and cheapest not in orders else []
+    for order in orders:
+        found = counting.solve(problem, clock, order=order)
+        if found is not None:
+            yield realise(problem, found, order=order)
+
+
+def is_contiguous(graph: LayerGraph, placements: Sequence[Placement]) -> bool:
+    """Tell whether every device runs one stretch of the layers' order."""
+    run_on = {placement.layer: placement.run_on for placement in placements}
+    walk = [name for name, _ in itertools.groupby(run_on[layer.name] for layer in graph.layers)]
+    return len(walk) == len(set(walk))
+
+
+def _infeasible(problem: Problem, clock: counting.Clock) -> InfeasibleError:
     """Return the error that names the memory whose growth alone would help most cheaply, and by how much."""
-    found = [counting.shortfall(problem, pool.name) for pool in problem.hardware.pools]
+    found = [counting.shortfall(problem, pool.name, clock) for pool in problem.hardware.pools]
     known = [entry for entry in found if entry is not None]
     if not known:
         total = sum(pool.usable_bytes for pool in problem.hardware.pools)

@@ -119,7 +119,11 @@ def refused(module: nn.Module, examples: Any, *parts: str) -> None:
 
 def edges_of(graph: LayerGraph) -> dict[tuple[str, str], int]:
     names = [layer.name for layer in graph.layers]
-    return {(names[edge.source], names[edge.target]): edge.prefill_bytes for edge in graph.edges}
+    found: dict[tuple[str, str], int] = {}
+    for edge in graph.edges:
+        pair = (names[edge.source], names[edge.target])
+        found[pair] = found.get(pair, 0) + edge.prefill_bytes
+    return found
 
 
 # Forwards that depend on data

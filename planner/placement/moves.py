@@ -1,0 +1,285 @@
+"""What moves between devices, as terms of the counting model.
+
+A chain is priced by its hops. Devices that are alike in one node are one class, and a walk over the classes is counted:
+arcs[A, B] is how often it goes from a device of A to one of B. It visits every device that is used once, and the
+front's once more where the tail runs there too. That is what a contiguous placement pays, and no placement pays less:
+an arc costs no more than any way between the two classes. What the front hands to every layer is paid by each device.
+
+Where layers are named, each thing that moves is a literal of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+from planner.placement.problem import likeness
+from planner.steps import awaited
+
+if TYPE_CHECKING:
+    from planner.placement.counts import _Model
+
+# With more classes than this their subsets are not all forbidden to be visited in circles apart, only whole nodes.
+_MOST_CLASSES = 6
+
+
+def price(model: _Model, step: str, *, prefill: bool) -> Any:
+    """Return the time of what moves in one step, in ns."""
+    if model.problem.named:
+        return _named(model, prefill=prefill)
+    return _hops(model, prefill=prefill) + _broadcast(model, prefill=prefill)
+
+
+def _hops(model: _Model, *, prefill: bool) -> Any:
+    hardware = model.hardware
+    classes = _classes(model)
+    if len(model.devices) == 1:
+        return 0
+    arcs = _walk(model, classes)
+    nbytes = _hop_bytes(model, prefill=prefill)
+    if nbytes is None:
+        return 0
+    direct = {
+        (one, other): min(
+            hardware.link(a, b).latency_ns + nbytes * 10**9 // hardware.link(a, b).bytes_per_s
+            for a in classes[one]
+            for b in classes[other]
+            if a != b
+        )
+        for one, other in arcs
+    }
+    for between in range(len(classes)):
+        for one, other in direct:
+            if (one, between) in direct and (between, other) in direct:
+                direct[one, other] = min(direct[one, other], direct[one, between] + direct[between, other])
+    return sum(direct[pair] * count for pair, count in arcs.items())
+
+
+def _classes(model: _Model) -> list[list[str]]:
+    found: dict[object, list[str]] = {}
+    for name in model.devices:
+        key = (model.hardware.node(name), likeness(model.hardware, model.hardware.device(name), model.rules))
+        found.setdefault(key, []).append(name)
+    return list(found.values())
+
+
+def _walk(model: _Model, classes: list[list[str]]) -> dict[tuple[int, int], Any]:
+    """Return arcs between classes, constrained to be a walk as contiguous placements make it."""
+    known: dict[tuple[int, int], Any] | None = getattr(model, "_arcs", None)
+    if known is not None:
+        return known
+    cp, count = model.model, len(model.devices)
+    arcs = {
+        (one, other): cp.new_int_var(0, count + 1, f"arcs {one} {other}")
+        for one in range(len(classes))
+        for other in range(len(classes))
+        if one != other or len(classes[one]) > 1
+    }
+    several = cp.new_bool_var("several devices")
+    cp.add(sum(model.used.values()) <= 1 + count * several)
+    front, tail = model.problem.front, model.problem.tail
+    starts: list[Any] = []
+    stops: list[Any] = []
+    visits, entered = [], []
+    for number, names in enumerate(classes):
+        again = []
+        if front is not None and tail is not None:
+            for name in names:
+                if name in front.on and name in tail.on:
+                    back = cp.new_bool_var(f"back to {name}")
+                    cp.add_bool_or(back, ~model.layers["front", name], ~model.layers["tail", name], ~several)
+                    again.append(back)
+        here = [model.used[name] for name in names]
+        visits.append(sum(here) + sum(again))
+        some = cp.new_bool_var(f"class {number} is used")
+        for literal in here:
+            cp.add_implication(literal, some)
+        cp.add(sum(here) >= some)
+        entered.append(some)
+        for unit, ends in ((front, starts), (tail, stops)):
+            if unit is None:
+                ends.append(cp.new_bool_var(f"end {number} {len(ends)}"))
+            else:
+                ends.append(sum(model.layers[unit.name, name] for name in names if name in unit.on))
+    for number in range(len(classes)):
+        cp.add(sum(n for (_, to), n in arcs.items() if to == number) + starts[number] == visits[number])
+        cp.add(sum(n for (of, _), n in arcs.items() if of == number) + stops[number] == visits[number])
+    for ends, unit in ((starts, front), (stops, tail)):
+        if unit is None:
+            cp.add(sum(ends) == 1)
+    for subset in _subsets(model, classes):
+        into = sum(n for (of, to), n in arcs.items() if to in subset and of not in subset)
+        begins = sum(starts[number] for number in subset)
+        for number in subset:
+            # [Constraint] no circle apart: a set of classes that is visited is entered, or the walk begins there
+            cp.add(into + begins >= entered[number])
+    model._arcs = arcs  # type: ignore[attr-defined]
+    return arcs
+
+
+def _subsets(model: _Model, classes: list[list[str]]) -> list[tuple[int, ...]]:
+    numbers = range(len(classes))
+    if len(classes) <= _MOST_CLASSES:
+        sizes = range(1, len(classes))
+        return [subset for size in sizes for subset in itertools.combinations(numbers, size)] or [(0,)]
+    nodes: dict[str, list[int]] = {}
+    for number in numbers:
+        nodes.setdefault(model.hardware.node(classes[number][0]), []).append(number)
+    return [*((number,) for number in numbers), *(tuple(found) for found in nodes.values() if len(nodes) > 1)]
+
+
+def _hop_bytes(model: _Model, *, prefill: bool) -> int | None:
+    """Return what is handed on at least wherever the chain is cut; None where some cut hands on nothing."""
+    graph, problem = model.problem.graph, model.problem
+    first = len(problem.front.layers) if problem.front is not None else 0
+    last = len(graph.layers) - (len(problem.tail.layers) if problem.tail is not None else 0)
+    handed = dict.fromkeys(range(max(first - 1, 0), min(last, len(graph.layers) - 1)), -1)
+    for edge in graph.edges:
+        if (
+            edge.target == edge.source + 1
+            and edge.source in handed
+            and (edge.source, edge.tensor) not in _broadcast_tensors(model)
+        ):
+            nbytes = edge.prefill_bytes if prefill else edge.decode_bytes
+            handed[edge.source] = max(handed[edge.source], nbytes)
+    least = min(handed.values(), default=-1)
+    return least if least >= 0 else None
+
+
+def _broadcast_tensors(model: _Model) -> dict[tuple[int, str], tuple[int, int]]:
+    """Return {(source, tensor): bytes in prefill, and in decode} of what the front hands to every block."""
+    known: dict[tuple[int, str], tuple[int, int]] | None = getattr(model, "_broadcasts", None)
+    if known is not None:
+        return known
+    problem = model.problem
+    blocks = {index for unit in problem.blocks for index in unit.layers}
+    front = set(problem.front.layers) if problem.front is not None else set()
+    targets: dict[tuple[int, str], dict[int, tuple[int, int]]] = {}
+    for edge in problem.graph.edges:
+        if edge.source in front:
+            to = targets.setdefault((edge.source, edge.tensor), {})
+            to[edge.target] = (edge.prefill_bytes, edge.decode_bytes)
+    found = {}
+    if len(blocks) > 1:
+        for key, to in targets.items():
+            if blocks <= to.keys():
+                found[key] = (min(to[i][0] for i in blocks), min(to[i][1] for i in blocks))
+    model._broadcasts = found  # type: ignore[attr-defined]
+    return found
+
+
+def _broadcast(model: _Model, *, prefill: bool) -> Any:
+    """Return what every device with blocks takes to get what the front made for all of them."""
+    tensors = _broadcast_tensors(model)
+    if not tensors or len(model.devices) == 1:
+        return 0
+    cp, hardware = model.model, model.hardware
+    front = model.problem.front
+    assert front is not None
+    blocks = _block_literals(model)
+    most = 0
+    bounds = {}
+    for origin in front.on:
+        prices = {}
+        for name in model.devices:
+            if name == origin or name not in blocks:
+                continue
+            rate = hardware.link(origin, name).bytes_per_s
+            prices[name] = sum(nbytes[0 if prefill else 1] * 10**9 // rate for nbytes in tensors.values())
+        bounds[origin] = prices
+        most = max(most, sum(prices.values()))
+    total = cp.new_int_var(0, most, "broadcasts")
+    for origin, prices in bounds.items():
+        paid = sum(ns * blocks[name] for name, ns in prices.items())
+        cp.add(total >= paid).only_enforce_if(model.layers["front", origin])
+    return total
+
+
+def _block_literals(model: _Model) -> dict[str, Any]:
+    """Return for each device a literal that holds exactly where blocks run there."""
+    known: dict[str, Any] | None = getattr(model, "_with_blocks", None)
+    if known is not None:
+        return known
+    found = {}
+    for name in model.devices:
+        here = [(unit, model.layers[unit.name, name]) for unit in model.problem.blocks if name in unit.on]
+        if here:
+            found[name] = model.model.new_bool_var(f"blocks on {name}")
+            for unit, variable in here:
+                model.model.add(variable <= unit.count * found[name])
+    model._with_blocks = found  # type: ignore[attr-defined]
+    return found
+
+
+def _named(model: _Model, *, prefill: bool) -> Any:
+    """Return the time of every thing that moves, where every layer is a unit of its own."""
+    cp, hardware, graph = model.model, model.hardware, model.problem.graph
+    at = _by_layer(model)
+    latest = awaited(graph)
+    things: dict[tuple[int, str], list[Any]] = {}
+    for edge in graph.edges:
+        things.setdefault((edge.source, edge.tensor), []).append(edge)
+    terms: list[Any] = []
+    for (source, tensor), edges in things.items():
+        for name in model.devices:
+            takers = [(edge, at[edge.target, name]) for edge in edges if (edge.target, name) in at]
+            if not takers:
+                continue
+            origins = {other: at[source, other] for other in model.devices if other != name and (source, other) in at}
+            if not origins:
+                continue
+            sizes = [(edge.prefill_bytes if prefill else edge.decode_bytes, literal) for edge, literal in takers]
+            waits = [literal for edge, literal in takers if latest[edge.target] == (source, tensor)]
+            local = at.get((source, name))
+            for (before, nbytes), moved in _moved(model, (source, tensor, name), sizes, local):
+                rates = {origin: hardware.link(origin, name).bytes_per_s for origin in origins}
+                prices = {o: nbytes * 10**9 // rate - before * 10**9 // rate for o, rate in rates.items()}
+                terms += _by_link(cp, moved, prices, origins)
+            if waits:
+                moved = _literal(model, (source, tensor, name, "waits"), waits, local)
+                terms += _by_link(cp, moved, {o: hardware.link(o, name).latency_ns for o in origins}, origins)
+    return sum(terms)
+
+
+def _moved(
+    model: _Model, key: tuple[Any, ...], sizes: list[tuple[int, Any]], local: Any
+) -> list[tuple[tuple[int, int], Any]]:
+    """Return (from bytes, to bytes) with a literal that holds where so much is taken: a step for each size."""
+    found, before = [], 0
+    for size in sorted({nbytes for nbytes, _ in sizes if nbytes}):
+        takers = [literal for nbytes, literal in sizes if nbytes >= size]
+        rank = sum(nbytes >= size for nbytes, _ in sizes)
+        found.append(((before, size), _literal(model, (*key, rank), takers, local)))
+        before = size
+    return found
+
+
+def _literal(model: _Model, key: tuple[Any, ...], takers: list[Any], local: Any) -> Any:
+    """Return a literal that holds where any taker is there and the maker is not; the same one in every step."""
+    known: dict[Any, Any] = model.__dict__.setdefault("_moves", {})
+    if key not in known:
+        known[key] = model.model.new_bool_var(f"moved {key}")
+        for taker in takers:
+            model.model.add(known[key] >= taker - (local if local is not None else 0))
+    return known[key]
+
+
+def _by_link(cp: Any, moved: Any, prices: dict[str, int], origins: dict[str, Any]) -> list[Any]:
+    """Return the price of a move: the least of any link, and what the link that it takes costs beyond."""
+    base = min(prices.values())
+    terms = [base * moved] if base else []
+    dearer = [origin for origin, ns in prices.items() if ns > base]
+    for origin in dearer:
+        pays = cp.new_bool_var("")
+        cp.add_bool_or(pays, ~moved, ~origins[origin])
+        terms.append((prices[origin] - base) * pays)
+    return terms
+
+
+def _by_layer(model: _Model) -> dict[tuple[int, str], Any]:
+    return {
+        (index, name): model.layers[unit.name, name]
+        for unit in model.problem.units
+        for name in unit.on
+        for index in unit.layers
+    }
