@@ -199,7 +199,7 @@ def _gpus_of(reader: _Reader) -> tuple[list[Gpu], list[str]]:
 
 def _described_gpu(reader: _Reader, notes: list[str]) -> Gpu:
     product, memory = reader.raw("product"), reader.size("memory")
-    if product is not None and product not in products()["products"]:
+    if product is not None and not (isinstance(product, str) and product in products()["products"]):
         raise InputError(
             f"{reader.where}.product {product!r} is not known; there are {', '.join(products()['products'])}"
         )

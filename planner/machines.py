@@ -96,6 +96,7 @@ class Machine:
             )
         if len(self.nodes) == 1 and (self.network_bytes_per_s or self.network_latency_ns) is not None:
             raise InputError("a network joins nodes, and there is one; two are written --gpus 4x80GB/4x80GB")
+        _check_nvlink(self.nodes)
         names = [f"node{i}/" for i in range(len(self.nodes))] if len(self.nodes) > 1 else [""]
         parts = [_Parts(node, name) for node, name in zip(self.nodes, names, strict=True)]
         links = [link for part in parts for link in part.links]
@@ -211,13 +212,6 @@ class _Parts:
         node, gpus = self.node, self.node.gpus
         wires = {(min(i, j), max(i, j)): rate for i, j, rate in node.wires}
         nvlinks = _nvlinks(gpus) if node.ways == "nvlink" else {}
-        if node.ways == "nvlink" and len(gpus) > 1 and not nvlinks:
-            names = ", ".join(dict.fromkeys(gpu.facts["name"] for gpu in gpus))
-            having = ", ".join(key for key, facts in products()["products"].items() if "nvlink" in facts)
-            raise InputError(
-                f"--links nvlink: {names} cannot be joined by NVLink; name products that have it ({having}), or say "
-                "--links p2p or host"
-            )
         result = {}
         for i, j in itertools.combinations(range(len(gpus)), 2):
             slower = min(gpus[i].pcie_bytes_per_s, gpus[j].pcie_bytes_per_s)
@@ -250,6 +244,18 @@ class _Parts:
                 names = ", ".join(f"cuda:{i}" for i in members)
                 self.notes.append(f"{names} share one way to the host, and it copies for one at a time")
         self.notes.append(f"{format_bytes(CUDA_CONTEXT_BYTES)} of CUDA context on each GPU (assumed)")
+
+
+def _check_nvlink(nodes: Sequence[Node]) -> None:
+    """Raise InputError where NVLink is asked for and joins nothing."""
+    asked = [node.gpus for node in nodes if node.ways == "nvlink" and len(node.gpus) > 1]
+    if asked and not any(_nvlinks(gpus) for gpus in asked):
+        names = ", ".join(dict.fromkeys(gpu.facts["name"] for gpus in asked for gpu in gpus))
+        having = ", ".join(key for key, facts in products()["products"].items() if "nvlink" in facts)
+        raise InputError(
+            f"--links nvlink: no two of {names} can be joined by NVLink; name products that have it ({having}), or "
+            "say --links p2p or host"
+        )
 
 
 def _nvlinks(gpus: Sequence[Gpu]) -> dict[tuple[int, int], int]:
