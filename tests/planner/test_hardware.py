@@ -199,6 +199,16 @@ def test_disks_are_read_in_their_own_node_alone() -> None:
             hardware.link("node1/disk", target)
 
 
+def test_within_a_node_only_links_join() -> None:
+    hardware = Hardware.from_options("2*(2x24GB)")
+    missing = ("node0/cuda:0", "node0/cuda:1")
+    links = tuple(link for link in hardware.links if (link.source, link.target) != missing)
+    other = Hardware(devices=hardware.devices, pools=hardware.pools, links=links)
+    for ends in (missing, ("node0/cuda:0", "node0/cuda:0")):
+        with pytest.raises(KeyError, match="no link from node0/cuda:0"):
+            other.link(*ends)
+
+
 def test_the_order_of_links_is_nothing() -> None:
     hardware = Hardware.from_options("2xh100/2x24GB", links="nvlink")
     for seed in range(3):
