@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import InputError
-from planner.plan import write_text
-from planner.serial import encode
+from planner.serial import encode, write_text
 
 # Entries beyond this many are dropped, oldest first.
 MOST_ENTRIES = 256

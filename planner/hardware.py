@@ -1,21 +1,25 @@
 """The machine a plan is made for: devices, the memory they draw on, and the links between them.
 
-With `Hardware.from_options` nothing is read from the machine at hand: what the caller does not say is a stated
-assumption, listed in `Hardware.assumptions`.
+Values alone; `planner.machines` makes them from options and files.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.resources
+import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from planner.errors import InputError
-from planner.units import GB, GIB, MB, TB, format_bytes, parse_bytes
+from planner.serial import canonical, write_text
+from planner.units import GB, MB, TB, format_bytes, parse_bytes
 
 # Achieved / datasheet: a large bf16 matmul 788 of 989 TFLOP/s and a device copy 4.3 of 4.8 TB/s, both measured on
 # an H200. Taken for every GPU until this machine is calibrated.
@@ -24,6 +28,11 @@ BANDWIDTH_FRACTION = 0.90
 # Achieved host-to-device rate of large pinned copies over 16 lanes, by PCIe generation (published measurements:
 # 12.4, 22.5 to 24, and 51 to 55 GB/s).
 PCIE_BYTES_PER_S = {3: 12_400 * MB, 4: 22_500 * MB, 5: 51_000 * MB}
+# Achieved / datasheet over NVLink, one way: 376 of 450 GB/s between two H100s, the least of those published (48 of 50
+# between two V100s), by p2pBandwidthLatencyTest.
+NVLINK_FRACTION = 0.83
+# From pageable memory, of the rate from pinned: 13 to 18 GB/s against 22.5 to 24 over PCIe 4 (published measurements).
+PAGEABLE_FRACTION = 0.65
 COPY_LATENCY_NS = 10_000
 # Host time of one eager PyTorch operator with the Python around it: what bounds small layers on any device. An
 # assumption until calibrated.
@@ -37,13 +46,20 @@ CUBLAS_WORKSPACE_BYTES = {"large": 32 * 2**20, "small": 8_519_680}
 DEFAULT_RAM_BYTES = 128 * GB
 DEFAULT_DISK_BYTES = 1 * TB
 # A desktop with two channels of DDR5: 60 GB/s read by all cores, 1 TFLOP/s of matmul.
+CPU_PRODUCT = "desktop with two channels of DDR5"
 CPU_BYTES_PER_S = 60 * GB
 CPU_FLOPS_PER_S = 1_000_000_000_000
 DISK_BYTES_PER_S = 3 * GB
 DISK_LATENCY_NS = 100_000
+# 100 Gbit/s Ethernet at 90 %, and TCP inside one room: assumptions.
+NETWORK_BYTES_PER_S = 11_250 * MB
+NETWORK_LATENCY_NS = 30_000
 # Left to the operating system, the interpreter and the libraries.
 HOST_RESERVED_BYTES = 4 * GB
 MAX_GPUS = 64
+MAX_NODES = 64
+# Names that a message lists before it says how many more there are.
+_NAMES_LISTED = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,20 +101,29 @@ class MemoryPool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """A one-way path between two places: achieved rate of large copies, and latency of one copy."""
+    """A one-way path between two places: achieved rate of large copies, and latency of one copy.
+
+    lane: links of the same lane share one resource, and copy one after the other; None: a resource of its own.
+    """
 
     source: str
     target: str
     bytes_per_s: int
     latency_ns: int
+    lane: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# No slots: what is looked up by name is indexed once, beside the fields.
+@dataclass(frozen=True, kw_only=True)
 class Hardware:
     """Devices in order (GPUs first, then "cpu"), their pools ("disk" is a pool without a device), and links.
 
-    pinned_limit_bytes: how much of the host's memory may be pinned for GPUs to copy from; None where only its size
+    With several nodes all names begin with their node, node after node: "node0/cuda:0", "node0/cpu", "node0/disk".
+    Links then join the hosts of any two nodes; `link` finds the way between other devices of different nodes.
+
+    pinned_limit_bytes: how much of a host's memory may be pinned for GPUs to copy from; None where only its size
         limits that.
+    pageable_fraction: of a link's rate, what copies between pageable host memory and a GPU reach.
     """
 
     devices: tuple[Device, ...]
@@ -106,48 +131,81 @@ class Hardware:
     links: tuple[Link, ...]
     assumptions: tuple[str, ...] = ()
     pinned_limit_bytes: int | None = None
+    pageable_fraction: float = PAGEABLE_FRACTION
 
     def device(self, name: str) -> Device:
-        return next(device for device in self.devices if device.name == name)
+        return self._devices[name]
 
     def pool(self, name: str) -> MemoryPool:
-        return next(pool for pool in self.pools if pool.name == name)
+        return self._pools[name]
 
     def link(self, source: str, target: str) -> Link:
-        """Return the link from `source` to `target`.
+        """Return the way from `source` to `target`: a link, or between devices of different nodes the links over
+        their hosts as one, as fast as the slowest, with all their latencies, on the network's lane.
 
         Raises:
-            KeyError: the two are not joined directly.
+            KeyError: the two are not joined.
         """
-        for link in self.links:
-            if (link.source, link.target) == (source, target):
-                return link
-        raise KeyError(f"no link from {source} to {target}")
+        found = self._links.get((source, target))
+        if found is None:
+            found = self._links[source, target] = self._over_hosts(source, target)
+        return found
 
     def host(self, name: str) -> str:
         """Return the CPU of the node that a device or memory is in: "cpu", or "node0/cpu"."""
-        return f"{_node(name)}cpu"
+        return f"{_prefix(name)}cpu"
 
     def disk(self, name: str) -> str:
         """Return the disk of the node that a device or memory is in: "disk", or "node0/disk"."""
-        return f"{_node(name)}disk"
+        return f"{_prefix(name)}disk"
 
-    @property
+    def node(self, name: str) -> str:
+        """Return the node that a device or memory is in; "" where there is only one."""
+        return _prefix(name).removesuffix("/")
+
+    @functools.cached_property
+    def nodes(self) -> tuple[str, ...]:
+        """The nodes in order; one "" where there is only one."""
+        return tuple(dict.fromkeys(self.node(device.name) for device in self.devices))
+
+    @functools.cached_property
     def hosts(self) -> tuple[Device, ...]:
         """The CPU of every node."""
         return tuple(device for device in self.devices if device.kind == "cpu")
 
-    @property
-    def pageable_fraction(self) -> float:
-        return 0.6
-
-    def node(self, name: str) -> str:
-        """Return the node that a device or memory is in; "" where there is only one."""
-        return _node(name).removesuffix("/")
-
-    @property
+    @functools.cached_property
     def gpus(self) -> tuple[Device, ...]:
         return tuple(device for device in self.devices if device.kind != "cpu")
+
+    @functools.cached_property
+    def _devices(self) -> dict[str, Device]:
+        return {device.name: device for device in self.devices}
+
+    @functools.cached_property
+    def _pools(self) -> dict[str, MemoryPool]:
+        return {pool.name: pool for pool in self.pools}
+
+    @functools.cached_property
+    def _links(self) -> dict[tuple[str, str], Link]:
+        return {(link.source, link.target): link for link in self.links}
+
+    def _over_hosts(self, source: str, target: str) -> Link:
+        ways = [
+            pair
+            for pair in itertools.pairwise((source, self.host(source), self.host(target), target))
+            if pair[0] != pair[1]
+        ]
+        joined = self.node(source) != self.node(target) and {source, target} <= self._devices.keys()
+        if not joined or any(pair not in self._links for pair in ways):
+            raise KeyError(f"no link from {source} to {target}")
+        links = [self._links[pair] for pair in ways]
+        return Link(
+            source=source,
+            target=target,
+            bytes_per_s=min(link.bytes_per_s for link in links),
+            latency_ns=sum(link.latency_ns for link in links),
+            lane=self._links[self.host(source), self.host(target)].lane,
+        )
 
     @classmethod
     def from_options(
@@ -157,91 +215,190 @@ class Hardware:
         ram: str | int | None = None,
         disk: str | int | None = None,
         max_memory: Mapping[str, str | int] | None = None,
+        **more: Any,
     ) -> Hardware:
-        """Return the machine that the options describe: `gpus` as "2x24GB", "2xrtx4090,1xl4" or 0.
+        """Return the machine that the options describe: `gpus` as "2x24GB", "2xrtx4090,1xl4", 0, or nodes with slashes
+        between them. `more` are the other options of `planner.machines.from_options`.
+
+        Nothing is read from the machine at hand: what is not said is a stated assumption, in `assumptions`.
 
         Raises:
             InputError: an option cannot be read, names no known product, or is zero where it must not be.
         """
-        notes = ["GB = 10^9 bytes, GiB = 2^30 bytes"]
-        if gpus is None:
-            notes.append("no GPU: --gpus was not given (assumed)")
-        specs = parse_gpus(gpus or 0, notes)
-        devices = [_gpu(index, capacity, product) for index, (capacity, product) in enumerate(specs)]
-        pools = [MemoryPool(name=f"cuda:{i}", capacity_bytes=c, reserved_bytes=0) for i, (c, _) in enumerate(specs)]
-        links = _gpu_links(specs, notes)
-        devices.append(_CPU)
-        ram_bytes = DEFAULT_RAM_BYTES if ram is None else parse_bytes(ram, what="--ram")
-        disk_bytes = DEFAULT_DISK_BYTES if disk is None else parse_bytes(disk, what="--disk")
-        if ram_bytes == 0:
-            raise InputError("--ram must not be zero: the program itself lives there; give the RAM of the machine")
-        notes.append(
-            f"host RAM {format_bytes(ram_bytes)}{' (assumed)' if ram is None else ''}, of which "
-            f"{format_bytes(HOST_RESERVED_BYTES)} is left to the system and the program (assumed)"
-        )
-        notes.append(
-            f"CPU {_CPU.product}: {CPU_BYTES_PER_S // GB} GB/s from memory, "
-            f"{CPU_FLOPS_PER_S / 1e12:.1f} TFLOP/s (assumed)"
-        )
-        notes.append(f"{OPERATOR_NS / 1e3:.0f} µs of host time for an operator (assumed)")
-        notes.append(
-            f"disk {format_bytes(disk_bytes)}{' (assumed)' if disk is None else ''}, read at "
-            f"{DISK_BYTES_PER_S / GB:.1f} GB/s (assumed)"
-        )
-        pools.append(MemoryPool(name="cpu", capacity_bytes=ram_bytes, reserved_bytes=HOST_RESERVED_BYTES))
-        pools.append(MemoryPool(name="disk", capacity_bytes=disk_bytes, reserved_bytes=0))
-        links.append(Link(source="disk", target="cpu", bytes_per_s=DISK_BYTES_PER_S, latency_ns=DISK_LATENCY_NS))
-        hardware = cls(devices=tuple(devices), pools=tuple(pools), links=tuple(links), assumptions=tuple(notes))
-        return hardware.with_max_memory(max_memory or {})
+        # What makes Hardware imports this module.
+        from planner.machines import from_options
+
+        return from_options(gpus, ram=ram, disk=disk, **more).with_max_memory(max_memory or {})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Hardware:
+        """Read a machine from a JSON file, written by hand or by `save` (docs/hardware.md).
+
+        Raises:
+            InputError: the file cannot be read, or what it says cannot be; the message says where.
+        """
+        from planner.machine_file import load
+
+        return load(path)
+
+    def save(self, path: str | Path) -> None:
+        """Write all of this machine as JSON, as plans hold it.
+
+        Raises:
+            InputError: the path cannot be written.
+        """
+        write_text(path, canonical(self))
 
     def with_max_memory(self, max_memory: Mapping[str, str | int]) -> Hardware:
         """Return this machine with pools capped: {"cuda:0": "20GiB", "cpu": "64GB", "pinned": "16GB"}; a cap never
-        raises a capacity.
+        raises a capacity. With several nodes "cpu" caps every host, and "node0/cpu" one.
 
         Raises:
             InputError: a name that this machine does not have, or a size that cannot be read.
         """
         caps = {_device_name(key): parse_bytes(value, what=f"max_memory of {key}") for key, value in max_memory.items()}
-        names = [*(pool.name for pool in self.pools), "pinned"]
+        names = {name for pool in self.pools for name in (pool.name, _own_name(pool.name))} | {"pinned"}
         for name in caps:
             if name not in names:
-                raise InputError(f"max_memory names {name!r}, which is not planned for; there are {', '.join(names)}")
-        pools = tuple(
-            MemoryPool(
-                name=pool.name,
-                capacity_bytes=min(pool.capacity_bytes, caps.get(pool.name, pool.capacity_bytes)),
-                reserved_bytes=0 if pool.name in caps else pool.reserved_bytes,
-            )
-            for pool in self.pools
-        )
+                there = listed([*(pool.name for pool in self.pools), "pinned"])
+                raise InputError(f"max_memory names {name!r}, which is not planned for; there are {there}")
+        pools = []
+        for pool in self.pools:
+            limits = [caps[name] for name in {pool.name, _own_name(pool.name)} if name in caps]
+            if limits:
+                pool = dataclasses.replace(pool, capacity_bytes=min(pool.capacity_bytes, *limits), reserved_bytes=0)
+            pools.append(pool)
         notes = tuple(f"{name} limited to {format_bytes(size)} by max_memory" for name, size in sorted(caps.items()))
-        limits = [limit for limit in (self.pinned_limit_bytes, caps.get("pinned")) if limit is not None]
-        return Hardware(
-            devices=self.devices,
-            pools=pools,
-            links=self.links,
+        pinned = [limit for limit in (self.pinned_limit_bytes, caps.get("pinned")) if limit is not None]
+        return dataclasses.replace(
+            self,
+            pools=tuple(pools),
             assumptions=self.assumptions + notes,
-            pinned_limit_bytes=min(limits, default=None),
+            pinned_limit_bytes=min(pinned, default=None),
         )
 
+    def check(self) -> None:
+        """Check that names are unique, that everything named is there, and that what plans need is.
 
-def _node(name: str) -> str:
+        Raises:
+            InputError: the first fault found.
+        """
+        _check_names(self)
+        _check_sizes(self)
+        _check_links(self)
+
+
+def _check_names(hardware: Hardware) -> None:
+    for what, names in (("devices", [d.name for d in hardware.devices]), ("pools", [p.name for p in hardware.pools])):
+        twice = [name for name, times in Counter(names).items() if times > 1]
+        if twice:
+            raise InputError(f"hardware: two {what} are called {twice[0]!r}; give each a name of its own")
+    pools = [pool.name for pool in hardware.pools]
+    for device in hardware.devices:
+        if re.fullmatch(r"([^/]+/)?(cpu|cuda:(0|[1-9][0-9]*))", device.name) is None or (
+            (_own_name(device.name) == "cpu") != (device.kind == "cpu")
+        ):
+            raise InputError(
+                f"hardware: no {device.kind} device can be called {device.name!r}; write cuda:0, cuda:1, and cpu, with "
+                "several nodes node0/cuda:0"
+            )
+        if device.pool not in pools or _prefix(device.pool) != _prefix(device.name):
+            raise InputError(f"hardware: {device.name} draws on {device.pool!r}, which is no pool of its node")
+    if "" in hardware.nodes and len(hardware.nodes) > 1:
+        raise InputError("hardware: some devices are in a node, such as node0/cuda:0, and others are not; name all")
+    if len(hardware.gpus) > MAX_GPUS:
+        raise InputError(f"hardware: {len(hardware.gpus)} GPUs; at most {MAX_GPUS} are carried")
+    needed = [name for node in hardware.nodes or ("",) for name in (_joined(node, "cpu"), _joined(node, "disk"))]
+    for name in needed:
+        if name not in pools or (_own_name(name) == "cpu" and all(name != d.name for d in hardware.devices)):
+            raise InputError(
+                f"hardware: there is no {name!r}; every node has a device and a pool of its host's memory, and a pool "
+                "of its disk (of 0 bytes where it has none)"
+            )
+        if _own_name(name) == "cpu" and hardware.device(name).pool != name:
+            raise InputError(f"hardware: {name} must draw on the pool of its own name; let GPUs share that one")
+
+
+def _check_sizes(hardware: Hardware) -> None:
+    counts: list[tuple[str, int, int]] = []
+    for device in hardware.devices:
+        if "default" not in device.flops_per_s:
+            raise InputError(f'hardware: flops_per_s of {device.name} lacks "default", for dtypes that are not named')
+        counts += [(f"flops_per_s of {device.name} in {key}", rate, 1) for key, rate in device.flops_per_s.items()]
+        counts.append((f"bytes_per_s of {device.name}", device.bytes_per_s, 1))
+        counts += [
+            (f"{name} of {device.name}", getattr(device, name), 0)
+            for name in ("operator_ns", "context_bytes", "workspace_bytes")
+        ]
+    for pool in hardware.pools:
+        counts.append((f"capacity_bytes of {pool.name}", pool.capacity_bytes, 0))
+        counts.append((f"reserved_bytes of {pool.name}", pool.reserved_bytes, 0))
+    for link in hardware.links:
+        counts.append((f"bytes_per_s from {link.source} to {link.target}", link.bytes_per_s, 1))
+        counts.append((f"latency_ns from {link.source} to {link.target}", link.latency_ns, 0))
+    if hardware.pinned_limit_bytes is not None:
+        counts.append(("pinned_limit_bytes", hardware.pinned_limit_bytes, 0))
+    for what, value, least in counts:
+        if value < least:
+            raise InputError(f"hardware: {what} must be at least {least}, and is {value}")
+    if not 0 < hardware.pageable_fraction <= 1:
+        raise InputError(f"hardware: pageable_fraction must lie in (0, 1], and is {hardware.pageable_fraction}")
+
+
+def _check_links(hardware: Hardware) -> None:
+    places = {device.name for device in hardware.devices} | {hardware.disk(host.name) for host in hardware.hosts}
+    seen: set[tuple[str, str]] = set()
+    for link in hardware.links:
+        ends = (link.source, link.target)
+        for end in ends:
+            if end not in places:
+                raise InputError(
+                    f"hardware: a link joins {link.source} to {link.target}, and there is no {end!r}; there are "
+                    f"{listed(sorted(places))}"
+                )
+        if link.source == link.target or ends in seen:
+            raise InputError(f"hardware: the link from {link.source} to {link.target} is there twice, or leads nowhere")
+        seen.add(ends)
+    for host in hardware.hosts:
+        here = [gpu.name for gpu in hardware.gpus if hardware.host(gpu.name) == host.name]
+        others = [other.name for other in hardware.hosts if other is not host]
+        needed = [
+            (hardware.disk(host.name), host.name),
+            *((host.name, name) for name in (*here, *others)),
+            *((name, host.name) for name in here),
+            *itertools.permutations(here, 2),
+        ]
+        for source, target in needed:
+            if (source, target) not in seen:
+                raise InputError(f"hardware: there is no link from {source} to {target}; add it, one for each way")
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names as text, so many that a message stays one: "cuda:0, cuda:1, cpu, ... (70 in all)"."""
+    known = list(names)
+    if len(known) <= _NAMES_LISTED:
+        return ", ".join(known)
+    return f"{', '.join(known[:_NAMES_LISTED])}, ... ({len(known)} in all)"
+
+
+def _prefix(name: str) -> str:
     """Return "node0/" for "node0/cuda:1", and nothing for a name without a node."""
     node, slash, _ = name.rpartition("/")
     return node + slash
 
 
-_CPU = Device(
-    name="cpu",
-    kind="cpu",
-    product="desktop with two channels of DDR5",
-    pool="cpu",
-    flops_per_s={"default": CPU_FLOPS_PER_S},
-    bytes_per_s=CPU_BYTES_PER_S,
-    operator_ns=OPERATOR_NS,
-    context_bytes=0,
-    workspace_bytes=0,
-)
+def _own_name(name: str) -> str:
+    """Return "cuda:1" for "node0/cuda:1"."""
+    return name.rpartition("/")[2]
+
+
+def _joined(node: str, name: str) -> str:
+    return f"{node}/{name}" if node else name
+
+
+def _device_name(key: str | int) -> str:
+    text = str(key)
+    return f"cuda:{text}" if text.isdigit() else text
 
 
 @functools.cache
@@ -250,96 +407,3 @@ def products() -> dict[str, Any]:
     text = importlib.resources.files("planner").joinpath("products.json").read_text(encoding="utf-8")
     data: dict[str, Any] = json.loads(text)
     return data
-
-
-def parse_gpus(text: str | int, notes: list[str]) -> list[tuple[int, str]]:
-    """Return (capacity in bytes, product key) for each GPU of "2x24GB,1xl4"; what is assumed goes to `notes`."""
-    if str(text).strip() in ("0", "none", ""):
-        return []
-    specs: list[tuple[int, str]] = []
-    for part in str(text).split(","):
-        match = re.fullmatch(r"\s*(?:(\d+)\s*[x\u00d7]\s*)?(\S+)\s*", part, flags=re.IGNORECASE)
-        if match is None:
-            raise InputError(_gpus_help(text))
-        count = int(match[1]) if match[1] is not None else 1
-        if not 1 <= count <= MAX_GPUS:
-            raise InputError(f"--gpus {text}: {count} GPUs cannot be planned for; give 1 to {MAX_GPUS}, or --gpus 0")
-        specs += [_one_gpu(match[2], text, notes)] * count
-    if len(specs) > MAX_GPUS:
-        raise InputError(f"--gpus {text}: {len(specs)} GPUs; at most {MAX_GPUS} are carried")
-    return specs
-
-
-def _one_gpu(word: str, text: str | int, notes: list[str]) -> tuple[int, str]:
-    catalogue = products()["products"]
-    key = word.lower().replace("_", "-")
-    if key in catalogue:
-        facts = catalogue[key]
-        notes.append(f"GPU {facts['name']}: {facts['usable_gib']} GiB usable")
-        return int(facts["usable_gib"] * GIB), key
-    if not re.match(r"[\d.]", word):
-        raise InputError(_gpus_help(text))
-    try:
-        capacity = parse_bytes(word if re.search(r"[a-zA-Z]", word) else "", what="--gpus")
-    except InputError as exc:
-        raise InputError(_gpus_help(text)) from exc
-    if capacity == 0:
-        raise InputError(f"--gpus {text}: a GPU with no memory; write --gpus 0 to plan without GPUs")
-    table = products()["assumed_for_gb"]
-    size = min(table, key=lambda gb: (abs(int(gb) * GB - capacity), int(gb)))
-    facts = catalogue[table[size]]
-    notes.append(
-        f"GPU of {format_bytes(capacity)} taken as {facts['name']} (assumed; usable there "
-        f"{format_bytes(int(facts['usable_gib'] * GIB))}): {facts['half_tflops']:.0f} TFLOP/s and "
-        f"{facts['memory_gb_per_s']:.0f} GB/s on its datasheet, "
-        f"{MATMUL_FRACTION:.0%} and {BANDWIDTH_FRACTION:.0%} achieved"
-    )
-    return capacity, table[size]
-
-
-def _gpus_help(text: str | int) -> str:
-    known = ", ".join(products()["products"])
-    return f"--gpus {text}: write COUNTxSIZE such as 2x24GB, COUNTxPRODUCT such as 2xrtx4090, or 0; products: {known}"
-
-
-def _gpu(index: int, capacity_bytes: int, product: str) -> Device:
-    facts = products()["products"][product]
-    half = int(facts["half_tflops"] * 1e12 * MATMUL_FRACTION)
-    single = int(facts["fp32_tflops"] * 1e12 * MATMUL_FRACTION)
-    return Device(
-        name=f"cuda:{index}",
-        kind="cuda",
-        product=facts["name"],
-        pool=f"cuda:{index}",
-        flops_per_s={"bfloat16": half, "float16": half, "default": single},
-        bytes_per_s=int(facts["memory_gb_per_s"] * GB * BANDWIDTH_FRACTION),
-        operator_ns=OPERATOR_NS,
-        context_bytes=CUDA_CONTEXT_BYTES,
-        workspace_bytes=CUBLAS_WORKSPACE_BYTES[facts["workspace"]],
-    )
-
-
-def _gpu_links(specs: list[tuple[int, str]], notes: list[str]) -> list[Link]:
-    catalogue = products()["products"]
-    rates = [PCIE_BYTES_PER_S[catalogue[product]["pcie"]] for _, product in specs]
-    links = []
-    for i, rate in enumerate(rates):
-        for source, target in (("cpu", f"cuda:{i}"), (f"cuda:{i}", "cpu")):
-            links.append(Link(source=source, target=target, bytes_per_s=rate, latency_ns=COPY_LATENCY_NS))
-        for j, other in enumerate(rates):
-            if i != j:
-                # Without NVLink or P2P a copy goes through host memory: two copies, one after the other.
-                through = min(rate, other) // 2
-                links.append(
-                    Link(source=f"cuda:{i}", target=f"cuda:{j}", bytes_per_s=through, latency_ns=2 * COPY_LATENCY_NS)
-                )
-    if specs:
-        words = ", ".join(sorted({f"{rate / GB:.1f} GB/s" for rate in rates}))
-        notes.append(f"host to GPU {words} from pinned memory; GPU to GPU through the host (assumed)")
-        notes.append(f"{format_bytes(CUDA_CONTEXT_BYTES)} of CUDA context on each GPU (assumed)")
-    return links
-
-
-def _device_name(key: str | int) -> str:
-    text = str(key)
-    return f"cuda:{text}" if text.isdigit() else text

@@ -4,10 +4,7 @@ machines; its canonical JSON has no times of day in it, and the same finished qu
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +13,7 @@ from planner.errors import InputError, PlanFormatError
 from planner.graph import LayerGraph
 from planner.hardware import Hardware
 from planner.rules import Rules
-from planner.serial import canonical, decode, encode
+from planner.serial import canonical, decode, encode, write_text
 from planner.workload import Workload
 
 SCHEMA_VERSION = 2
@@ -216,29 +213,3 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         return dict(encode(self))
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write `text` to `path` under a temporary name and rename it, so that readers see all of it or the old file.
-
-    Raises:
-        InputError: the folder or file cannot be written.
-    """
-    target = Path(path).resolve()
-    if target.exists() and not target.is_file():
-        raise InputError(f"cannot write {path}: it is there, and is not a file")
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                stream.write(text)
-            umask = os.umask(0)
-            os.umask(umask)
-            Path(temporary).chmod(0o666 & ~umask)
-            Path(temporary).replace(target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                Path(temporary).unlink()
-            raise
-    except OSError as exc:
-        raise InputError(f"cannot write {target}: {exc.strerror or exc}") from exc

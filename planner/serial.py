@@ -1,15 +1,21 @@
-"""Frozen dataclasses to canonical JSON and back, strictly: no key may be missing, unknown or of a wrong type."""
+"""Frozen dataclasses to canonical JSON and back, strictly: no key may be missing, unknown or of a wrong type; and files
+that are written whole or not at all.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import os
+import tempfile
 import types
 import typing
+from pathlib import Path
 from typing import Any, TypeVar
 
-from planner.errors import PlanFormatError
+from planner.errors import InputError, PlanFormatError
 
 T = TypeVar("T")
 
@@ -118,3 +124,29 @@ def _decode_union(kind: Any, data: Any, where: str) -> Any:
 
 def _name(data: Any) -> str:
     return "null" if data is None else type(data).__name__
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path` under a temporary name and rename it, so that readers see all of it or the old file.
+
+    Raises:
+        InputError: the folder or file cannot be written.
+    """
+    target = Path(path).resolve()
+    if target.exists() and not target.is_file():
+        raise InputError(f"cannot write {path}: it is there, and is not a file")
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+                stream.write(text)
+            umask = os.umask(0)
+            os.umask(umask)
+            Path(temporary).chmod(0o666 & ~umask)
+            Path(temporary).replace(target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                Path(temporary).unlink()
+            raise
+    except OSError as exc:
+        raise InputError(f"cannot write {target}: {exc.strerror or exc}") from exc

@@ -15,6 +15,8 @@ _UNITS = {
     "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB,
 }  # fmt: skip
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+_RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B|[KMGT]iB|[KMGT]bit)(?:/s)?\s*")
+_FLOPS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([GTP])(?:FLOPS?|FLOP/s)?\s*")
 
 
 def parse_bytes(text: str | int, *, what: str = "a size") -> int:
@@ -41,6 +43,43 @@ def parse_bytes(text: str | int, *, what: str = "a size") -> int:
     digits = len(fraction)
     scale: int = 10**digits
     return int(whole + fraction) * unit // scale
+
+
+def parse_rate(text: str | int, *, what: str = "a rate") -> int:
+    """Return the bytes per second that `text` names: "12.5GB/s" or "12.5GB", and "100Gbit/s" or "100Gbit" in bits.
+
+    "Gb" means bits to some and bytes to others, and is refused.
+
+    Raises:
+        InputError: not a rate, or zero or less.
+    """
+    if isinstance(text, str) and (match := _RATE.fullmatch(text)) is not None:
+        unit = match[2]
+        rate = parse_bytes(match[1] + unit.replace("bit", "B"), what=what) // (8 if unit.endswith("bit") else 1)
+    elif isinstance(text, int) and not isinstance(text, bool):
+        rate = text
+    else:
+        raise InputError(f"{what} must be bytes a second such as 12.5GB/s, or bits such as 100Gbit/s; got {text!r}")
+    if rate < 1:
+        raise InputError(f"{what} must be more than nothing, and is {text!r}")
+    return rate
+
+
+def parse_flops(text: str | int, *, what: str = "a rate") -> int:
+    """Return the FLOP/s that `text` names: "2TFLOP/s", "2TFLOPS", "500G".
+
+    Raises:
+        InputError: not such a rate, or zero or less.
+    """
+    if isinstance(text, str) and (match := _FLOPS.fullmatch(text)) is not None:
+        rate = parse_bytes(match[1] + match[2].replace("P", "T"), what=what) * (1000 if match[2] == "P" else 1)
+    elif isinstance(text, int) and not isinstance(text, bool):
+        rate = text
+    else:
+        raise InputError(f"{what} must be a number and GFLOP/s, TFLOP/s or PFLOP/s, such as 2TFLOP/s; got {text!r}")
+    if rate < 1:
+        raise InputError(f"{what} must be more than nothing, and is {text!r}")
+    return rate
 
 
 def format_bytes(count: int) -> str:

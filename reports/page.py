@@ -12,7 +12,8 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from planner.plan import KINDS_OF_MEMORY, Plan, write_text
+from planner.plan import KINDS_OF_MEMORY, Plan
+from planner.serial import write_text
 from planner.units import format_bytes, format_ns
 from reports import figures, time_figures
 from reports.placement_rows import placement_rows

@@ -19,7 +19,7 @@ PACKAGES = ("planner", "simulate", "dispatch", "reports")
 ORDER = (
     ("errors",),
     ("units", "serial"),
-    ("hardware", "workload", "graph", "rules"),
+    ("hardware", "gpus", "machines", "machine_file", "workload", "graph", "rules"),
     ("plan",),
     ("precision",),
     ("lifetimes",),

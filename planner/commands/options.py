@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from planner.errors import InputError
+from planner.hardware import Hardware
 from planner.units import parse_bytes
+
+# Options that a hardware file takes the place of.
+_DESCRIBED = (
+    "gpus", "ram", "pinned", "disk", "disk_speed", "cpu_flops", "cpu_bandwidth", "links", "gpus_per_switch", "network",
+)  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,6 +41,54 @@ def add_output_options(parser: argparse._ActionsContainer) -> None:
     """Add the options that every command has."""
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, errors included")
     parser.add_argument("--debug", action="store_true", help="print a traceback when something goes wrong")
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """Add what describes the machine that is planned for; `hardware` reads it back."""
+    machine = parser.add_argument_group("the machine (what is left out is assumed, and the output says so)")
+    machine.add_argument(
+        "--gpus", metavar="SPEC",
+        help="2x24GB, 2xrtx4090,1xl4, or 0 for CPU and disk alone (default: 0); nodes as 4x80GB/2x24GB or '8*(4x80GB)'",
+    )  # fmt: skip
+    machine.add_argument("--ram", metavar="SIZE", help="host memory, of each node")
+    machine.add_argument("--pinned", metavar="SIZE", help="how much of it may be pinned for GPUs to copy from")
+    machine.add_argument("--disk", metavar="SIZE", help="disk for weights that fit nowhere else; 0 for none")
+    machine.add_argument("--disk-speed", metavar="RATE", help="what reading from disk reaches, such as 7GB/s")
+    machine.add_argument("--cpu-flops", metavar="FLOPS", help="what matmuls on the CPU reach, such as 2TFLOP/s")
+    machine.add_argument("--cpu-bandwidth", metavar="RATE", help="what the CPU reads from memory, such as 200GB/s")
+    machine.add_argument(
+        "--links", choices=("host", "p2p", "nvlink"),
+        help="how GPUs of a node reach each other: through host memory, over PCIe directly, or NVLink (default: host)",
+    )  # fmt: skip
+    machine.add_argument(
+        "--gpus-per-switch", type=count, metavar="N", help="so many neighbours share one way to the host (default: 1)"
+    )
+    machine.add_argument(
+        "--network", metavar="RATE", help="what copies out of a node reach: 12.5GB/s, or in bits 100Gbit/s"
+    )
+    machine.add_argument(
+        "--max-memory", metavar="NAME=SIZE", action="append", default=[],
+        help="cap a memory, such as cuda:0=20GiB,cpu=64GB,pinned=16GB,node1/cpu=64GB; can be repeated",
+    )  # fmt: skip
+    machine.add_argument("--hardware", metavar="FILE", help="a JSON file that describes it all (docs/hardware.md)")
+
+
+def hardware(args: argparse.Namespace) -> Hardware:
+    """Return the machine that the options describe.
+
+    Raises:
+        InputError: an option cannot be used, or a file is given besides what it describes.
+    """
+    max_memory = parse_max_memory(args.max_memory)
+    said = {name: value for name in _DESCRIBED if (value := getattr(args, name)) is not None}
+    if args.hardware is None:
+        return Hardware.from_options(max_memory=max_memory, **said)
+    if said:
+        option = next(iter(said)).replace("_", "-")
+        raise InputError(
+            f"--hardware and --{option} both describe the machine; write it into {args.hardware}, or leave the file out"
+        )
+    return Hardware.load(args.hardware).with_max_memory(max_memory)
 
 
 def add_work_options(parser: argparse.ArgumentParser) -> None:

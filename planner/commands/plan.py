@@ -10,6 +10,7 @@ from pathlib import Path
 
 from planner.commands import options
 from planner.commands.progress import Progress
+from planner.hardware import Hardware
 from planner.plan import Plan
 
 _EPILOG = """\
@@ -42,16 +43,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--model", required=True, metavar="NAME", help="a model's name, or a folder with its config.json"
     )
-    machine = result.add_argument_group("the machine (what is left out is assumed, and the output says so)")
-    machine.add_argument(
-        "--gpus", metavar="SPEC", help="2x24GB, 2xrtx4090,1xl4, or 0 for CPU and disk alone (default: 0)"
-    )
-    machine.add_argument("--ram", metavar="SIZE", help="host memory")
-    machine.add_argument("--disk", metavar="SIZE", help="disk for weights that fit nowhere else; 0 for none")
-    machine.add_argument(
-        "--max-memory", metavar="NAME=SIZE", action="append", default=[],
-        help="cap a memory, such as cuda:0=20GiB,cpu=64GB,pinned=16GB; can be repeated",
-    )  # fmt: skip
+    options.add_machine_options(result)
     options.add_work_options(result)
     options.add_source_options(result)
     output = result.add_argument_group("the output")
@@ -67,12 +59,13 @@ def parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str]) -> int:
     """Plan, write the files asked for, then print; outputs are checked before the work starts."""
     args = parser().parse_args(options.join_negatives(argv))
-    max_memory = options.parse_max_memory(args.max_memory)
-    out = options.output_path("--out", args.out, inputs=[args.model])
-    page = options.output_path("--report", args.report, inputs=[args.model])
+    hardware = options.hardware(args)
+    read = [path for path in (args.model, args.hardware) if path is not None]
+    out = options.output_path("--out", args.out, inputs=read)
+    page = options.output_path("--report", args.report, inputs=read)
     options.different_paths(out, page)
     with Progress(quiet=args.quiet) as progress:
-        plan = _plan(args, max_memory, progress)
+        plan = _plan(args, hardware, progress)
         if page is not None:
             write_page(plan, page, progress)
         if out is not None:
@@ -96,17 +89,14 @@ def write_page(plan: Plan, path: Path, progress: Progress) -> None:
     reports.write_report(plan, simulate.run(plan), path)
 
 
-def _plan(args: argparse.Namespace, max_memory: dict[str, str], progress: Progress) -> Plan:
+def _plan(args: argparse.Namespace, hardware: Hardware, progress: Progress) -> Plan:
     from planner.api import plan_model
 
     return plan_model(
         args.model,
-        gpus=args.gpus,
-        ram=args.ram,
-        disk=args.disk,
+        hardware=hardware,
         **options.work(args),
         weight_dtype=args.dtype,
-        max_memory=max_memory,
         hub=args.hub,
         revision=args.revision,
         trust_remote_code=args.trust_remote_code,
