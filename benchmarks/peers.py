@@ -311,7 +311,7 @@ def exo_ring(task: Task) -> tuple[Placement, ...]:
     """exo before 1.0: a ring of GPUs, the largest first, each with the share of the blocks that its memory is."""
     order = _largest_first(task.hardware)
     blocks = _blocks(task.graph)
-    ends = ring_ends(len(blocks), [task.hardware.pool(name).usable_bytes for name in order])
+    ends = ring_shares(len(blocks), [task.hardware.pool(name).usable_bytes for name in order])
     return _with_blocks(task, [name for name, size in zip(order, ends, strict=True) for _ in range(size)])
 
 
@@ -341,7 +341,7 @@ def proportional(layers: int, capacities: Sequence[int]) -> list[int]:
     return sizes
 
 
-def ring_ends(layers: int, capacities: Sequence[int]) -> list[int]:
+def ring_shares(layers: int, capacities: Sequence[int]) -> list[int]:
     """Return how many of `layers` each of `capacities` takes where running shares are rounded to five digits and cut
     down to whole layers, and the last takes what is left.
 
