@@ -104,6 +104,9 @@ def test_exo_gives_ends_to_the_neighbouring_block() -> None:
     assert run_on(task, peers.exo_ring(task)) == ["cuda:1"] * 5 + ["cuda:0"] * 3
     # 74 MiB of weights are less than the larger one holds, and than the smaller one too, which it does not choose.
     assert run_on(task, peers.exo_fewest(task)) == ["cuda:1"] * 8
+    # Here it takes two of three, in the order of the machine: 60/130 and 70/130 of six blocks.
+    task = task_of(chain(6), [60 * MIB, 50 * MIB, 70 * MIB])
+    assert run_on(task, peers.exo_fewest(task)) == ["cuda:0"] * 4 + ["cuda:2"] * 4
 
 
 def test_exo_offloads_nothing() -> None:
@@ -156,6 +159,15 @@ def test_what_must_not_wait_elsewhere_stays_where_it_runs() -> None:
         ("layers.0", "cpu", "pinned"),
         ("head", "cuda:0", "device"),
     ]
+    assert verify_plan(peers.plan_of(task, placed)) == ()
+
+
+def test_experts_stay_whole_or_wait_whole() -> None:
+    kind = LayerKind(name="Block", groups=(group("attn", MIB), group("experts", MIB, slices=4, used=2)))
+    graph = build_graph([kind], [[span(flops=10**9)] * 3], [("layers.0", 0), ("layers.1", 0)])
+    task = task_of(graph, [10**9])
+    placed = peers.placements_of(task, [Where(run_on="cuda:0", home="cuda:0"), Where(run_on="cuda:0", home="cpu")])
+    assert [entry.resident_slices for entry in placed] == [None, 4, None, 0]
     assert verify_plan(peers.plan_of(task, placed)) == ()
 
 
