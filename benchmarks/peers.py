@@ -275,8 +275,8 @@ def module_of(graph: LayerGraph) -> Any:
         if value is None:
             empty = torch.empty(tensor.nbytes, dtype=torch.uint8, device="meta")
             value = made[name] = torch.nn.Parameter(empty, requires_grad=False)
-        layer = root.get_submodule(graph.layers[index].name)
-        layer.register_parameter(tensor.name.replace(".", "_"), value)
+        owner = root.get_submodule(graph.layers[index].name)
+        owner.register_parameter(tensor.name.replace(".", "_"), value)
     # What transformers reads of a model besides its modules.
     shared = {_flat(graph, name): _flat(graph, first) for name, first in tied.items()}
     vars(root).update(_no_split_modules=["GraphLayer"], all_tied_weights_keys=shared)
@@ -351,7 +351,8 @@ def ring_shares(layers: int, capacities: Sequence[int]) -> list[int]:
     total = sum(capacities)
     if not total:
         raise NoMapError("it shares layers over GPUs, and there are none")
-    share, done, sizes = 0.0, 0, []
+    share, done = 0.0, 0
+    sizes: list[int] = []
     for capacity in capacities:
         share = round(share + capacity / total, 5)
         end = layers if len(sizes) == len(capacities) - 1 else min(int(share * layers), layers)

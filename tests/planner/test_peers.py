@@ -406,6 +406,17 @@ def test_a_case_that_nothing_fits_is_a_row_with_the_peers() -> None:
     assert set(made.peers.values()) == {None}
 
 
+def test_a_case_without_an_answer_is_a_row_with_the_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(case: placement.Case, part: str) -> placement.Row:
+        if part == "all":
+            raise placement._NoRowError("no answer within 1 s")
+        return row(**NO_PLAN)
+
+    monkeypatch.setattr(placement, "_made_apart", made)
+    found = placement.row_apart(placement.CASES[0])
+    assert found == row(**NO_PLAN, error="no answer within 1 s")
+
+
 def test_the_table_is_narrow() -> None:
     rows = [row(case="x" * 33, peers={"accelerate sequential, told to leave room": 2000}), row(error="y" * 300)]
     assert max(len(line) for line in placement.table(rows).splitlines()) <= 100
