@@ -260,17 +260,19 @@ class Target:
 def targets(cases: Sequence[Case], rows: Sequence[Row]) -> list[Target]:
     """Return every target with the verdict of the rows."""
     result = []
-    pairs = list(zip(cases, rows, strict=True))
-    for case, row in pairs:
+    for case, row in zip(cases, rows, strict=True):
         if case.within_s is None or case.most_gap is None:
             continue
         claim = f"{case.name}: within {case.within_s:g} s, optimal or within {case.most_gap:.0%} of its bound"
         result.append(verdict(claim, [(row, missed_proof(case, row))]))
+    planned = [row for row in rows if row.simulated_ns is not None]
+    raced = [row for row in planned if best_peer(row) is not None]
+    possible = [row for row in rows if best_peer(row) is not None]
     result += [
-        verdict("objective and simulation agree within 2 %", [(row, missed_agreement(row)) for _, row in pairs]),
-        verdict("never slower than a peer", [(row, missed_race(row)) for _, row in pairs]),
-        verdict("a plan wherever a peer has one", [(row, missed_plan(row)) for _, row in pairs]),
-        verdict("verify accepts every plan", [(row, row.broken[0] if row.broken else None) for _, row in pairs]),
+        verdict("objective and simulation agree within 2 %", [(row, missed_agreement(row)) for row in planned]),
+        verdict("never slower than a peer", [(row, missed_race(row)) for row in raced]),
+        verdict("a plan wherever a peer has one", [(row, missed_plan(row)) for row in possible]),
+        verdict("verify accepts every plan", [(row, next(iter(row.broken), None)) for row in planned]),
     ]
     return result
 

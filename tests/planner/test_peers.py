@@ -385,8 +385,14 @@ def test_targets_are_missed_one_by_one(changes: dict[str, object], missed: set[s
     found = placement.targets([case], [row(**changes)])
     words = {"a": "a: within", "objective": "objective", "never": "never", "plan": "a plan", "verify": "verify"}
     expected = {entry.target for entry in found if any(entry.target.startswith(words[name]) for name in missed)}
-    assert {entry.target for entry in found if not entry.holds} == expected
+    assert {entry.target for entry in found if entry.holds is False} == expected
     assert len(expected) == len(missed)
+
+
+def test_a_target_that_no_row_speaks_of_is_not_held() -> None:
+    case = placement.Case(name="a", task=lambda: task_of(chain(1), []))
+    found = placement.targets([case], [row(**NO_PLAN, peers={"slow": None}, error="no such model")])
+    assert [entry.holds for entry in found] == [None] * 4
 
 
 def test_a_case_that_cannot_be_asked_is_a_row() -> None:
