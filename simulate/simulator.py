@@ -127,7 +127,7 @@ class _Simulation:
             now = self.engine.issue(
                 "hop",
                 f"→ {run.name}",
-                lanes=(f"{move.origin}→{move.device} copy",),
+                lanes=(self._lane(move.origin, move.device),),
                 duration_ns=move.ns(self.hardware, prefill=step == 0),
                 after=now,
                 step=step,
@@ -190,8 +190,11 @@ class _Simulation:
         host = self.hardware.host(device)
         if kind == "disk":
             read = f"{home}→{host} read"
-            return (read,) if device == host else (read, f"{host}→{device} copy")
-        return (f"{home}→{device} copy",)
+            return (read,) if device == host else (read, self._lane(host, device))
+        return (self._lane(home, device),)
+
+    def _lane(self, source: str, target: str) -> str:
+        return self.hardware.link(source, target).lane or f"{source}→{target} copy"
 
     def _sample(self, now: int, device: str, usage: Usage, kv_cache: int = 0, activations: int = 0) -> None:
         self.samples.append(
