@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from planner.graph import Edge, LayerGraph, WeightGroup
-from planner.hardware import Hardware
+from planner.hardware import Hardware, Link
 from planner.memory import waiting_slices, with_groups
 from planner.plan import Placement
 
@@ -39,6 +39,11 @@ class Part:
         return self.waiting > 0 and tokens <= self.placement.cpu_up_to_tokens
 
 
+def link_ns(link: Link, nbytes: int) -> int:
+    """Return the time that bytes take on a link, latency apart; rounded up, so that no detour is shorter by rounding."""
+    return -(-nbytes * 10**9 // link.bytes_per_s)
+
+
 @dataclass(frozen=True, slots=True)
 class Transfer:
     """What one layer made, on its way to another device, where `target` is the first layer to take it.
@@ -59,7 +64,7 @@ class Transfer:
         """Return the time it takes on the link between the devices."""
         link = hardware.link(self.origin, self.device)
         nbytes = self.prefill_bytes if prefill else self.decode_bytes
-        return (link.latency_ns if self.waits else 0) + nbytes * 10**9 // link.bytes_per_s
+        return (link.latency_ns if self.waits else 0) + link_ns(link, nbytes)
 
 
 @dataclass(frozen=True, slots=True)

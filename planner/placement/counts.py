@@ -25,7 +25,7 @@ from ortools.sat.python import cp_model
 from planner import memory
 from planner.errors import NoSolutionInTimeError
 from planner.placement import moves
-from planner.placement.problem import Home, Option, Problem, Tie, Unit, UnitCost, likeness
+from planner.placement.problem import Home, Option, Problem, Tie, Unit, UnitCost
 
 # (linearization level, limit) tried in turn: most instances are proven at once at one level or the other, and which
 # one is not known before. Limits are on CP-SAT's own deterministic clock, so that a search is cut off at the same
@@ -83,20 +83,30 @@ class Clock:
 
 
 def solve(
-    problem: Problem, clock: Clock, *, order: Sequence[str] | None = None, hint: Counts | None = None
+    problem: Problem,
+    clock: Clock,
+    *,
+    order: Sequence[str] | None = None,
+    hint: Counts | None = None,
+    layers: dict[tuple[str, str], int] | None = None,
+    searches: Sequence[tuple[int, float]] | None = None,
 ) -> Counts | None:
-    """Return the best counts, or None when nothing fits; with `order`, of chains that visit devices in that order.
+    """Return the best counts, or None when nothing fits; with `order`, of chains that visit devices in that order, with
+    `layers` of those that share layers out so.
 
     Raises:
         NoSolutionInTimeError: the search was cut off before it found a placement.
     """
-    model = _Model(problem, grow=None, ordered=order is not None)
+    model = _Model(problem, grow=None, ordered=order is not None or layers is not None)
     if order is not None:
         model.follow(order)
     model.minimise()
     if hint is not None:
         model.hint(hint)
-    return model.solve(clock)
+    if layers is not None:
+        for key, variable in model.layers.items():
+            model.model.add(variable == layers.get(key, 0))
+    return model.solve(clock, searches)
 
 
 def shortfall(problem: Problem, pool: str, clock: Clock) -> Shortfall | None:
@@ -364,7 +374,7 @@ class _Model:
         nodes: dict[str, list[str]] = {}
         for name in self.devices:
             nodes.setdefault(self.hardware.node(name), []).append(name)
-        alike = {name: likeness(self.hardware, self.hardware.device(name), self.rules) for name in self.devices}
+        alike = self.problem.alike
         by_device = {
             name: sum(self.layers[unit.name, name] for unit in self.problem.blocks if name in unit.on)
             for name in self.devices
@@ -378,7 +388,7 @@ class _Model:
         kinds: dict[object, str] = {}
         for node, names in nodes.items():
             disk = self.hardware.pool(self.hardware.disk(names[0])).usable_bytes
-            kind = (disk, tuple(sorted((alike[name] for name in names), key=repr)))
+            kind = (disk, tuple(sorted(alike[name] for name in names)))
             if kind in kinds:
                 earlier = nodes[kinds[kind]]
                 self.model.add(sum(by_device[name] for name in earlier) >= sum(by_device[name] for name in names))
@@ -576,8 +586,8 @@ class _Model:
                     self.model.add_hint(variable, solver.value(variable))
         return best, status
 
-    def solve(self, clock: Clock) -> Counts | None:
-        solver, status = self.run(NAMED_SEARCHES if self.problem.named else SEARCHES, clock)
+    def solve(self, clock: Clock, searches: Sequence[tuple[int, float]] | None = None) -> Counts | None:
+        solver, status = self.run(searches or (NAMED_SEARCHES if self.problem.named else SEARCHES), clock)
         assert status != cp_model.MODEL_INVALID, self.model.validate()
         if status == cp_model.INFEASIBLE:
             return None

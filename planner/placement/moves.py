@@ -13,8 +13,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from planner.placement.problem import likeness
-from planner.steps import awaited
+from planner.steps import awaited, link_ns
 
 if TYPE_CHECKING:
     from planner.placement.counts import _Model
@@ -36,12 +35,12 @@ def _hops(model: _Model, *, prefill: bool) -> Any:
     if len(model.devices) == 1:
         return 0
     arcs = _walk(model, classes)
-    nbytes = _hop_bytes(model, prefill=prefill)
+    nbytes = model.problem.hop_bytes(prefill=prefill)
     if nbytes is None:
         return 0
     direct = {
         (one, other): min(
-            hardware.link(a, b).latency_ns + nbytes * 10**9 // hardware.link(a, b).bytes_per_s
+            hardware.link(a, b).latency_ns + link_ns(hardware.link(a, b), nbytes)
             for a in classes[one]
             for b in classes[other]
             if a != b
@@ -58,7 +57,7 @@ def _hops(model: _Model, *, prefill: bool) -> Any:
 def _classes(model: _Model) -> list[list[str]]:
     found: dict[object, list[str]] = {}
     for name in model.devices:
-        key = (model.hardware.node(name), likeness(model.hardware, model.hardware.device(name), model.rules))
+        key = (model.hardware.node(name), model.problem.alike[name])
         found.setdefault(key, []).append(name)
     return list(found.values())
 
@@ -128,70 +127,34 @@ def _subsets(model: _Model, classes: list[list[str]]) -> list[tuple[int, ...]]:
     return [*((number,) for number in numbers), *(tuple(found) for found in nodes.values() if len(nodes) > 1)]
 
 
-def _hop_bytes(model: _Model, *, prefill: bool) -> int | None:
-    """Return what is handed on at least wherever the chain is cut; None where some cut hands on nothing."""
-    graph, problem = model.problem.graph, model.problem
-    first = len(problem.front.layers) if problem.front is not None else 0
-    last = len(graph.layers) - (len(problem.tail.layers) if problem.tail is not None else 0)
-    handed = dict.fromkeys(range(max(first - 1, 0), min(last, len(graph.layers) - 1)), -1)
-    for edge in graph.edges:
-        if (
-            edge.target == edge.source + 1
-            and edge.source in handed
-            and (edge.source, edge.tensor) not in _broadcast_tensors(model)
-        ):
-            nbytes = edge.prefill_bytes if prefill else edge.decode_bytes
-            handed[edge.source] = max(handed[edge.source], nbytes)
-    least = min(handed.values(), default=-1)
-    return least if least >= 0 else None
-
-
-def _broadcast_tensors(model: _Model) -> dict[tuple[int, str], tuple[int, int]]:
-    """Return {(source, tensor): bytes in prefill, and in decode} of what the front hands to every block."""
-    known: dict[tuple[int, str], tuple[int, int]] | None = getattr(model, "_broadcasts", None)
-    if known is not None:
-        return known
-    problem = model.problem
-    blocks = {index for unit in problem.blocks for index in unit.layers}
-    front = set(problem.front.layers) if problem.front is not None else set()
-    targets: dict[tuple[int, str], dict[int, tuple[int, int]]] = {}
-    for edge in problem.graph.edges:
-        if edge.source in front:
-            to = targets.setdefault((edge.source, edge.tensor), {})
-            to[edge.target] = (edge.prefill_bytes, edge.decode_bytes)
-    found = {}
-    if len(blocks) > 1:
-        for key, to in targets.items():
-            if blocks <= to.keys():
-                found[key] = (min(to[i][0] for i in blocks), min(to[i][1] for i in blocks))
-    model._broadcasts = found  # type: ignore[attr-defined]
-    return found
-
-
 def _broadcast(model: _Model, *, prefill: bool) -> Any:
-    """Return what every device with blocks takes to get what the front made for all of them."""
-    tensors = _broadcast_tensors(model)
-    if not tensors or len(model.devices) == 1:
+    """Return what the front hands over several layers: to every device with blocks, and to the tail's."""
+    to_blocks, to_tail = model.problem.broadcasts.values(), model.problem.front_to_tail.values()
+    if not (to_blocks or to_tail) or len(model.devices) == 1:
         return 0
     cp, hardware = model.model, model.hardware
-    front = model.problem.front
+    front, tail = model.problem.front, model.problem.tail
     assert front is not None
+    which = 0 if prefill else 1
     blocks = _block_literals(model)
+    paid: dict[str, Any] = {}
     most = 0
-    bounds = {}
     for origin in front.on:
-        prices = {}
+        terms = []
         for name in model.devices:
-            if name == origin or name not in blocks:
+            if name == origin:
                 continue
-            rate = hardware.link(origin, name).bytes_per_s
-            prices[name] = sum(nbytes[0 if prefill else 1] * 10**9 // rate for nbytes in tensors.values())
-        bounds[origin] = prices
-        most = max(most, sum(prices.values()))
+            link = hardware.link(origin, name)
+            if name in blocks:
+                terms.append((sum(link_ns(link, nbytes[which]) for nbytes in to_blocks), blocks[name]))
+            if tail is not None and name in tail.on:
+                ns = sum(link_ns(link, nbytes[which]) for nbytes in to_tail)
+                terms.append((ns, model.layers["tail", name]))
+        paid[origin] = sum(ns * literal for ns, literal in terms)
+        most = max(most, sum(ns for ns, _ in terms))
     total = cp.new_int_var(0, most, "broadcasts")
-    for origin, prices in bounds.items():
-        paid = sum(ns * blocks[name] for name, ns in prices.items())
-        cp.add(total >= paid).only_enforce_if(model.layers["front", origin])
+    for origin, price in paid.items():
+        cp.add(total >= price).only_enforce_if(model.layers["front", origin])
     return total
 
 
@@ -232,8 +195,8 @@ def _named(model: _Model, *, prefill: bool) -> Any:
             waits = [literal for edge, literal in takers if latest[edge.target] == (source, tensor)]
             local = at.get((source, name))
             for (before, nbytes), moved in _moved(model, (source, tensor, name), sizes, local):
-                rates = {origin: hardware.link(origin, name).bytes_per_s for origin in origins}
-                prices = {o: nbytes * 10**9 // rate - before * 10**9 // rate for o, rate in rates.items()}
+                links = {origin: hardware.link(origin, name) for origin in origins}
+                prices = {o: link_ns(link, nbytes) - link_ns(link, before) for o, link in links.items()}
                 terms += _by_link(cp, moved, prices, origins)
             if waits:
                 moved = _literal(model, (source, tensor, name, "waits"), waits, local)

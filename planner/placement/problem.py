@@ -106,7 +106,11 @@ class Tie:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """named: every layer is a unit of its own, and edges are priced one by one. ties: between those units."""
+    """named: every layer is a unit of its own, and edges are priced one by one. ties: between those units.
+
+    alike: devices with the same number are exchangeable. broadcasts: (source, tensor) → bytes in prefill and in decode
+    of what the front hands to every block; front_to_tail: of what it hands to the tail and to nothing else.
+    """
 
     graph: LayerGraph
     hardware: Hardware
@@ -119,6 +123,9 @@ class Problem:
     ties: tuple[Tie, ...]
     loose_bytes: int
     quality_budget: int
+    alike: dict[str, int]
+    broadcasts: dict[tuple[int, str], tuple[int, int]]
+    front_to_tail: dict[tuple[int, str], tuple[int, int]]
     _by_name: dict[str, Unit] = field(default_factory=dict)
 
     @property
@@ -129,6 +136,20 @@ class Problem:
         if not self._by_name:
             self._by_name.update({unit.name: unit for unit in self.units})
         return self._by_name.get(name)
+
+    def hop_bytes(self, *, prefill: bool) -> int | None:
+        """Return what is handed on at least wherever the chain is cut; None where some cut hands on nothing."""
+        count = len(self.graph.layers)
+        first = len(self.front.layers) if self.front is not None else 0
+        last = count - (len(self.tail.layers) if self.tail is not None else 0)
+        handed = dict.fromkeys(range(max(first - 1, 0), min(last, count - 1)), -1)
+        for edge in self.graph.edges:
+            is_next = edge.target == edge.source + 1 and edge.source in handed
+            if is_next and (edge.source, edge.tensor) not in self.broadcasts:
+                nbytes = edge.prefill_bytes if prefill else edge.decode_bytes
+                handed[edge.source] = max(handed[edge.source], nbytes)
+        least = min(handed.values(), default=-1)
+        return least if least >= 0 else None
 
     @property
     def front(self) -> Unit | None:
@@ -173,6 +194,9 @@ def build(graph: LayerGraph, hardware: Hardware, workload: Workload, rules: Rule
         ties=tuple(_ties(graph, units)),
         loose_bytes=sum(tensor.nbytes for tensor in graph.loose),
         quality_budget=int(rules.quality_budget * LOSS_UNIT),
+        alike=_alike(hardware, rules),
+        broadcasts=_broadcasts(graph, front, range(first, last + 1)),
+        front_to_tail=_front_to_tail(graph, front, tail),
     )
 
 
@@ -235,6 +259,44 @@ def likeness(hardware: Hardware, device: Device, rules: Rules) -> object:
         tuple(sorted((kinds.get(other, "disk"), out, link.bytes_per_s, link.latency_ns, link.lane or "")
                      for other, out, link in links)),
     )  # fmt: skip
+
+
+def _alike(hardware: Hardware, rules: Rules) -> dict[str, int]:
+    numbers: dict[object, int] = {}
+    return {
+        device.name: numbers.setdefault(likeness(hardware, device, rules), len(numbers)) for device in hardware.devices
+    }
+
+
+def _broadcasts(
+    graph: LayerGraph, front: Sequence[int], blocks: Sequence[int]
+) -> dict[tuple[int, str], tuple[int, int]]:
+    targets: dict[tuple[int, str], dict[int, tuple[int, int]]] = {}
+    for edge in graph.edges:
+        if edge.source in front:
+            to = targets.setdefault((edge.source, edge.tensor), {})
+            to[edge.target] = (edge.prefill_bytes, edge.decode_bytes)
+    return {
+        key: (min(to[index][0] for index in blocks), min(to[index][1] for index in blocks))
+        for key, to in targets.items()
+        if len(blocks) > 1 and set(blocks) <= to.keys()
+    }
+
+
+def _front_to_tail(
+    graph: LayerGraph, front: Sequence[int], tail: Sequence[int]
+) -> dict[tuple[int, str], tuple[int, int]]:
+    sizes: dict[tuple[int, str], tuple[int, int]] = {}
+    others = set()
+    for edge in graph.edges:
+        if edge.source in front and edge.target not in front:
+            key = (edge.source, edge.tensor)
+            prefill, decode = sizes.get(key, (0, 0))
+            sizes[key] = (max(prefill, edge.prefill_bytes), max(decode, edge.decode_bytes))
+            if edge.target not in tail:
+                others.add(key)
+    chain = {(edge.source, edge.tensor) for edge in graph.edges if edge.target == edge.source + 1}
+    return {key: nbytes for key, nbytes in sizes.items() if key not in others | chain}
 
 
 class _Maker:

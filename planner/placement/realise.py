@@ -11,9 +11,8 @@ from typing import Literal
 from planner import memory
 from planner.hardware import Hardware
 from planner.placement.counts import Counts, Stored
-from planner.placement.problem import Home, Option, Problem, Unit, likeness
+from planner.placement.problem import Home, Option, Problem, Unit
 from planner.plan import Placement, Slots
-from planner.rules import Rules
 
 # The best order of so many devices is found by going through all of them; of more, each is followed by the nearest.
 _MOST_ORDERED = 9
@@ -50,7 +49,7 @@ def realise(
             for key, options in costs.options.items():
                 keys = [(unit.name, name, key, option.dtype) for option in options]
                 _spread(unit, members, list(zip(keys, options, strict=True)), counts, kept)
-    names = _alike_in_order(hardware, run_on, problem.rules)
+    names = _alike_in_order(problem, run_on)
     placements = []
     for index, layer in enumerate(problem.graph.layers):
         device = names[run_on[index]]
@@ -202,13 +201,13 @@ def _wait(
                 kept[index if not unit.is_whole else option.layer, option.group.name] = _Kept(option, home, count)
 
 
-def _alike_in_order(hardware: Hardware, run_on: Sequence[str], rules: Rules) -> dict[str, str]:
+def _alike_in_order(problem: Problem, run_on: Sequence[str]) -> dict[str, str]:
     """Return new names for devices, so that alike ones of a node are first met in the order of their names."""
-    met = list(dict.fromkeys(run_on))
+    hardware, met = problem.hardware, list(dict.fromkeys(run_on))
     met += [device.name for device in hardware.devices if device.name not in met]
     sets: dict[object, list[str]] = {}
     for device in hardware.devices:
-        key = (hardware.node(device.name), likeness(hardware, device, rules))
+        key = (hardware.node(device.name), problem.alike[device.name])
         sets.setdefault(key, []).append(device.name)
     names: dict[str, str] = {}
     for alike in sets.values():

@@ -12,6 +12,7 @@ from planner.hardware import Hardware
 from planner.placement import counts as counting
 from planner.placement.problem import Problem, build, is_chain
 from planner.placement.realise import chain_order, realise
+from planner.placement.tables import share_out
 from planner.plan import Placement, Slots, Solver
 from planner.rules import NO_RULES, Rules
 from planner.units import GB, MB, format_bytes
@@ -21,6 +22,8 @@ from planner.workload import Workload
 MOST_NAMED = 4_000
 # A chain's placement that is further than this above its bound is looked for again with every layer named.
 NAMED_ABOVE = 0.01
+# A placement so near to the bound of the tables is not searched any further.
+NEAR_TABLES = 1e-4
 
 
 def find(
@@ -41,11 +44,10 @@ def find(
     size = len(graph.layers) * len(hardware.devices)
     named = size <= MOST_NAMED and not is_chain(graph)
     problem = build(graph, hardware, workload, rules, named=named)
-    counts = counting.solve(problem, clock)
+    counts, bound = _counted(problem, clock)
     if counts is None:
         raise _infeasible(problem, clock)
     found = [] if rules.contiguous else [realise(problem, counts)]
-    bound = counts.bound
     if not named and (rules.contiguous or (_score(problem, *found[0]) > bound and len(problem.blocks) > 1)):
         found += list(_chains(problem, counts, clock))
     best = min((_score(problem, *entry) for entry in found), default=None)
@@ -73,6 +75,24 @@ def find(
         cost_model=cost.COST_MODEL,
     )
     return placements, slots, solver
+
+
+def _counted(problem: Problem, clock: counting.Clock) -> tuple[counting.Counts | None, int]:
+    """Return the best counts and a lower bound: by tables where these prove it, else by search."""
+    share = share_out(problem)
+    if share is None:
+        counts = counting.solve(problem, clock)
+        return counts, 0 if counts is None else counts.bound
+    filled = counting.solve(problem, clock, layers=share.layers)
+    if filled is not None and filled.objective - share.bound_ns <= NEAR_TABLES * filled.objective:
+        return filled, min(share.bound_ns, filled.objective)
+    counts = counting.solve(problem, clock, hint=filled)
+    if counts is None:
+        return None, 0
+    bound = max(share.bound_ns, counts.bound)
+    if filled is not None and filled.objective < counts.objective:
+        counts = filled
+    return counts, min(bound, counts.objective)
 
 
 def _score(problem: Problem, placements: tuple[Placement, ...], slots: tuple[Slots, ...]) -> int:

@@ -1,0 +1,372 @@
+"""Tables of what each device costs with so many layers of each class, and the best way to share layers out by them.
+
+Devices only meet in the layers they share out, in host memory and disk, and in what moves between them. With each
+device's least cost in a table, over how many layers of each class it runs, layers are shared out by dynamic programming
+over the devices, in whole numbers. Memory that is shared is taken to be there for everyone, which no placement can
+better: the result is a lower bound on the cost, and a proposal of layer counts for the counting model to fill in.
+
+A table's entry is the least over how many whole groups of each size are streamed, all counts of them, with experts
+taking what memory is then still missing. Where the counts are too many, what the rarest groups could free is taken to
+be free, which stays a lower bound.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from planner import memory
+from planner.hardware import Device
+from planner.placement.problem import Problem, Unit
+from planner.steps import link_ns
+
+# States of the dynamic programme, and counts of streamed groups for one entry, beyond which there are no tables.
+MOST_STATES = 6_000
+MOST_COMBINATIONS = 20_000
+_INFINITE = np.int64(2**61)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A lower bound on the cost, in ns, and the layers of each (unit, device) that attain it."""
+
+    bound_ns: int
+    layers: dict[tuple[str, str], int]
+
+
+@dataclass(slots=True)
+class _Kind:
+    """Groups of one size and price that a device may stream: of each layer of some units, so many slices."""
+
+    freed: int
+    slot: int
+    lane: int
+    serial: dict[str, int]
+    copied: dict[str, bool]
+    units: dict[str, int]
+    is_whole: bool
+
+    def most(self, counts: dict[str, int]) -> int:
+        return sum(counts[name] * slices for name, slices in self.units.items())
+
+
+def share_out(problem: Problem) -> Share | None:
+    """Return the best way to share layers out; None where tables would be too large, or do not apply."""
+    sides = [unit.count + 1 for unit in problem.blocks]
+    ends = [unit for unit in (problem.front, problem.tail) if unit is not None]
+    shape = (*([2] * len(ends)), *sides)
+    if problem.named or problem.rules.dtypes or problem.workload.objective == "fit" or math.prod(shape) > MOST_STATES:
+        return None
+    if problem.rules.never_across_nodes and len(problem.hardware.nodes) > 1:
+        return None
+    units = [*ends, *problem.blocks]
+    moves = _Moves(problem)
+    tables: dict[object, Any] = {}
+    order = []
+    for device in problem.hardware.devices:
+        key = problem.alike[device.name]
+        if key not in tables:
+            tables[key] = _table(problem, device, units, shape, moves)
+        order.append(tables[key])
+    return _share(problem, units, shape, order, moves.begin_ns())
+
+
+def _share(
+    problem: Problem, units: list[Unit], shape: tuple[int, ...], tables: list[Any], begin_ns: int
+) -> Share | None:
+    """Share layers out over the devices, one after another."""
+    best = np.full(shape, _INFINITE)
+    best[(0,) * len(shape)] = 0
+    stages = [best]
+    for table in tables:
+        following = np.full(shape, _INFINITE)
+        for counts in np.argwhere(table < _INFINITE).tolist():
+            low = tuple(slice(n, None) for n in counts)
+            rest = tuple(slice(0, side - n) for n, side in zip(counts, shape, strict=True))
+            np.minimum(following[low], best[rest] + table[tuple(counts)], out=following[low])
+        best = np.minimum(following, _INFINITE)
+        stages.append(best)
+    goal: tuple[int, ...] = tuple(side - 1 for side in shape)
+    if best[goal] >= _INFINITE:
+        return None
+    layers: dict[tuple[str, str], int] = {}
+    at = goal
+    for number in range(len(tables) - 1, -1, -1):
+        table, before = tables[number], stages[number]
+        ranges = [range(n, -1, -1) for n in at]
+        here: tuple[int, ...] = next(
+            chosen
+            for chosen in itertools.product(*ranges)
+            if table[chosen] < _INFINITE
+            and before[tuple(n - m for n, m in zip(at, chosen, strict=True))] + table[chosen] == stages[number + 1][at]
+        )
+        for unit, count in zip(units, here, strict=True):
+            if count:
+                layers[unit.name, problem.hardware.devices[number].name] = count
+        at = tuple(int(n) - int(m) for n, m in zip(at, here, strict=True))
+    return Share(bound_ns=max(0, int(best[goal]) - begin_ns), layers=layers)
+
+
+class _Moves:
+    """Lower bounds, in ns over the weighted steps, on what moves to one device because of what it runs.
+
+    Between GPUs, unless the CPU hands it on: that can happen only as often as the walk visits the CPU, whose own entry
+    takes the difference off.
+    """
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        names = {device.name: device.kind for device in problem.hardware.devices}
+        self.arrival: dict[str, int] = {}
+        self.broadcast: dict[str, int] = {}
+        self.last: dict[str, int] = {}
+        sooner: dict[str, tuple[int, int, int]] = {}
+        for name in names:
+            gpus = [other for other, kind in names.items() if kind != "cpu" and other != name]
+            hosts = [other for other, kind in names.items() if kind == "cpu" and other != name]
+            hop = [self._least(group, name, self._hop) for group in (gpus, hosts)]
+            cast = [self._least(group, name, self._cast) for group in (gpus, hosts)]
+            last = [self._least(group, name, self._last) for group in (gpus, hosts)]
+            self.arrival[name] = hop[0] if hop[0] is not None else hop[1] or 0
+            self.broadcast[name] = cast[0] if cast[0] is not None else cast[1] or 0
+            self.last[name] = last[0] if last[0] is not None else last[1] or 0
+            sooner[name] = (
+                max(0, self.arrival[name] - (hop[1] if hop[1] is not None else self.arrival[name])),
+                max(0, self.broadcast[name] - (cast[1] if cast[1] is not None else self.broadcast[name])),
+                max(0, self.last[name] - (last[1] if last[1] is not None else self.last[name])),
+            )
+        self.sooner_hop = max((entry[0] for entry in sooner.values()), default=0)
+        self.sooner_cast = sum(entry[1] for entry in sooner.values())
+        self.sooner_last = max((entry[2] for entry in sooner.values()), default=0)
+
+    def entry_ns(self, device: Device, units: list[Unit], here: tuple[int, ...]) -> int:
+        """Return what a device pays for what it takes from others, given how many layers of each unit it runs."""
+        counts = {unit.name: count for unit, count in zip(units, here, strict=True)}
+        front, tail = self.problem.front is not None and counts["front"], counts.get("tail", 0)
+        is_all = all(count == unit.count for unit, count in zip(units, here, strict=True))
+        # The walk begins where the front is, and comes back where the tail is there too.
+        arrivals = int(not front) + int(bool(front and tail and not is_all))
+        total = arrivals * self.arrival[device.name]
+        if not front and any(counts[unit.name] for unit in self.problem.blocks):
+            total += self.broadcast[device.name]
+        if tail and not front:
+            total += self.last[device.name]
+        if device.kind == "cpu" and not is_all:
+            total -= (1 + int(bool(front and tail))) * self.sooner_hop
+            total -= self.sooner_cast + self.sooner_last if front else 0
+        return total
+
+    def begin_ns(self) -> int:
+        """Return what is to be taken off the sum of all devices: where there is no front, nothing arrives first."""
+        return 0 if self.problem.front is not None else max(self.arrival.values())
+
+    def _least(self, origins: list[str], name: str, price: Any) -> int | None:
+        return min((price(origin, name) for origin in origins), default=None)
+
+    def _hop(self, origin: str, name: str) -> int:
+        link, total = self.problem.hardware.link(origin, name), 0
+        for step in self.problem.steps:
+            nbytes = self.problem.hop_bytes(prefill=step.is_prefill)
+            if nbytes is not None:
+                total += step.weight * (link.latency_ns + link_ns(link, nbytes))
+        return total
+
+    def _cast(self, origin: str, name: str) -> int:
+        return self._handed(origin, name, self.problem.broadcasts)
+
+    def _last(self, origin: str, name: str) -> int:
+        return self._handed(origin, name, self.problem.front_to_tail)
+
+    def _handed(self, origin: str, name: str, tensors: dict[tuple[int, str], tuple[int, int]]) -> int:
+        link = self.problem.hardware.link(origin, name)
+        return sum(
+            step.weight * link_ns(link, nbytes[0 if step.is_prefill else 1])
+            for step in self.problem.steps
+            for nbytes in tensors.values()
+        )
+
+
+def _table(problem: Problem, device: Device, units: list[Unit], shape: tuple[int, ...], moves: _Moves) -> Any:
+    """Return the least cost of a device for each count of each unit; infinite where that does not fit."""
+    table = np.full(shape, _INFINITE)
+    ends = sum(unit.is_whole for unit in units)
+    kinds = _kinds(problem, device, units)
+    blocks = itertools.product(*(range(side) for side in shape[ends:]))
+    for counts in blocks:
+        for chosen in itertools.product((0, 1), repeat=ends):
+            here = (*chosen, *counts)
+            named = {unit.name: count for unit, count in zip(units, here, strict=True)}
+            if not any(here):
+                table[here] = 0
+            elif all(not count or device.name in unit.on for unit, count in zip(units, here, strict=True)):
+                found = _least(problem, device, units, named, kinds)
+                if found is not None:
+                    table[here] = found + moves.entry_ns(device, units, here)
+    return table
+
+
+def _kinds(problem: Problem, device: Device, units: list[Unit]) -> list[_Kind]:
+    """Return what a device may stream, alike groups of different units together, from where that costs least."""
+    found: dict[object, _Kind] = {}
+    for unit in units:
+        for options in unit.on[device.name].options.values() if device.name in unit.on else ():
+            option = options[0]
+            if not option.homes:
+                continue
+            names = [step.name for step in problem.steps]
+            serial = {name: min(home.serial_ns[name] for home in option.homes) for name in names}
+            lane = {name: min(home.lane_ns[name] for home in option.homes) for name in names}
+            # A home that computes where it waits copies nothing, so no copy holds others up.
+            copied = {name: lane[name] > 0 for name in names}
+            needs_slot = all(home.needs_slot for home in option.homes)
+            size = memory.allocation_bytes(option.group.slice_slab_bytes, device) if needs_slot else 0
+            kind = _Kind(
+                freed=option.freed_bytes,
+                slot=size,
+                lane=min(lane.values()) if option.prefetched else 0,
+                serial=serial,
+                copied=copied,
+                units={},
+                is_whole=option.prefetched,
+            )
+            key = (kind.freed, kind.slot, kind.lane, tuple(serial.values()), tuple(copied.values()), kind.is_whole)
+            kind = found.setdefault(key, kind)
+            kind.units[unit.name] = kind.units.get(unit.name, 0) + option.group.slices
+    return list(found.values())
+
+
+def _least(
+    problem: Problem, device: Device, units: list[Unit], counts: dict[str, int], kinds: list[_Kind]
+) -> int | None:
+    """Return the least weighted time of a device that runs so many layers, or None where they cannot fit."""
+    computing = {step.name: 0 for step in problem.steps}
+    held = sum(memory.fixed_bytes(problem.graph, device))
+    activations = 0
+    for unit in units:
+        count = counts[unit.name]
+        if not count:
+            continue
+        costs = unit.on[device.name]
+        for name, ns in costs.compute_ns.items():
+            computing[name] += ns * count
+        kept = sum(options[0].freed_bytes * options[0].group.slices for options in costs.options.values())
+        held += count * (costs.resident_bytes + costs.kv_bytes + kept)
+        activations = max(activations, costs.activation_bytes)
+        if unit.is_whole and 0 in unit.layers:
+            held += problem.loose_bytes
+    for tie in problem.ties:
+        held -= tie.nbytes * max(0, sum(counts.get(name, 0) for name, _ in tie.members) - 1)
+    missing = held + activations - problem.hardware.pool(device.pool).usable_bytes
+    if missing <= 0:
+        return sum(step.weight * computing[step.name] for step in problem.steps)
+    there = [(kind, kind.most(counts)) for kind in kinds]
+    whole = [(kind, most) for kind, most in there if kind.is_whole and most]
+    sliced = [(kind, most) for kind, most in there if not kind.is_whole and most]
+    if sum(kind.freed * most for kind, most in (*whole, *sliced)) < missing:
+        return None
+    return _stream(problem, computing, missing, whole, sliced)
+
+
+def _stream(
+    problem: Problem,
+    computing: dict[str, int],
+    missing: int,
+    whole: list[tuple[_Kind, int]],
+    sliced: list[tuple[_Kind, int]],
+) -> int | None:
+    """Return the least weighted time with enough streamed to free what is missing."""
+    whole.sort(key=lambda entry: -entry[0].freed * entry[1])
+    while math.prod(most + 1 for _, most in whole) > MOST_COMBINATIONS * (1 if sliced else whole[0][1] + 1):
+        kind, most = whole.pop()
+        missing -= kind.freed * most
+    if missing <= 0:
+        return sum(step.weight * computing[step.name] for step in problem.steps)
+    best: int | None = None
+    # Without experts, the largest kind of group takes what the others leave, at least one of it.
+    residual = None if sliced or not whole else whole[0]
+    enumerated = whole if residual is None else whole[1:]
+    grid = np.meshgrid(*(np.arange(most + 1) for _, most in enumerated), indexing="ij") if enumerated else []
+    taken = [axis.ravel() for axis in grid]
+    size = taken[0].size if taken else 1
+    freed, lane = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    largest, smallest = np.zeros(size, np.int64), np.full(size, _INFINITE)
+    for (kind, _), amount in zip(enumerated, taken, strict=True):
+        freed += kind.freed * amount
+        lane += kind.lane * amount
+        largest = np.where(amount > 0, np.maximum(largest, kind.slot), largest)
+        smallest = np.where(amount > 0, np.minimum(smallest, kind.lane), smallest)
+    for slots in memory.SLOT_COUNTS:
+        columns = [_filled(missing, slots, freed, lane, largest, smallest, None)]
+        if residual is not None:
+            columns.append(_filled(missing, slots, freed, lane, largest, smallest, residual))
+        for rest, copies, least in columns:
+            found = _price(problem, computing, slots, rest, copies, least, sliced)
+            if found is not None and (best is None or found < best):
+                best = found
+    return best
+
+
+def _filled(
+    missing: int,
+    slots: int,
+    freed: Any,
+    lane: Any,
+    largest: Any,
+    smallest: Any,
+    residual: tuple[_Kind, int] | None,
+) -> tuple[Any, Any, Any]:
+    """Return (bytes still missing, copies, the least copy) with the residual kind, if any, taking all it can."""
+    if residual is None:
+        return missing + slots * largest - freed, lane, smallest
+    kind, most = residual
+    rest = missing + slots * np.maximum(largest, kind.slot) - freed
+    amount = np.clip(-(-rest // kind.freed), 1, most)
+    return rest - amount * kind.freed, lane + amount * kind.lane, np.minimum(smallest, kind.lane)
+
+
+def _price(
+    problem: Problem,
+    computing: dict[str, int],
+    slots: int,
+    rest: Any,
+    lane: Any,
+    smallest: Any,
+    sliced: list[tuple[_Kind, int]],
+) -> int | None:
+    """Return the least weighted time over combinations, experts freeing the bytes that are still missing."""
+    experts = {step.name: np.zeros(rest.size, np.int64) for step in problem.steps}
+    streams = rest > 0
+    if sliced:
+        # Several kinds of experts: each step at the price of the cheapest, which is no more than any mixture costs.
+        slot = min(kind.slot for kind, _ in sliced)
+        room = sum(kind.freed * most for kind, most in sliced)
+        wanted = np.where(streams, rest + memory.SLOT_COUNT * slot, 0)
+        fits = wanted <= room
+        if len(sliced) == 1:
+            kind = sliced[0][0]
+            amount = -(-wanted // kind.freed)
+            for step in problem.steps:
+                experts[step.name] = amount * kind.serial[step.name]
+        else:
+            for step in problem.steps:
+                each = min(kind.serial[step.name] / kind.freed for kind, _ in sliced)
+                experts[step.name] = np.floor(wanted * each).astype(np.int64)
+    else:
+        fits = ~streams
+    if not fits.any():
+        return None
+    total = np.zeros(rest.size, np.int64)
+    for step in problem.steps:
+        serial = computing[step.name] + experts[step.name]
+        hidden = 0 if step.is_prefill else np.where(lane > 0, slots * np.where(lane > 0, smallest, 0), 0)
+        exposed = np.maximum(lane - hidden, 0)
+        apart = serial + exposed
+        if slots > 1:
+            queued = streams & any(kind.copied[step.name] for kind, _ in sliced)
+            apart = np.where(queued & (lane > 0), apart, np.maximum(serial, exposed))
+        total += step.weight * apart
+    return int(total[fits].min())
