@@ -8,14 +8,16 @@ at its matmul rate, and two latencies of the link to hand the hidden states over
 
 In one pass, layers run one after another, so the times of the devices add up. A device takes
 
-    max(C + E, G - H)        where it has two slots for whole groups and copies no experts, or no whole groups
-    C + E + max(0, G - H)    where copies and computing do not overlap: one slot, or experts that queue behind groups
+    max(C + E, X + Y)    where it has two slots for whole groups and copies no experts, or no whole groups
+    C + E + X            where copies and computing do not overlap: one slot, or experts that queue as well
 
-with C its computing, E copies that start when a router or a page fault asks for them, G copies of whole groups, whose
-order is known, and H what of them is done while other devices compute: as many as there are slots, in every pass but
-the first, each taken to be the smallest. No pass is shorter than one link is busy. What moves between devices takes its
-bytes and latency on the link between them, once for each device that takes it (`planner.steps.transfers`). The price
-of a decode step is the mean of the first and the last.
+with C its computing, E copies that start when a router or a page fault asks for them, and X = max(0, G - H) of the
+copies G of whole groups, whose order is known: H are done while other devices compute, as many as there are slots, in
+every pass but the first, each taken to be the smallest. Y runs before the first copy or after the last: layers that
+have nothing to stream (embeddings, head), and one of the others, which are taken to be alike; those whose groups are
+streamed are spread from its first layer to its last. No pass is shorter than one link is busy. What
+moves between devices takes its bytes and latency on the link between them, once for each device that takes it
+(`planner.steps.transfers`). The price of a decode step is the mean of the first and the last.
 """
 
 from __future__ import annotations
@@ -163,8 +165,14 @@ def step_compute_ns(graph: LayerGraph, step: Step, index: int, device: Device, d
 
 @dataclass(slots=True)
 class Lane:
-    """What one device does in one step, in ns. `smallest`: the least copy of a whole group, from host memory."""
+    """What one device does in one step, in ns.
 
+    blocks: how many of its layers may have something to stream; apart: what the others compute, of `computing`.
+    smallest: the least copy of a whole group, from host memory.
+    """
+
+    blocks: int = 0
+    apart: int = 0
     computing: int = 0
     on_demand: int = 0
     groups: int = 0
@@ -175,7 +183,10 @@ class Lane:
         hidden = 0 if prefill else slots * self.smallest
         exposed = max(0, self.groups - hidden)
         serial = self.computing + self.on_demand
-        return max(serial, exposed) if slots > 1 and not (self.on_demand and self.groups) else serial + exposed
+        if slots > 1 and not (self.on_demand and self.groups):
+            beside = self.apart - (-(serial - self.apart) // max(self.blocks, 1))
+            return max(serial, exposed + beside) if exposed else serial
+        return serial + exposed
 
     def least_ns(self, slots: int) -> int:
         """Return what no pass is shorter than because of this device's link."""
@@ -191,7 +202,12 @@ def lanes_of(
     lanes: dict[str, Lane] = {}
     for index, layer in enumerate(graph.layers):
         lane = lanes.setdefault(run_on[layer.name], Lane())
-        lane.computing += step_compute_ns(graph, step, index, hardware.device(run_on[layer.name]), dtype)
+        taken = step_compute_ns(graph, step, index, hardware.device(run_on[layer.name]), dtype)
+        lane.computing += taken
+        if is_block(graph, index):
+            lane.blocks += 1
+        else:
+            lane.apart += taken
     tokens = step.tokens * graph.batch_size
     for placement, group in with_groups(graph, placements):
         waiting = waiting_slices(placement, group)
@@ -210,6 +226,11 @@ def lanes_of(
         else:
             lane.on_demand += waiting * each
     return lanes
+
+
+def is_block(graph: LayerGraph, index: int) -> bool:
+    """Tell whether a layer has weights that may wait elsewhere."""
+    return any(group.streamable for group in graph.kind_of(index).groups)
 
 
 def smallest_copy_ns(hardware: Hardware, group: WeightGroup, device: str) -> int:

@@ -40,7 +40,7 @@ class Part:
 
 
 def link_ns(link: Link, nbytes: int) -> int:
-    """Return the time that bytes take on a link, latency apart; rounded up, so that no detour is shorter by rounding."""
+    """Return the time of bytes on a link, without latency; rounded up, so that no detour is shorter by rounding."""
     return -(-nbytes * 10**9 // link.bytes_per_s)
 
 

@@ -124,11 +124,14 @@ class _Simulation:
     def _take(self, run: LayerRun, now: int, step: int) -> int:
         """Bring what other devices made and this layer is the first here to take; return when it is there."""
         for move in run.takes:
+            duration = move.ns(self.hardware, prefill=step == 0)
+            if duration == 0:
+                continue
             now = self.engine.issue(
                 "hop",
                 f"→ {run.name}",
                 lanes=(self._lane(move.origin, move.device),),
-                duration_ns=move.ns(self.hardware, prefill=step == 0),
+                duration_ns=duration,
                 after=now,
                 step=step,
             )

@@ -97,15 +97,12 @@ def solve(
     Raises:
         NoSolutionInTimeError: the search was cut off before it found a placement.
     """
-    model = _Model(problem, grow=None, ordered=order is not None or layers is not None)
+    model = _Model(problem, grow=None, ordered=order is not None, shared=layers)
     if order is not None:
         model.follow(order)
     model.minimise()
     if hint is not None:
         model.hint(hint)
-    if layers is not None:
-        for key, variable in model.layers.items():
-            model.model.add(variable == layers.get(key, 0))
     return model.solve(clock, searches)
 
 
@@ -122,7 +119,15 @@ def shortfall(problem: Problem, pool: str, clock: Clock) -> Shortfall | None:
 
 
 class _Model:
-    def __init__(self, problem: Problem, *, grow: str | None, ordered: bool = False):
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        grow: str | None,
+        ordered: bool = False,
+        shared: dict[tuple[str, str], int] | None = None,
+    ):
+        self.shared = shared
         self.problem, self.hardware, self.rules = problem, problem.hardware, problem.rules
         self.model = cp_model.CpModel()
         self.devices = [device.name for device in self.hardware.devices]
@@ -147,7 +152,7 @@ class _Model:
         self._buffers()
         self._memory(grow)
         self._rules()
-        if not ordered:
+        if not ordered and shared is None:
             self._order_alike_devices()
 
     # Where layers run and slices wait.
@@ -166,6 +171,8 @@ class _Model:
                     else model.new_int_var(0, unit.count, f"layers {unit.name} {name}")
                 )
                 self._unit_on(unit, name, costs)
+                if self.shared is not None:
+                    model.add(self.layers[unit.name, name] == self.shared.get((unit.name, name), 0))
             # [Constraint] every layer of a unit runs somewhere
             here = [self.layers[unit.name, name] for name in unit.on]
             if unit.count == 1:
@@ -449,7 +456,7 @@ class _Model:
 
     def _total(self, step: str, *, prefill: bool) -> Any:
         """Return what a step takes: the devices' times and what moves between them, or one link's time if longer."""
-        model, parts, floors = self.model, [], []
+        model, problem, parts, floors = self.model, self.problem, [], []
         for name in self.devices:
             computing, demand, groups = self._work(step, name)
             serial = sum(computing) + sum(demand)
@@ -471,6 +478,14 @@ class _Model:
                         some = self._some_stream(name)
                         model.add_bool_or(~overlaps, ~literal, ~some)
                 model.add(taken >= exposed)
+                if self.shared is not None and (blocks := problem.blocks_on(name, self.shared)):
+                    # What has nothing to stream, and one block, run before the first copy or after the last.
+                    apart = problem.apart_ns(name, step, self.shared)
+                    streams = model.new_bool_var(f"copies last {step} {name}")
+                    model.add(exposed <= 0).only_enforce_if(~streams)
+                    model.add(blocks * taken >= blocks * exposed + serial + (blocks - 1) * apart).only_enforce_if(
+                        streams
+                    )
                 model.add(taken >= serial + exposed).only_enforce_if(~overlaps)
                 floors.append((name, lane, sum(computing)))
             elif demand:

@@ -9,7 +9,7 @@ own, and neither front nor tail.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from planner import cost, memory, precision
@@ -127,6 +127,7 @@ class Problem:
     broadcasts: dict[tuple[int, str], tuple[int, int]]
     front_to_tail: dict[tuple[int, str], tuple[int, int]]
     _by_name: dict[str, Unit] = field(default_factory=dict)
+    _by_layer: dict[int, Unit] = field(default_factory=dict)
 
     @property
     def blocks(self) -> tuple[Unit, ...]:
@@ -136,6 +137,28 @@ class Problem:
         if not self._by_name:
             self._by_name.update({unit.name: unit for unit in self.units})
         return self._by_name.get(name)
+
+    def blocks_on(self, device: str, layers: Mapping[tuple[str, str], int]) -> int:
+        """Return how many layers of those shared out to a device may have something to stream."""
+        return sum(
+            layers.get((unit.name, device), 0)
+            for unit in self.units
+            if not unit.is_whole and cost.is_block(self.graph, unit.layers[0])
+        )
+
+    def apart_ns(self, device: str, step: str, layers: Mapping[tuple[str, str], int]) -> int:
+        """Return what the others of them compute there."""
+        return sum(
+            unit.on[device].compute_ns[step] * layers.get((unit.name, device), 0)
+            for unit in self.units
+            if device in unit.on and (unit.is_whole or not cost.is_block(self.graph, unit.layers[0]))
+        )
+
+    def unit_of(self, index: int) -> Unit:
+        """Return the unit of a layer."""
+        if not self._by_layer:
+            self._by_layer.update({layer: unit for unit in self.units for layer in unit.layers})
+        return self._by_layer[index]
 
     def hop_bytes(self, *, prefill: bool) -> int | None:
         """Return what is handed on at least wherever the chain is cut; None where some cut hands on nothing."""
@@ -202,7 +225,7 @@ def build(graph: LayerGraph, hardware: Hardware, workload: Workload, rules: Rule
 
 def _blocks(graph: LayerGraph) -> tuple[int, int]:
     """Return the first and the last layer that has weights which may wait elsewhere."""
-    is_block = [any(group.streamable for group in graph.kind_of(i).groups) for i in range(len(graph.layers))]
+    is_block = [cost.is_block(graph, index) for index in range(len(graph.layers))]
     if True not in is_block:
         return len(is_block), len(is_block) - 1
     return is_block.index(True), len(is_block) - 1 - is_block[::-1].index(True)

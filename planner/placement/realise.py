@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -49,6 +50,8 @@ def realise(
             for key, options in costs.options.items():
                 keys = [(unit.name, name, key, option.dtype) for option in options]
                 _spread(unit, members, list(zip(keys, options, strict=True)), counts, kept)
+    for used in dict.fromkeys(run_on):
+        _space_out(problem, run_on, used, kept)
     names = _alike_in_order(problem, run_on)
     placements = []
     for index, layer in enumerate(problem.graph.layers):
@@ -149,8 +152,15 @@ def _run_on(problem: Problem, counts: Counts, order: Sequence[str]) -> list[str]
 
 
 def spread(total: int, places: int) -> list[int]:
-    """Return `total` things over `places`, as evenly as they go: each place gets the floor or the ceiling."""
-    return [(position + 1) * total // places - position * total // places for position in range(places)]
+    """Return `total` things over `places`, as evenly as they go: each place gets the floor or the ceiling.
+
+    Those that get one more lie evenly from the first place to the last.
+    """
+    if places == 0:
+        return []
+    each, more = divmod(total, places)
+    chosen = {(2 * number * (places - 1) + more - 1) // (2 * (more - 1)) for number in range(more)} if more > 1 else {0}
+    return [each + (place in chosen and more > 0) for place in range(places)]
 
 
 def _spread(
@@ -199,6 +209,57 @@ def _wait(
         for index, count in zip(here, spread(slices, len(here)), strict=True):
             if count:
                 kept[index if not unit.is_whole else option.layer, option.group.name] = _Kept(option, home, count)
+
+
+def _space_out(problem: Problem, run_on: Sequence[str], name: str, kept: dict[tuple[int, str], _Kept]) -> None:
+    """Let whole groups that cost the same wait in layers that lie evenly in time, from a device's first to its last."""
+    alike: dict[object, list[tuple[int, str]]] = {}
+    for (index, group), found in kept.items():
+        if run_on[index] == name and found.option.prefetched:
+            prices = tuple((home.memory, home.nbytes, *home.lane_ns.values()) for home in found.option.homes)
+            alike.setdefault((group, found.option.freed_bytes, prices), []).append((index, group))
+    lasts = [_lasts_ns(problem, index, name, kept) if run_on[index] == name else 0 for index in range(len(run_on))]
+    begins = list(itertools.accumulate(lasts, initial=0))
+    for members in alike.values():
+        members.sort()
+        waiting = [kept[member] for member in members if kept[member].waiting]
+        used = {found.home.memory for found in waiting if found.home is not None}
+        if len(used) != 1 or len(waiting) == len(members):
+            continue
+        chosen = _evenly([begins[index] for index, _ in members], len(waiting))
+        for number, member in enumerate(members):
+            option = kept[member].option
+            home = next(home for home in option.homes if home.memory in used)
+            kept[member] = _Kept(option, home, 1) if number in chosen else _Kept(option)
+
+
+def _lasts_ns(problem: Problem, index: int, name: str, kept: dict[tuple[int, str], _Kept]) -> int:
+    """Return how long a layer runs in the last kind of step, with what it asks for while it does."""
+    step = problem.steps[-1].name
+    unit = problem.unit_of(index)
+    total = unit.on[name].compute_ns[step] // (len(unit.layers) if unit.is_whole else 1)
+    for group in problem.graph.kind_of(index).groups:
+        found = kept.get((index, group.name))
+        if found is not None and found.home is not None:
+            total += found.waiting * found.home.serial_ns[step]
+    return total
+
+
+def _evenly(begins: Sequence[int], count: int) -> set[int]:
+    """Return `count` positions whose times lie as evenly as they go between the first and the last."""
+    if count == 0:
+        return set()
+    first, last = begins[0], begins[-1]
+    chosen: list[int] = []
+    for number in range(count):
+        target = first + (last - first) * number // max(count - 1, 1)
+        lowest = chosen[-1] + 1 if chosen else 0
+        highest = len(begins) - (count - number)
+        nearest = bisect.bisect_left(begins, target, lowest, highest + 1)
+        if nearest > lowest and (nearest > highest or target - begins[nearest - 1] <= begins[nearest] - target):
+            nearest -= 1
+        chosen.append(nearest)
+    return set(chosen)
 
 
 def _alike_in_order(problem: Problem, run_on: Sequence[str]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from planner import cost, memory
 from planner.errors import InfeasibleError, NoSolutionInTimeError
@@ -12,7 +13,7 @@ from planner.hardware import Hardware
 from planner.placement import counts as counting
 from planner.placement.problem import Problem, build, is_chain
 from planner.placement.realise import chain_order, realise
-from planner.placement.tables import share_out
+from planner.placement.tables import Share, share_out
 from planner.plan import Placement, Slots, Solver
 from planner.rules import NO_RULES, Rules
 from planner.units import GB, MB, format_bytes
@@ -48,7 +49,8 @@ def find(
     if counts is None:
         raise _infeasible(problem, clock)
     found = [] if rules.contiguous else [realise(problem, counts)]
-    if not named and (rules.contiguous or (_score(problem, *found[0]) > bound and len(problem.blocks) > 1)):
+    far = not found or _score(problem, *found[0]) - bound > counting.NEAR * bound
+    if not named and (rules.contiguous or (far and len(problem.blocks) > 1)):
         found += list(_chains(problem, counts, clock))
     best = min((_score(problem, *entry) for entry in found), default=None)
     if not named and size <= MOST_NAMED and (best is None or best - bound > NAMED_ABOVE * best):
@@ -83,7 +85,7 @@ def _counted(problem: Problem, clock: counting.Clock) -> tuple[counting.Counts |
     if share is None:
         counts = counting.solve(problem, clock)
         return counts, 0 if counts is None else counts.bound
-    filled = counting.solve(problem, clock, layers=share.layers)
+    filled = _by_tables(problem, share) or counting.solve(problem, clock, layers=share.layers)
     if filled is not None and filled.objective - share.bound_ns <= NEAR_TABLES * filled.objective:
         return filled, min(share.bound_ns, filled.objective)
     counts = counting.solve(problem, clock, hint=filled)
@@ -93,6 +95,40 @@ def _counted(problem: Problem, clock: counting.Clock) -> tuple[counting.Counts |
     if filled is not None and filled.objective < counts.objective:
         counts = filled
     return counts, min(bound, counts.objective)
+
+
+def _by_tables(problem: Problem, share: Share) -> counting.Counts | None:
+    """Return what the tables chose, where they chose exactly and the memory that they took to be there is."""
+    if share.away is None:
+        return None
+    stored = {
+        (unit.name, name, key, option.dtype): share.layers.get((unit.name, name), 0)
+        for unit in problem.units
+        for name, costs in unit.on.items()
+        for key, options in costs.options.items()
+        for option in options
+    }
+    counts = counting.Counts(
+        is_optimal=True,
+        objective=share.bound_ns,
+        bound=share.bound_ns,
+        layers=share.layers,
+        stored=stored,
+        away=share.away,
+        at={},
+        single=share.single,
+    )
+    graph, hardware = problem.graph, problem.hardware
+    placements, slots = realise(problem, counts)
+    planned = memory.planned_bytes(graph, hardware, placements, slots)
+    if any(planned[pool.name].total > pool.usable_bytes for pool in hardware.pools):
+        return None
+    limit = hardware.pinned_limit_bytes
+    pinned = memory.pinned_bytes(graph, hardware, placements, slots)
+    if limit is not None and any(nbytes > limit for nbytes in pinned.values()):
+        return None
+    cost_ns = cost.objective_ns(graph, hardware, problem.workload, placements, slots)
+    return replace(counts, objective=max(cost_ns, share.bound_ns))
 
 
 def _score(problem: Problem, placements: tuple[Placement, ...], slots: tuple[Slots, ...]) -> int:

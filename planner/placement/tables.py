@@ -30,28 +30,49 @@ MOST_COMBINATIONS = 20_000
 _INFINITE = np.int64(2**61)
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
-    """A lower bound on the cost, in ns, and the layers of each (unit, device) that attain it."""
-
-    bound_ns: int
-    layers: dict[tuple[str, str], int]
-
-
 @dataclass(slots=True)
 class _Kind:
-    """Groups of one size and price that a device may stream: of each layer of some units, so many slices."""
+    """Groups of one size and price that a device may stream: (unit, group) → slices of each layer.
+
+    memory: of the home that costs least; is_exact: it does so in every step.
+    """
 
     freed: int
     slot: int
     lane: int
     serial: dict[str, int]
     copied: dict[str, bool]
-    units: dict[str, int]
+    units: dict[tuple[str, str], int]
     is_whole: bool
+    memory: str
+    is_exact: bool
 
     def most(self, counts: dict[str, int]) -> int:
-        return sum(counts[name] * slices for name, slices in self.units.items())
+        return sum(counts[name] * slices for (name, _), slices in self.units.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A lower bound on the cost, in ns, and the layers of each (unit, device) that attain it.
+
+    away, single: what waits elsewhere and which devices have one slot, as `Counts` has them; None where the entries
+    are bounds and no choices.
+    """
+
+    bound_ns: int
+    layers: dict[tuple[str, str], int]
+    away: dict[tuple[tuple[str, str, str, str | None], str], int] | None
+    single: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """The least cost of an entry, and what attains it: slots, and how many slices of each kind are streamed."""
+
+    ns: int
+    slots: int
+    streamed: tuple[tuple[_Kind, int], ...]
+    is_exact: bool
 
 
 def share_out(problem: Problem) -> Share | None:
@@ -108,7 +129,31 @@ def _share(
             if count:
                 layers[unit.name, problem.hardware.devices[number].name] = count
         at = tuple(int(n) - int(m) for n, m in zip(at, here, strict=True))
-    return Share(bound_ns=max(0, int(best[goal]) - begin_ns), layers=layers)
+    away, single = _filled_in(problem, units, layers)
+    return Share(bound_ns=max(0, int(best[goal]) - begin_ns), layers=layers, away=away, single=single)
+
+
+def _filled_in(
+    problem: Problem, units: list[Unit], layers: dict[tuple[str, str], int]
+) -> tuple[dict[tuple[tuple[str, str, str, str | None], str], int] | None, frozenset[str]]:
+    """Return what waits where on every device, given the layers it runs."""
+    away: dict[tuple[tuple[str, str, str, str | None], str], int] = {}
+    single = set()
+    for name in dict.fromkeys(name for _, name in layers):
+        device = problem.hardware.device(name)
+        counts = {unit.name: layers.get((unit.name, name), 0) for unit in units}
+        choice = _least(problem, device, units, counts, _kinds(problem, device, units))
+        if choice is None or not choice.is_exact:
+            return None, frozenset()
+        if choice.slots == 1:
+            single.add(name)
+        for kind, amount in choice.streamed:
+            for (unit, key), slices in kind.units.items():
+                taken = min(amount, counts[unit] * slices)
+                if taken:
+                    away[(unit, name, key, None), kind.memory] = taken
+                    amount -= taken
+    return away, frozenset(single)
 
 
 class _Moves:
@@ -205,7 +250,7 @@ def _table(problem: Problem, device: Device, units: list[Unit], shape: tuple[int
             elif all(not count or device.name in unit.on for unit, count in zip(units, here, strict=True)):
                 found = _least(problem, device, units, named, kinds)
                 if found is not None:
-                    table[here] = found + moves.entry_ns(device, units, here)
+                    table[here] = found.ns + moves.entry_ns(device, units, here)
     return table
 
 
@@ -232,16 +277,23 @@ def _kinds(problem: Problem, device: Device, units: list[Unit]) -> list[_Kind]:
                 copied=copied,
                 units={},
                 is_whole=option.prefetched,
+                memory=option.homes[0].memory,
+                is_exact=option.homes[0].serial_ns == serial
+                and option.homes[0].lane_ns == lane
+                and option.homes[0].needs_slot == needs_slot,
             )
-            key = (kind.freed, kind.slot, kind.lane, tuple(serial.values()), tuple(copied.values()), kind.is_whole)
+            key = (
+                kind.freed, kind.slot, kind.lane, tuple(serial.values()), tuple(copied.values()), kind.is_whole,
+                kind.memory, kind.is_exact,
+            )  # fmt: skip
             kind = found.setdefault(key, kind)
-            kind.units[unit.name] = kind.units.get(unit.name, 0) + option.group.slices
+            kind.units[unit.name, option.key] = option.group.slices
     return list(found.values())
 
 
 def _least(
     problem: Problem, device: Device, units: list[Unit], counts: dict[str, int], kinds: list[_Kind]
-) -> int | None:
+) -> _Choice | None:
     """Return the least weighted time of a device that runs so many layers, or None where they cannot fit."""
     computing = {step.name: 0 for step in problem.steps}
     held = sum(memory.fixed_bytes(problem.graph, device))
@@ -262,13 +314,20 @@ def _least(
         held -= tie.nbytes * max(0, sum(counts.get(name, 0) for name, _ in tie.members) - 1)
     missing = held + activations - problem.hardware.pool(device.pool).usable_bytes
     if missing <= 0:
-        return sum(step.weight * computing[step.name] for step in problem.steps)
+        return _Choice(_weighted(problem, computing), memory.SLOT_COUNT, (), is_exact=True)
     there = [(kind, kind.most(counts)) for kind in kinds]
     whole = [(kind, most) for kind, most in there if kind.is_whole and most]
     sliced = [(kind, most) for kind, most in there if not kind.is_whole and most]
     if sum(kind.freed * most for kind, most in (*whole, *sliced)) < missing:
         return None
-    return _stream(problem, computing, missing, whole, sliced)
+    shared = {(name, device.name): count for name, count in counts.items()}
+    blocks = max(problem.blocks_on(device.name, shared), 1)
+    apart = {step.name: problem.apart_ns(device.name, step.name, shared) for step in problem.steps}
+    return _stream(problem, computing, missing, whole, sliced, (blocks, apart))
+
+
+def _weighted(problem: Problem, taken: dict[str, int]) -> int:
+    return sum(step.weight * taken[step.name] for step in problem.steps)
 
 
 def _stream(
@@ -277,15 +336,17 @@ def _stream(
     missing: int,
     whole: list[tuple[_Kind, int]],
     sliced: list[tuple[_Kind, int]],
-) -> int | None:
+    beside: tuple[int, dict[str, int]],
+) -> _Choice | None:
     """Return the least weighted time with enough streamed to free what is missing."""
+    is_exact = len(sliced) <= 1 and all(kind.is_exact for kind, _ in (*whole, *sliced))
     whole.sort(key=lambda entry: -entry[0].freed * entry[1])
     while math.prod(most + 1 for _, most in whole) > MOST_COMBINATIONS * (1 if sliced else whole[0][1] + 1):
         kind, most = whole.pop()
         missing -= kind.freed * most
+        is_exact = False
     if missing <= 0:
-        return sum(step.weight * computing[step.name] for step in problem.steps)
-    best: int | None = None
+        return _Choice(_weighted(problem, computing), memory.SLOT_COUNT, (), is_exact=is_exact)
     # Without experts, the largest kind of group takes what the others leave, at least one of it.
     residual = None if sliced or not whole else whole[0]
     enumerated = whole if residual is None else whole[1:]
@@ -299,14 +360,17 @@ def _stream(
         lane += kind.lane * amount
         largest = np.where(amount > 0, np.maximum(largest, kind.slot), largest)
         smallest = np.where(amount > 0, np.minimum(smallest, kind.lane), smallest)
-    for slots in memory.SLOT_COUNTS:
-        columns = [_filled(missing, slots, freed, lane, largest, smallest, None)]
-        if residual is not None:
-            columns.append(_filled(missing, slots, freed, lane, largest, smallest, residual))
-        for rest, copies, least in columns:
-            found = _price(problem, computing, slots, rest, copies, least, sliced)
-            if found is not None and (best is None or found < best):
-                best = found
+    best: _Choice | None = None
+    for slots in (memory.SLOT_COUNT, *(count for count in memory.SLOT_COUNTS if count != memory.SLOT_COUNT)):
+        for more in (None, residual) if residual is not None else (None,):
+            rest, copies, least, extra = _filled(missing, slots, freed, lane, largest, smallest, more)
+            found = _price(problem, computing, slots, rest, copies, least, sliced, beside)
+            if found is not None and (best is None or found[0] < best.ns):
+                at, experts = found[1:]
+                streamed = [(kind, int(amount[at])) for (kind, _), amount in zip(enumerated, taken, strict=True)]
+                streamed += [(more[0], int(extra[at]))] if more is not None else []
+                streamed += [(sliced[0][0], experts)] if sliced else []
+                best = _Choice(found[0], slots, tuple(entry for entry in streamed if entry[1]), is_exact=is_exact)
     return best
 
 
@@ -318,14 +382,14 @@ def _filled(
     largest: Any,
     smallest: Any,
     residual: tuple[_Kind, int] | None,
-) -> tuple[Any, Any, Any]:
-    """Return (bytes still missing, copies, the least copy) with the residual kind, if any, taking all it can."""
+) -> tuple[Any, Any, Any, Any]:
+    """Return (bytes still missing, copies, the least copy, how many of it) with a residual kind taking all it can."""
     if residual is None:
-        return missing + slots * largest - freed, lane, smallest
+        return missing + slots * largest - freed, lane, smallest, None
     kind, most = residual
     rest = missing + slots * np.maximum(largest, kind.slot) - freed
     amount = np.clip(-(-rest // kind.freed), 1, most)
-    return rest - amount * kind.freed, lane + amount * kind.lane, np.minimum(smallest, kind.lane)
+    return rest - amount * kind.freed, lane + amount * kind.lane, np.minimum(smallest, kind.lane), amount
 
 
 def _price(
@@ -336,8 +400,10 @@ def _price(
     lane: Any,
     smallest: Any,
     sliced: list[tuple[_Kind, int]],
-) -> int | None:
-    """Return the least weighted time over combinations, experts freeing the bytes that are still missing."""
+    beside: tuple[int, dict[str, int]],
+) -> tuple[int, int, int] | None:
+    """Return (least weighted time, combination, slices of experts), experts freeing the bytes still missing."""
+    amount = np.zeros(rest.size, np.int64)
     experts = {step.name: np.zeros(rest.size, np.int64) for step in problem.steps}
     streams = rest > 0
     if sliced:
@@ -367,6 +433,10 @@ def _price(
         apart = serial + exposed
         if slots > 1:
             queued = streams & any(kind.copied[step.name] for kind, _ in sliced)
-            apart = np.where(queued & (lane > 0), apart, np.maximum(serial, exposed))
+            blocks, ends = beside[0], beside[1][step.name]
+            outside = ends - (-(serial - ends) // blocks)
+            together = np.where(exposed > 0, np.maximum(serial, exposed + outside), serial)
+            apart = np.where(queued & (lane > 0), apart, together)
         total += step.weight * apart
-    return int(total[fits].min())
+    at = int(np.where(fits, total, _INFINITE).argmin())
+    return int(total[at]), at, int(amount[at])
