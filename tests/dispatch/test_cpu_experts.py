@@ -18,10 +18,9 @@ from architectures import ARCHITECTURES, Architecture
 from dispatch.experts import StreamedExperts
 from late_ring import LateRing
 from planner import execution
-from planner.memory import with_groups
-from planner.plan import Placement, Plan, Slots
+from planner.plan import Plan
 from planner.workload import Workload
-from tiny_models import on_cpu, with_placements
+from tiny_models import experts_away, on_cpu
 
 NAMES = ("mixtral", "qwen3-moe", "gpt-oss", "deepseek-v2", "deepseek-v3")
 BATCH, TOKENS, NEW = 2, 9, 4
@@ -91,22 +90,6 @@ def model_of(name: str, dtype: torch.dtype = torch.float32) -> Model:
     execution.register()
     reference.set_experts_implementation(execution.ROUTED_EXPERTS)
     return Model(reference, inputs, plan)
-
-
-def experts_away(plan: Plan, *, limit: int, kept: int = 1, count: int = 2) -> Plan:
-    """Return the plan with all but `kept` experts of each layer waiting, computed by the CPU in calls up to `limit`."""
-
-    def change(p: Placement, group: Any) -> Placement:
-        if p.resident_slices is None:
-            return p
-        return dataclasses.replace(p, home="cpu", memory="pinned", resident_slices=kept, cpu_up_to_tokens=limit)
-
-    away = with_placements(plan, change)
-    # Slots whatever the planner thinks is needed.
-    size = max(group.slice_slab_bytes for _, group in with_groups(plan.graph, away.placements) if group.slices > 1)
-    return dataclasses.replace(
-        away, slots=(Slots(device="cuda:0", count=count, slot_bytes=size, holds="experts"),) if count else ()
-    )
 
 
 def dispatched(model: Model, plan: Plan) -> Any:
