@@ -16,7 +16,9 @@ from dispatch.checkpoint import Checkpoint
 from dispatch.experts import StreamedExperts
 from dispatch.match import check_matches
 from dispatch.slots import SlotRing
+from dispatch.stores import Store
 from dispatch.stream import GroupStream, StreamedGroup
+from dispatch.targets import check_carried_out, find_targets
 from dispatch.weights import Weights, write_offload
 from planner import execution as implementations
 from planner.errors import InputError, PlanMismatchError
@@ -50,11 +52,12 @@ def apply(
     Raises:
         InputError: a device or file is missing or damaged. PlanMismatchError: the plan is for another model.
     """
+    check_carried_out(plan)
     module, checkpoint = _as_module(model, plan, checkpoint)
     if getattr(module, _ATTRIBUTE, None) is not None:
         raise InputError("this model is dispatched already; call dispatch.remove(model) first")
     check_matches(module, plan)
-    targets = _targets(plan, devices or {})
+    targets = find_targets(plan, devices or {})
     opened = Checkpoint.open(checkpoint) if checkpoint is not None else None
     offloaded = opened is None and not any(p.is_meta for p in module.parameters())
     if offloaded:
@@ -92,7 +95,7 @@ class _Dispatch:
         self.placed = [
             (p, g, [f"{p.layer}.{t.name}" for t in g.tensors]) for p, g in with_groups(plan.graph, plan.placements)
         ]
-        self.reads_files = any(p.home == "disk" and waiting_slices(p, g) for p, g, _ in self.placed)
+        self.reads_files = any(self._waits_on_disk(p) and waiting_slices(p, g) for p, g, _ in self.placed)
         self.rings: dict[tuple[str, str], SlotRing] = {}
         self.resident: dict[str, torch.Tensor] = {}
         self.groups: dict[tuple[str, str], StreamedGroup] = {}
@@ -108,7 +111,7 @@ class _Dispatch:
 
     def check(self) -> None:
         """Refuse what cannot be done."""
-        waiting = [(p, g, names) for p, g, names in self.placed if p.home == "disk" and waiting_slices(p, g)]
+        waiting = [(p, g, names) for p, g, names in self.placed if self._waits_on_disk(p) and waiting_slices(p, g)]
         if not waiting:
             return
         if self.weights.checkpoint is None:
@@ -117,7 +120,7 @@ class _Dispatch:
                 "them to"
             )
         for placement, group, names in waiting:
-            if placement.run_on == "cpu" and group.slices == 1:
+            if self._runs_on_host(placement) and group.slices == 1:
                 for name in names:
                     self.weights.check_mappable(name)
             for name in names if not self.weights.on_meta and not self.weights.offloaded else []:
@@ -130,7 +133,7 @@ class _Dispatch:
     def prepare(self) -> None:
         """Load what stays, and make the stores of what waits."""
         for entry in self.plan.slots:
-            wanted = ("disk", entry.device, entry.holds)
+            wanted = (self.plan.hardware.disk(entry.device), entry.device, entry.holds)
             staging = any((p.home, p.run_on, slot_kind(group)) == wanted for p, group, _ in self.placed)
             ring = SlotRing(self.targets[entry.device], entry.count, entry.slot_bytes, staging=staging)
             self.rings[entry.device, entry.holds] = ring
@@ -140,7 +143,7 @@ class _Dispatch:
                     self.resident.update(loaded)
             self.resident.update({name: self.resident[first] for name, first in self.shared.items()})
             for placement, group, names in self.placed:
-                if waiting_slices(placement, group) == 0 or (placement.run_on == "cpu" and group.slices == 1):
+                if waiting_slices(placement, group) == 0 or (self._runs_on_host(placement) and group.slices == 1):
                     continue
                 device = self.targets[placement.run_on]
                 if group.slices > 1:
@@ -156,9 +159,9 @@ class _Dispatch:
         for placement, group, names in self.placed:
             device, waiting = self.targets[placement.run_on], waiting_slices(placement, group)
             for name, tensor in zip(names, group.tensors, strict=True):
-                if waiting < group.slices or (tensor.buffer and placement.run_on != "cpu"):
+                if waiting < group.slices or (tensor.buffer and not self._runs_on_host(placement)):
                     yield name, device, waiting > 0 and group.slices > 1
-                if waiting and placement.home == "cpu":
+                if waiting and not self._waits_on_disk(placement):
                     yield name, torch.device("cpu"), group.slices > 1
         for tensor in self.plan.graph.loose:
             yield tensor.name, self.targets[self.plan.run_on()[0]], False
@@ -193,7 +196,7 @@ class _Dispatch:
                 return {name: self.weights.load(name, device) for name in names}
             # One slab for a group: many small allocations would leave the allocator's segments half empty.
             return self.weights.slab(names, device)
-        if placement.run_on == "cpu" and group.slices == 1:
+        if self._runs_on_host(placement) and group.slices == 1:
             self.mapped += names
             return {name: self.weights.map(name) for name in names}
         return {}
@@ -221,7 +224,7 @@ class _Dispatch:
         for name in buffers:
             self.resident[name] = self.weights.load(name, device)
             del owners[name]
-        store = self.weights.store(list(owners), on_disk=placement.home == "disk", target=device)
+        store = self._store(placement, list(owners), device)
         return StreamedGroup(f"{placement.layer}.{placement.group}", owners, store)
 
     def _stream_experts(self, placement: Placement, group: WeightGroup, names: list[str], device: torch.device) -> None:
@@ -233,14 +236,24 @@ class _Dispatch:
             {leaves[name]: view for name, view in self.weights.slab(names, device, expert=expert).items()}
             for expert in range(kept)
         ]
-        on_disk = placement.home == "disk"
         waiting = [
-            self.weights.store(names, on_disk=on_disk, target=device, expert=expert).renamed(leaves)
-            for expert in range(kept, group.slices)
+            self._store(placement, names, device, expert).renamed(leaves) for expert in range(kept, group.slices)
         ]
         owners = {leaf: (module, leaf) for leaf in leaves.values()}
-        source = StreamedExperts(self.rings[placement.run_on, "experts"], owners, resident, waiting)
+        ring = self.rings.get((placement.run_on, "experts"))
+        limit = placement.cpu_up_to_tokens
+        source = StreamedExperts(ring, owners, resident, waiting, cpu_up_to_tokens=limit)
         self.experts.append((module, source))
+
+    def _store(self, placement: Placement, names: list[str], device: torch.device, expert: int | None = None) -> Store:
+        on_disk, pinned = self._waits_on_disk(placement), placement.memory != "pageable"
+        return self.weights.store(names, on_disk=on_disk, target=device, expert=expert, pinned=pinned)
+
+    def _waits_on_disk(self, placement: Placement) -> bool:
+        return placement.home == self.plan.hardware.disk(placement.run_on)
+
+    def _runs_on_host(self, placement: Placement) -> bool:
+        return placement.run_on == self.plan.hardware.host(placement.run_on)
 
     def _hook(self, streamed: dict[str, list[StreamedGroup]]) -> None:
         several = len({self.targets[name] for name in self.plan.run_on()}) > 1
@@ -421,31 +434,12 @@ def _as_module(model: Any, plan: Plan, checkpoint: str | Path | None) -> tuple[t
     return built, checkpoint
 
 
-def _targets(plan: Plan, devices: Mapping[str, torch.device | str]) -> dict[str, torch.device]:
-    names = [device.name for device in plan.hardware.devices]
-    unknown = [name for name in devices if name not in names]
-    if unknown:
-        raise InputError(f"devices names {unknown[0]!r}; the plan has {', '.join(names)}")
-    targets = {}
-    for name in sorted(set(plan.run_on())):
-        device = torch.device(devices.get(name, name))
-        if device.type == "cuda" and not (
-            torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
-        ):
-            raise InputError(
-                f"the plan runs layers on {name}, and this machine has no {device}; plan with its own GPUs (--gpus), "
-                "or say which device to use: apply(..., devices={...})"
-            )
-        targets[name] = device
-    return targets
-
-
 def _offload(model: torch.nn.Module, plan: Plan, folder: str | Path | None) -> Checkpoint | None:
     """Write the disk homes of a loaded model to `folder`, when one is given."""
     names = [
         f"{placement.layer}.{tensor.name}"
         for placement, group in with_groups(plan.graph, plan.placements)
-        if placement.home == "disk" and waiting_slices(placement, group)
+        if placement.home == plan.hardware.disk(placement.run_on) and waiting_slices(placement, group)
         for tensor in group.tensors
         if tensor.persistent
     ]

@@ -114,7 +114,7 @@ class _PinnedPages(mmap.mmap):
 
 
 class HostStore:
-    """Weights in one slab of host memory, pinned where a GPU is to fetch them."""
+    """Weights in one slab of host memory, pinned or not."""
 
     def __init__(self, layout: Layout, slab: torch.Tensor):
         self.layout, self.slab = layout, slab
@@ -122,11 +122,15 @@ class HostStore:
     def renamed(self, names: dict[str, str]) -> HostStore:
         return HostStore(self.layout.renamed(names), self.slab)
 
+    def views(self) -> dict[str, torch.Tensor]:
+        """Return the weights as views of the slab, for the CPU to compute with."""
+        return self.layout.views(self.slab)
+
     def copy_to(self, slab: torch.Tensor, staging: torch.Tensor | None) -> None:
         slab[: self.layout.nbytes].copy_(self.slab[: self.layout.nbytes], non_blocking=True)
 
     def to_host(self) -> dict[str, torch.Tensor]:
-        return {name: view.clone() for name, view in self.layout.views(self.slab).items()}
+        return {name: view.clone() for name, view in self.views().items()}
 
 
 class DiskStore:

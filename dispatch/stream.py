@@ -9,6 +9,7 @@ import torch
 from dispatch import place
 from dispatch.slots import SlotRing
 from dispatch.stores import Store
+from planner.errors import InputError
 
 
 class StreamedGroup:
@@ -69,11 +70,21 @@ class GroupStream:
             self._next = (index + 1) % len(self.groups)
 
     def acquire(self, group: StreamedGroup) -> None:
-        """Bring a group's weights to the device for the module that is about to run."""
+        """Bring a group's weights to the device for the module that is about to run.
+
+        Raises:
+            InputError: it runs inside modules that hold all slots.
+        """
         index = self._position[group.name]
         if not self._pending or self._pending[0][0] != index:
             self._restart(index)
         self.prefetch()
+        if not self._pending:
+            holders = ", ".join(self.groups[held].name for held in self._held)
+            raise InputError(
+                f"{group.name} runs inside {holders}, which takes all {len(self.ring)} slots of {self.ring.device}: "
+                f"plan with {len(self.ring) + 1} slots, or with one of these resident"
+            )
         _, slot = self._pending.popleft()
         self._held[index] = slot
         group.arrive(slot, self.ring.use(slot))

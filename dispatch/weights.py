@@ -92,12 +92,17 @@ class Weights:
         assert entry is not None
         return self._checkpoint().map(entry)
 
-    def store(self, names: list[str], *, on_disk: bool, target: torch.device, expert: int | None = None) -> Store:
-        """Return where the named tensors wait to be copied to `target`; with `expert`, that slice of each."""
+    def store(
+        self, names: list[str], *, on_disk: bool, target: torch.device, expert: int | None = None, pinned: bool = True
+    ) -> Store:
+        """Return where the named tensors wait to be copied to `target`; with `expert`, that slice of each.
+
+        pinned: whether host memory is pinned, where the target is a GPU.
+        """
         layout = self._layout(names, expert)
         if on_disk:
             return DiskStore(layout, self._checkpoint(), [self.sources[name] for name in names], expert)
-        slab = host_slab(layout.nbytes, target)
+        slab = host_slab(layout.nbytes, target) if pinned else new_slab(layout.nbytes, _CPU)
         for name, view in layout.views(slab).items():
             self._fill(name, view, expert)
         return HostStore(layout, slab)

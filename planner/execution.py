@@ -19,16 +19,24 @@ SOURCE_ATTRIBUTE = "_loadplan_experts"
 
 
 class ExpertSource(Protocol):
-    """Gives the tensors of one expert on the device where its layer runs."""
+    """Gives the tensors of one expert, on the device where its layer runs or in the host's memory."""
+
+    def host_from(self, tokens: int) -> int:
+        """Return from which expert on the host computes them, in a call of so many tokens: as many as there are where
+        it computes none.
+        """
 
     def begin(self, module: torch.nn.Module, experts: list[int]) -> None:
-        """Announce which experts this call will use, in order."""
+        """Announce which experts this call will fetch, in order."""
 
     def fetch(self, expert: int) -> dict[str, torch.Tensor]:
-        """Return {parameter name: that expert's slice}; valid until the next `fetch`."""
+        """Return {parameter name: that expert's slice} on the device; valid until the next `fetch`."""
 
     def end(self) -> None:
         """Say that the last fetched expert is no longer needed."""
+
+    def on_host(self, expert: int) -> dict[str, torch.Tensor]:
+        """Return {parameter name: that expert's slice} where it waits in the host's memory."""
 
 
 def routed_experts(
@@ -38,6 +46,9 @@ def routed_experts(
 
     One read of the routed ids by the host; then each routed expert once, in ascending order. Rows of an expert are
     ordered by rank, then token, as transformers' eager experts order them, so that both give the same bits.
+
+    Experts that the host computes come last: the device is given its own work first, and does it meanwhile. Tokens go
+    to the host once, with the routed ids; an expert's products come back as soon as they are there.
     """
     final = torch.zeros_like(hidden_states)
     top_k = top_k_index.shape[-1]
@@ -46,23 +57,42 @@ def routed_experts(
     order = torch.argsort(by_rank, stable=True)
     # Counted without `bincount`, which would make the host wait for a GPU once more.
     tally = by_rank.new_zeros(self.num_experts + 1).scatter_add_(0, by_rank, torch.ones_like(by_rank))
+    source: ExpertSource | None = getattr(self, SOURCE_ATTRIBUTE, None)
+    host_from = self.num_experts if source is None else source.host_from(tokens)
+    # Sent ahead of the counts, on the same stream: when the host has those, these are there too.
+    sent = (_to_host(hidden_states), _to_host(order)) if host_from < self.num_experts else None
     counts = tally[: self.num_experts].tolist()
     routed = [expert for expert, count in enumerate(counts) if count]
-    source: ExpertSource | None = getattr(self, SOURCE_ATTRIBUTE, None)
     if source is not None:
-        source.begin(self, routed)
+        source.begin(self, [expert for expert in routed if expert < host_from])
     start = 0
     for expert in routed:
-        rows = order[start : start + counts[expert]]
+        span = slice(start, start + counts[expert])
         start += counts[expert]
+        rows = order[span]
         token, rank = rows % tokens, torch.div(rows, tokens, rounding_mode="floor")
-        weights = source.fetch(expert) if source is not None else _slices(self, expert)
-        value = _one_expert(self, hidden_states[token], weights) * top_k_weights[token, rank, None]
+        if source is not None and sent is not None and expert >= host_from:
+            states, places = sent
+            product = _one_expert(self, states[places[span] % tokens], source.on_host(expert))
+            value = _to_device(product, final.device) * top_k_weights[token, rank, None]
+        else:
+            weights = source.fetch(expert) if source is not None else _slices(self, expert)
+            value = _one_expert(self, hidden_states[token], weights) * top_k_weights[token, rank, None]
         final.index_add_(0, token, value.to(final.dtype))
     if source is not None:
         source.end()
     assert start <= tokens * top_k
     return final
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Queue a copy to host memory, pinned if from a GPU: it is there when the host has waited for a later one."""
+    return tensor.to("cpu", non_blocking=True)
+
+
+def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Queue a copy to `device`; from pageable memory the host would wait for what the GPU was given before."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def _slices(module: Any, expert: int) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 
 import planner
 from planner import memory
-from planner.plan import Placement, Plan
+from planner.plan import Placement, Plan, Slots
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_key_value_heads": 2
@@ -106,6 +106,24 @@ def streamed(plan: Plan, home: str, *, resident_slices: int = 3) -> Plan:
         return dataclasses.replace(p, home=home, memory=kind, resident_slices=kept)
 
     return with_placements(plan, change)
+
+
+def experts_away(plan: Plan, *, limit: int, kept: int = 1, count: int = 2) -> Plan:
+    """Return the plan with all but `kept` experts of each layer waiting, computed by the CPU in calls up to `limit`."""
+
+    def change(p: Placement, group: Any) -> Placement:
+        if p.resident_slices is None:
+            return p
+        return dataclasses.replace(p, home="cpu", memory="pinned", resident_slices=kept, cpu_up_to_tokens=limit)
+
+    away = with_placements(plan, change)
+    # Slots whatever the planner thinks is needed.
+    size = max(
+        group.slice_slab_bytes for _, group in memory.with_groups(plan.graph, away.placements) if group.slices > 1
+    )
+    return dataclasses.replace(
+        away, slots=(Slots(device="cuda:0", count=count, slot_bytes=size, holds="experts"),) if count else ()
+    )
 
 
 def on_cpu(plan: Plan) -> dict[str, str]:

@@ -1,0 +1,150 @@
+"""Any number of slots: the same bits, nothing overwritten while it is used, and as many copies under way as can be."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dispatch
+from dispatch.stores import HostStore, Layout, new_slab
+from dispatch.stream import GroupStream, StreamedGroup
+from late_ring import LateRing
+from planner.errors import InputError
+from planner.plan import Plan
+from tiny_models import on_cpu, spread_over_two, streamed
+
+CPU = torch.device("cpu")
+
+
+def with_slots(plan: Plan, count: int) -> Plan:
+    return dataclasses.replace(plan, slots=tuple(dataclasses.replace(entry, count=count) for entry in plan.slots))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 40])
+@pytest.mark.parametrize("home", ["cpu", "disk"])
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_same_bits(make_case: Any, monkeypatch: pytest.MonkeyPatch, name: str, home: str, count: int) -> None:
+    rings: list[LateRing] = []
+
+    def make(*args: Any, **kwargs: Any) -> LateRing:
+        rings.append(LateRing(*args, **kwargs))
+        return rings[-1]
+
+    monkeypatch.setattr("dispatch.attach.SlotRing", make)
+    case = make_case(name)
+    plan = with_slots(spread_over_two(streamed(case.plan(gpus="2x24GB"), home)), count)
+    case.run_like(plan)
+    want, tokens = case.logits(case.reference), case.generate(case.reference)
+    model = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
+    for _ in range(2):
+        assert torch.equal(case.logits(model), want)
+        assert torch.equal(case.generate(model), tokens)
+
+    handle = model.model.layers[1].register_forward_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        case.logits(model)
+    handle.remove()
+    assert torch.equal(case.logits(model), want)
+    assert {len(ring) for ring in rings} == {count}
+    assert all(ring.most <= count - 1 for ring in rings)
+    assert torch.equal(case.logits(dispatch.remove(model)), want)
+
+
+def row_of_groups(number: int) -> list[StreamedGroup]:
+    """Return so many groups of one matrix each, filled with the number of its group."""
+    groups = []
+    for index in range(number):
+        layout = Layout.of([("weight", (4, 4), torch.float32)])
+        store = HostStore(layout, new_slab(layout.nbytes, CPU))
+        store.views()["weight"].fill_(index)
+        groups.append(StreamedGroup(str(index), {"weight": (torch.nn.Linear(4, 4, bias=False), "weight")}, store))
+        groups[-1].leave()
+    return groups
+
+
+def weight(group: StreamedGroup) -> torch.Tensor:
+    module, leaf = group._owners["weight"]
+    return getattr(module, leaf)  # type: ignore[no-any-return]
+
+
+@settings(deadline=None, max_examples=200)
+@given(number=st.integers(1, 6), count=st.integers(1, 5), walk=st.lists(st.integers(0, 5), max_size=30))
+def test_groups_in_any_order_are_what_they_should_be(number: int, count: int, walk: list[int]) -> None:
+    """Passes in order, with modules called out of order and twice between them."""
+    groups = row_of_groups(number)
+    ring = LateRing(CPU, count, groups[0].store.layout.nbytes)
+    stream = GroupStream(ring, groups)
+    stream.prefetch()
+    for index in itertools.chain(range(number), (step % number for step in walk), range(number)):
+        group = groups[index]
+        stream.acquire(group)
+        assert torch.equal(weight(group), torch.full((4, 4), float(index)))
+        stream.release(group)
+        assert all(weight(other).is_meta for other in groups)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_all_slots_but_the_one_in_use_are_filled_ahead(count: int) -> None:
+    groups = row_of_groups(6)
+    ring = LateRing(CPU, count, groups[0].store.layout.nbytes)
+    stream = GroupStream(ring, groups)
+    stream.prefetch()
+    for group in groups * 3:
+        stream.acquire(group)
+        assert len(ring.in_flight) == count - 1
+        stream.release(group)
+    assert ring.copies == 18 + count, "each once a pass, and those ahead"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_groups_inside_each_other_need_a_slot_each(count: int) -> None:
+    groups = row_of_groups(4)
+    stream = GroupStream(LateRing(CPU, count, groups[0].store.layout.nbytes), groups)
+    stream.prefetch()
+    outer, inner = groups[:count], groups[count]
+    for group in outer:
+        stream.acquire(group)
+    with pytest.raises(InputError, match=f"{count} slots of cpu: plan with {count + 1} slots"):
+        stream.acquire(inner)
+    for group in reversed(outer):
+        assert torch.equal(weight(group), torch.full((4, 4), float(group.name)))
+        stream.release(group)
+    stream.acquire(inner)
+    assert torch.equal(weight(inner), torch.full((4, 4), float(inner.name)))
+
+
+def test_pageable_homes_are_not_pinned(make_case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group that waits in ordinary memory takes none that is pinned, and the bits are the same."""
+    case = make_case("mixtral")
+    plan = streamed(case.plan(gpus="1x24GB"), "cpu")
+    pageable = {(p.layer, p.group) for p in plan.placements if p.home != p.run_on and p.layer.endswith("1")}
+    assert any(group == "mlp.experts" for _, group in pageable)
+    assert any(group == "self_attn" for _, group in pageable)
+    placements = tuple(
+        dataclasses.replace(p, memory="pageable") if (p.layer, p.group) in pageable else p for p in plan.placements
+    )
+    pinned: list[int] = []
+
+    def host_slab(nbytes: int, target: torch.device) -> torch.Tensor:
+        pinned.append(nbytes)
+        return new_slab(nbytes, CPU)
+
+    monkeypatch.setattr("dispatch.weights.host_slab", host_slab)
+    model = dispatch.apply(
+        case.meta(), dataclasses.replace(plan, placements=placements), checkpoint=case.folder, devices=on_cpu(plan)
+    )
+    sizes = {
+        (layer.name, group.name): group.slice_slab_bytes * (group.slices if group.slices == 1 else group.slices - 3)
+        for layer in plan.graph.layers
+        for group in plan.graph.kinds[layer.kind].groups
+    }
+    waiting = {(p.layer, p.group) for p in plan.placements if p.home != p.run_on}
+    assert sum(pinned) == sum(sizes[key] for key in waiting - pageable)
+    case.run_like(plan)
+    assert torch.equal(case.generate(model), case.generate(case.reference))
