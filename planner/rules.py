@@ -14,6 +14,8 @@ from planner.hardware import Hardware
 
 # Precisions that weights may wait in besides the model's own.
 DTYPES = ("int8", "nf4")
+# What may be lost where a choice of precisions is allowed and nothing else is said, in the unit of the bundled table.
+DEFAULT_QUALITY_BUDGET = 1.0
 # Names of layers that a message lists.
 _LISTED = 6
 

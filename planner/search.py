@@ -197,9 +197,8 @@ class _Search:
             if left_s <= 0 and self._answered:
                 raise _CutOffError
             rules = replace(rules, time_limit_s=max(left_s, 0.1))
-        asked = replace(workload, objective="latency") if workload.objective in _SOLVED_AS_LATENCY else workload
         try:
-            plan = self.question.plan(self.hardware, asked, rules)
+            plan = self.question.plan(self.hardware, _solved(workload), rules)
         except NoSolutionInTimeError:
             if self._answered:
                 raise _CutOffError from None
@@ -226,16 +225,21 @@ class _Search:
         graphs = {0: best.graph}
         try:
             while high - low > 1:
-                width = high - low
-                probe = (low + high) // 2 if slow > 2 else self._guess(sizes, low, high, graphs, at)
+                width, least = high - low, 2 * sizes[low]
+                if slow <= 2:
+                    probe = self._guess(sizes, low, high, graphs, at)
+                else:
+                    probe = (low + high) // 2 if high in graphs else _first_from(sizes, least, low + 1, high - 1)
                 plan = self._fitting(at(sizes[probe]))
                 tried.append(probe)
-                graphs[probe] = self.question.graph(self.hardware, at(sizes[probe])) if plan is None else plan.graph
+                work = _solved(at(sizes[probe]))
+                graphs[probe] = self.question.graph(self.hardware, work) if plan is None else plan.graph
                 if [entry.spans for entry in graphs[probe].passes] == [entry.spans for entry in graphs[0].passes]:
                     raise InputError(f"what this model takes does not depend on its {what}, so there is no largest one")
                 low, high = (low, probe) if plan is None else (probe, high)
                 best = best if plan is None else plan
-                slow = slow + 1 if 2 * (high - low) > width and slow <= 2 else 0
+                is_slow = 2 * (high - low) > width if high in graphs else sizes[low] < least
+                slow = slow + 1 if is_slow and slow <= 2 else 0
         except (_CutOffError, KeyboardInterrupt):
             self._finished = False
         return _noted(best, _largest_note(sizes, low, high, tried, what, end))
@@ -272,7 +276,7 @@ class _Search:
         from planner.placement.solution import find
 
         try:
-            find(graph, self.hardware, replace(workload, objective="latency"), self.rules)
+            find(graph, self.hardware, _solved(workload), self.rules)
         except (InfeasibleError, NoSolutionInTimeError):
             return False
         return True
@@ -322,6 +326,11 @@ class _Search:
             f"throughput: the batch of {best.workload.batch_size:,} gave the most tokens a second of those tried, "
             f"{told}; the proof is for the placement at that batch, not for the choice of it",
         )
+
+
+def _solved(workload: Workload) -> Workload:
+    """Return the work with what the solver itself makes least while a search varies the sizes."""
+    return replace(workload, objective="latency") if workload.objective in _SOLVED_AS_LATENCY else workload
 
 
 def tokens_per_s(plan: Plan) -> float:

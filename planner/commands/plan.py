@@ -7,9 +7,11 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from planner.commands import options
+from planner.commands import options, rules_options
 from planner.commands.progress import Progress
+from planner.errors import InputError
 from planner.plan import Plan
 
 _EPILOG = """\
@@ -52,7 +54,8 @@ def parser() -> argparse.ArgumentParser:
         "--max-memory", metavar="NAME=SIZE", action="append", default=[],
         help="cap a memory, such as cuda:0=20GiB,cpu=64GB,pinned=16GB; can be repeated",
     )  # fmt: skip
-    options.add_work_options(result)
+    options.add_work_options(result, choices=True)
+    rules_options.add(result)
     options.add_source_options(result)
     output = result.add_argument_group("the output")
     output.add_argument("--out", metavar="FILE", help="write the plan as JSON")
@@ -71,6 +74,8 @@ def run(argv: Sequence[str]) -> int:
     out = options.output_path("--out", args.out, inputs=[args.model])
     page = options.output_path("--report", args.report, inputs=[args.model])
     options.different_paths(out, page)
+    if args.pareto:
+        return _frontier(args, max_memory)
     with Progress(quiet=args.quiet) as progress:
         plan = _plan(args, max_memory, progress)
         if page is not None:
@@ -99,20 +104,43 @@ def write_page(plan: Plan, path: Path, progress: Progress) -> None:
 def _plan(args: argparse.Namespace, max_memory: dict[str, str], progress: Progress) -> Plan:
     from planner.api import plan_model
 
-    return plan_model(
-        args.model,
-        gpus=args.gpus,
-        ram=args.ram,
-        disk=args.disk,
+    return plan_model(args.model, **_question(args, max_memory, progress))
+
+
+def _question(args: argparse.Namespace, max_memory: dict[str, str], progress: Progress) -> dict[str, Any]:
+    """Return the keywords of `plan_model` that the command line stands for."""
+    return {
+        "gpus": args.gpus,
+        "ram": args.ram,
+        "disk": args.disk,
         **options.work(args),
-        weight_dtype=args.dtype,
-        max_memory=max_memory,
-        hub=args.hub,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-        use_cache=not args.no_cache,
-        report=progress.report,
-    )
+        **rules_options.choices(args),
+        "max_memory": max_memory,
+        "hub": args.hub,
+        "revision": args.revision,
+        "trust_remote_code": args.trust_remote_code,
+        "use_cache": not args.no_cache,
+        "report": progress.report,
+    }
+
+
+def _frontier(args: argparse.Namespace, max_memory: dict[str, str]) -> int:
+    """Print the frontier of memory against time."""
+    if args.out is not None or args.report is not None:
+        raise InputError(
+            "--pareto finds several plans, and --out and --report write one: choose a point, then ask for its plan "
+            "with --max-memory"
+        )
+    from planner.api import frontier
+    from planner.commands import frontier as table
+
+    with Progress(quiet=args.quiet) as progress:
+        points = frontier(args.model, **_question(args, max_memory, progress))
+    if args.json:
+        options.say_json(table.as_json(points))
+    else:
+        options.say(table.render(points, color=options.wants_color(args.color)))
+    return 0
 
 
 def _tell_written(out: Path | None, page: Path | None) -> None:
