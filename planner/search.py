@@ -5,15 +5,15 @@ The solver places one trace under one machine. Here it is asked again and again,
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from planner.errors import InfeasibleError, InputError, NoSolutionInTimeError, PlanError, TraceError
-from planner.graph import Edge, LayerGraph, Pass, Span
+from planner.graph import LayerGraph
 from planner.hardware import Hardware
+from planner.interpolation import alike, between
 from planner.plan import Plan, Prediction
 from planner.rules import Rules
 from planner.units import format_ns
@@ -33,7 +33,6 @@ _BATCH_FINENESS = 32
 _SOLVED_AS_LATENCY = ("throughput", "max-context", "max-batch")
 _FRONTIER_OBJECTIVES = ("latency", "ttft", "tpot")
 
-Record = TypeVar("Record", LayerGraph, Pass, Span, Edge)
 Predict = Callable[[Plan], Prediction]
 
 
@@ -242,7 +241,7 @@ class _Search:
                 slow = slow + 1 if is_slow and slow <= 2 else 0
         except (_CutOffError, KeyboardInterrupt):
             self._finished = False
-        return _noted(best, _largest_note(sizes, low, high, tried, what, end))
+        return _noted(best, _largest_note(sizes, low, high, tried, what, end) + _left_to_cpu(best))
 
     def _guess(
         self,
@@ -260,13 +259,13 @@ class _Search:
             high = 1 + _first_from(sizes, _TRUSTED_TIMES * sizes[low], low + 1, high - 1)
             far = [index for index in graphs if 2 * sizes[index] <= sizes[low]]
             other = max(far) if far else min(graphs)
-        if other == low or not _alike(graphs[low], graphs[other]):
+        if other == low or not alike(graphs[low], graphs[other]):
             return (low + high) // 2
         fits, beyond = low, high
         while beyond - fits > 1:
             middle = (fits + beyond) // 2
             part = (sizes[middle] - sizes[low], sizes[other] - sizes[low])
-            if self._would_fit(_between(graphs[low], graphs[other], part), at(sizes[middle])):
+            if self._would_fit(between(graphs[low], graphs[other], part), at(sizes[middle])):
                 fits = middle
             else:
                 beyond = middle
@@ -405,6 +404,15 @@ def _largest_note(sizes: Sequence[int], low: int, high: int, tried: Sequence[int
     return f"{words}; searched from {sizes[0]:,} to {sizes[-1]:,}{step}, by planning {traced}"
 
 
+def _left_to_cpu(plan: Plan) -> str:
+    """Return in words that what fits does so with the CPU's help, where there are GPUs."""
+    hosts = {device.name for device in plan.hardware.hosts}
+    number = sum(device in hosts for device in plan.run_on())
+    if not plan.hardware.gpus or not number:
+        return ""
+    return f"; {number} of {len(plan.graph.layers)} layers run on the CPU there (--pin keeps layers on a GPU)"
+
+
 def _prompts(floor: int, most: int) -> Sequence[int]:
     """Return the prompts to choose from: the floor, multiples of the step above it, and the most that there can be."""
     first = floor - floor % CONTEXT_STEP_TOKENS + CONTEXT_STEP_TOKENS
@@ -433,43 +441,3 @@ def _capped(hardware: Hardware, pools: Sequence[str], share: int) -> Hardware:
     )
     note = f"GPUs held to {share}/{FRONTIER_SHARES} of their memory, to trade it for time"
     return replace(hardware, pools=held, assumptions=(*hardware.assumptions, note))
-
-
-# Graphs of sizes that were not traced.
-
-
-def _alike(one: LayerGraph, two: LayerGraph) -> bool:
-    """Tell whether two traces have the same layers, passes and edges, so that a line can be drawn between them."""
-    return (
-        (one.kinds, one.layers) == (two.kinds, two.layers)
-        and len(one.passes) == len(two.passes)
-        and [(e.source, e.target) for e in one.edges] == [(e.source, e.target) for e in two.edges]
-    )
-
-
-def _between(one: LayerGraph, two: LayerGraph, part: tuple[int, int]) -> LayerGraph:
-    """Return the graph whose every number lies `part` (numerator, denominator) of the way from `one` to `two`."""
-
-    def passed(a: Pass, b: Pass) -> Pass:
-        spans = [_on_line(x, y, part) for x, y in zip(a.per_layer(), b.per_layer(), strict=True)]
-        return replace(_on_line(a, b, part), spans=tuple(replace(span, count=1) for span in spans))
-
-    return replace(
-        _on_line(one, two, part),
-        edges=tuple(
-            replace(_on_line(a, b, part), source=a.source, target=a.target)
-            for a, b in zip(one.edges, two.edges, strict=True)
-        ),
-        passes=tuple(passed(a, b) for a, b in zip(one.passes, two.passes, strict=True)),
-    )
-
-
-def _on_line(one: Record, two: Record, part: tuple[int, int]) -> Record:
-    """Return `one` with every whole number moved towards that of `two`; none becomes negative."""
-    numbers = {field.name: getattr(one, field.name) for field in dataclasses.fields(one)}
-    moved = {
-        name: max(0, number + (getattr(two, name) - number) * part[0] // part[1])
-        for name, number in numbers.items()
-        if isinstance(number, int)
-    }
-    return replace(one, **moved)

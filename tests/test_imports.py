@@ -21,7 +21,7 @@ ORDER = (
     ("units", "serial"),
     ("hardware", "workload", "graph", "rules"),
     ("plan",),
-    ("lifetimes",),
+    ("lifetimes", "interpolation"),
     ("memory", "cuda_allocator", "cache", "models"),
     ("headers",),
     ("steps", "cost", "loading"),

@@ -26,6 +26,8 @@ examples:
   plan --model mistralai/Mixtral-8x7B --gpus 2x24GB
   plan --model ./my-model --gpus 2xrtx4090,1xl4 --prompt 4096 --batch 4
   plan --model gpt2 --gpus 0 --ram 16GB --out plan.json --report placement.html
+  plan --model qwen3-8b --gpus 24GB --objective max-context --pin '.*=cuda:0'
+  plan --model mistralai/Mixtral-8x7B --gpus 2x24GB --pareto
 
 GB is 10^9 bytes and GiB 2^30. Exit codes: 0 done, 2 an input cannot be used,
 3 nothing fits, 4 no answer in time, 5 a plan file is wrong, 6 the model cannot

@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -217,6 +218,50 @@ def test_a_search_that_is_cut_off_says_so_and_gives_what_it_has() -> None:
     asked.stop_after, asked.traced = 0, []
     with pytest.raises(NoSolutionInTimeError):
         search.best(asked, a_machine(200 * MIB), work("max-batch"), NO_RULES, api.predict)
+
+
+def test_an_interrupt_ends_the_search_with_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Asked(formula())
+    real, calls = asked.plan, itertools.count()
+
+    def plan(hardware: Hardware, workload: Workload, rules: Rules) -> Plan:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return real(hardware, workload, rules)
+
+    monkeypatch.setattr(asked, "plan", plan)
+    found = search.best(asked, a_machine(200 * MIB), work("throughput"), NO_RULES, api.predict)
+    assert (found.finished, next(calls)) == (False, 4)
+    assert found.plan.workload.batch_size in {entry.batch_size for entry in asked.traced}
+
+
+def test_layers_left_to_the_cpu_are_told() -> None:
+    asked = Asked(formula())
+    hardware = a_machine(30 * MIB, 200 * MIB)
+    plan = search.best(asked, hardware, work("max-batch"), NO_RULES, api.predict).plan
+    number = plan.run_on().count("cpu")
+    assert number
+    assert f"{number} of 6 layers run on the CPU" in plan.assumptions[-1]
+    alone = machine([], {"cpu": 200 * MIB, "disk": 0})
+    assert "CPU" not in search.best(asked, alone, work("max-batch"), NO_RULES, api.predict).plan.assumptions[-1]
+
+
+def test_experts_are_traced_by_route_where_all_together_do_not_fit() -> None:
+    """Grouped products need room for every expert on the GPU; by route they may wait elsewhere."""
+    options = {"gpus": "1x600MB", "ram": "5GB", "prompt_tokens": 13, "new_tokens": 6, "weight_dtype": "bfloat16"}
+    plan = planner.plan_model(CONFIGS["mixtral"](), **options)
+    assert plan.execution.experts == "loadplan_grouped"
+    real = find
+
+    def refuses(graph: LayerGraph, *rest: Any) -> Any:
+        if graph == plan.graph:
+            raise InfeasibleError(device="cuda:0", needed_bytes=1, available_bytes=0, smallest_fix="", message="")
+        return real(graph, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("planner.placement.solution.find", refuses)
+        routed = planner.plan_model(CONFIGS["mixtral"](), **options, use_cache=False)
+    assert routed.execution.experts == "loadplan_routed"
 
 
 def test_the_time_limit_is_for_the_whole_search(monkeypatch: pytest.MonkeyPatch) -> None:
