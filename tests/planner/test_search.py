@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import planner
@@ -130,6 +130,8 @@ def rate(plan: Plan) -> float:
     square=st.sampled_from([0, 0, 3]),
     floor=st.integers(1, 3),
 )
+@example(gpu_bytes=110 * MIB, token=2_000, square=0, floor=1)
+@example(gpu_bytes=110 * MIB, token=4_000, square=3, floor=2)
 def test_the_largest_batch_is_the_largest_of_all(gpu_bytes: int, token: int, square: int, floor: int) -> None:
     asked = Asked(formula(token=token, square=square))
     hardware = a_machine(gpu_bytes)
@@ -161,6 +163,7 @@ def test_the_largest_batch_is_the_largest_of_all(gpu_bytes: int, token: int, squ
     floor=st.sampled_from([1, 64, 100]),
     positions=st.sampled_from([None, 1000, 4000]),
 )
+@example(gpu_bytes=100 * MIB, token=7_000, square=0, floor=1, positions=4000)
 def test_the_longest_prompt_is_the_longest_of_all_steps(
     gpu_bytes: int, token: int, square: int, floor: int, positions: int | None
 ) -> None:
