@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from planner.api import plan_model, predict, predict_memory
+    from planner.api import frontier, plan_model, predict, predict_memory
     from planner.errors import (
         InfeasibleError,
         InputError,
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from planner.graph import LayerGraph
     from planner.hardware import Hardware
     from planner.plan import Plan
-    from planner.rules import Pin, Rules
+    from planner.rules import Pin, Rules, Sensitivity
+    from planner.search import FrontierPoint
     from planner.verify import Violation, verify_plan
     from planner.workload import Workload
 
 _HOMES = {
+    "FrontierPoint": "planner.search",
     "Hardware": "planner.hardware",
     "InfeasibleError": "planner.errors",
     "InputError": "planner.errors",
@@ -37,9 +39,11 @@ _HOMES = {
     "PlanFormatError": "planner.errors",
     "PlanMismatchError": "planner.errors",
     "Rules": "planner.rules",
+    "Sensitivity": "planner.rules",
     "TraceError": "planner.errors",
     "Violation": "planner.verify",
     "Workload": "planner.workload",
+    "frontier": "planner.api",
     "plan_model": "planner.api",
     "predict": "planner.api",
     "predict_memory": "planner.api",
@@ -47,6 +51,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "FrontierPoint",
     "Hardware",
     "InfeasibleError",
     "InputError",
@@ -59,9 +64,11 @@ __all__ = [
     "PlanFormatError",
     "PlanMismatchError",
     "Rules",
+    "Sensitivity",
     "TraceError",
     "Violation",
     "Workload",
+    "frontier",
     "plan_model",
     "predict",
     "predict_memory",

@@ -10,10 +10,10 @@ import contextlib
 import gc
 import importlib
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from planner import cache, loading, memory
+from planner import cache, loading, memory, search
 from planner.errors import InputError, PlanFormatError
 from planner.given import build_on_meta, dtype_of, source_of
 from planner.hardware import Hardware, products
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # Routings drawn for an expected value.
 _DRAWN_ROUTINGS = 4
+# Objectives that choose the size of the work; what is given of it is the least.
+_SIZED = ("throughput", "max-batch", "max-context")
 
 
 def plan_model(
@@ -57,18 +59,85 @@ def plan_model(
 
     The machine is `hardware`, or is described by `gpus`, `ram`, `disk` and `max_memory`; the work is `workload`, or is
     described by `batch_size`, `prompt_tokens`, `new_tokens` and other fields of a Workload; `rules` are constraints and
-    choices beyond the capacities. `example_inputs` are what
+    choices beyond the capacities. With the objectives "throughput", "max-batch" and "max-context" the batch or the
+    prompt is searched for, from the one given upwards. `example_inputs` are what
     the model is traced with, which modules that are not of transformers need. `report` is told what is being done.
 
     Raises:
         InputError: an argument cannot be used. TraceError: the model is of a kind not carried yet.
         InfeasibleError: nothing fits. NoSolutionInTimeError: the search was cut off.
     """
+    asked = _asked(
+        model, gpus=gpus, ram=ram, disk=disk, batch_size=batch_size, prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens, weight_dtype=weight_dtype, max_memory=max_memory, hardware=hardware, workload=workload,
+        rules=rules, hub=hub, revision=revision, trust_remote_code=trust_remote_code, use_cache=use_cache,
+        example_inputs=example_inputs, report=report, **more_work,
+    )  # fmt: skip
+    # What a time limit cuts off depends on the hour.
+    keeps = asked.cacheable and rules.time_limit_s is None
+    if keeps and (kept := _kept_plan(asked.name)) is not None:
+        return kept
+    with _collector_paused():
+        found = search.best(asked.question, asked.hardware, asked.workload, rules, _predicting(report))
+    if keeps and found.finished:
+        cache.write(asked.name, found.plan.to_json())
+    return found.plan
+
+
+def frontier(model: Any, **options: Any) -> tuple[search.FrontierPoint, ...]:
+    """Return plans that trade memory of the GPUs for time, the smallest first; options are those of `plan_model`.
+
+    Raises:
+        InputError: there is nothing to trade. Others as `plan_model`.
+    """
+    asked = _asked(model, **options)
+    with _collector_paused():
+        return search.frontier(
+            asked.question, asked.hardware, asked.workload, options.get("rules", NO_RULES),
+            _predicting(options.get("report", lambda text: None)),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """What a caller asked, made into values; name: of the answer in the cache."""
+
+    question: Question
+    hardware: Hardware
+    workload: Workload
+    name: str
+    cacheable: bool
+
+
+def _asked(
+    model: Any,
+    *,
+    gpus: str | int | None = None,
+    ram: str | int | None = None,
+    disk: str | int | None = None,
+    batch_size: int | None = None,
+    prompt_tokens: int | None = None,
+    new_tokens: int | None = None,
+    weight_dtype: str | None = None,
+    max_memory: Mapping[str, str | int] | None = None,
+    hardware: Hardware | None = None,
+    workload: Workload | None = None,
+    rules: Rules = NO_RULES,
+    hub: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    use_cache: bool = True,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    report: Report = lambda text: None,
+    **more_work: Any,
+) -> _Asked:
     notes: list[str] = []
     if workload is None:
         workload = _workload(batch_size, prompt_tokens, new_tokens, notes, more_work)
     elif (batch_size, prompt_tokens, new_tokens) != (None, None, None) or more_work:
         raise InputError("give a workload, or batch_size, prompt_tokens and the like, not both")
+    if example_inputs is not None and workload.objective in _SIZED:
+        raise InputError(f"example inputs are of one size, and {workload.objective} looks for another; leave one out")
     workload = _as_long_as(workload, example_inputs)
     if hardware is None:
         hardware = Hardware.from_options(gpus, ram=ram, disk=disk, max_memory=max_memory)
@@ -80,7 +149,7 @@ def plan_model(
         on_hub = source.source == "hub"
         stored = find_headers(folder=source.folder, hub=on_hub, name=source.id, revision=source.revision, notes=notes)
     dtype = dtype_of(weight_dtype, source, module, stored, notes)
-    question = {
+    parts = {
         "model": [source.id, source.source, source.revision, source.config_digest],
         "hardware": hardware,
         "workload": workload,
@@ -89,21 +158,22 @@ def plan_model(
         "notes": notes,
         "stored": stored and stored.digest(),
     }
-    name = cache.key("plan", question)
     cacheable = use_cache and module is None
-    if cacheable and (kept := _kept_plan(name)) is not None:
-        return kept
-    with _collector_paused():
-        asked = Question(
-            source, module, dtype, notes, stored=stored, trust_remote_code=trust_remote_code, examples=example_inputs,
-            use_cache=cacheable, report=report,
-        )  # fmt: skip
-        plan = asked.plan(hardware, workload, rules)
+    question = Question(
+        source, module, dtype, notes, stored=stored, trust_remote_code=trust_remote_code, examples=example_inputs,
+        use_cache=cacheable, report=report,
+    )  # fmt: skip
+    return _Asked(
+        question=question, hardware=hardware, workload=workload, name=cache.key("plan", parts), cacheable=cacheable
+    )
+
+
+def _predicting(report: Report) -> search.Predict:
+    def predicted(plan: Plan) -> Prediction:
         report("simulating")
-        plan = replace(plan, prediction=predict(plan))
-    if cacheable:
-        cache.write(name, plan.to_json())
-    return plan
+        return predict(plan)
+
+    return predicted
 
 
 @contextlib.contextmanager
@@ -294,15 +364,18 @@ def _workload(
     unknown = sorted(set(more) - set(Workload.__slots__))
     if unknown:
         raise InputError(f"{unknown[0]} is no option, and no field of a Workload: {', '.join(Workload.__slots__)}")
+    objective = more.get("objective")
+    least_prompt = search.CONTEXT_STEP_TOKENS if objective == "max-context" else DEFAULT_PROMPT_TOKENS
     if prompt is None:
-        notes.append(f"a prompt of {DEFAULT_PROMPT_TOKENS} tokens (assumed)")
+        at_least = "at least " if objective == "max-context" else ""
+        notes.append(f"a prompt of {at_least}{least_prompt} tokens (assumed)")
     if new is None:
         notes.append(f"{DEFAULT_NEW_TOKENS} new tokens (assumed)")
     if batch is None:
-        notes.append("a batch of 1 (assumed)")
+        notes.append(f"a batch of {'at least ' if objective in ('max-batch', 'throughput') else ''}1 (assumed)")
     return Workload(
         batch_size=1 if batch is None else batch,
-        prompt_tokens=DEFAULT_PROMPT_TOKENS if prompt is None else prompt,
+        prompt_tokens=least_prompt if prompt is None else prompt,
         new_tokens=DEFAULT_NEW_TOKENS if new is None else new,
         **more,
     )

@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from planner import cache, loading
+from planner.errors import InfeasibleError
 from planner.graph import LayerGraph
 from planner.hardware import Hardware
-from planner.models import ModelSource
+from planner.models import ModelSource, load_config
 from planner.plan import SCHEMA_VERSION, Execution, ModelInfo, Placement, Plan
 from planner.rules import Rules
 from planner.tracer import ASSUMED_CPU, Report, Tracer
@@ -59,10 +60,17 @@ class Question:
         if len(graph.passes) == 1 and workload.decode_steps:
             workload = replace(workload, caller="forward", new_tokens=1)
         self.report("placing")
-        placements, slots, solver = find(graph, hardware, workload, rules)
+        rules.check(graph, hardware)
         # The name is planner.execution.GROUPED_EXPERTS, whose module would load torch on a path that has the trace
         # cached.
-        if execution.experts == "loadplan_grouped" and not _experts_stay(placements):
+        grouped = execution.experts == "loadplan_grouped"
+        try:
+            placements, slots, solver = find(graph, hardware, workload, rules)
+        except InfeasibleError:
+            if not grouped:
+                raise
+            placements = ()
+        if grouped and (not placements or not _experts_stay(placements)):
             # Grouped matmul needs every expert where it computes; the best placement streams some, so run them by
             # route.
             self.report("tracing routed experts")
@@ -98,6 +106,22 @@ class Question:
         )  # fmt: skip
         shortage = loading.shortage(plan)
         return plan if shortage is None else replace(plan, assumptions=(*plan.assumptions, shortage))
+
+    def graph(self, hardware: Hardware, workload: Workload) -> LayerGraph:
+        """Return the trace that the last plan for this work was searched with, whether or not anything fitted."""
+        tracer = self._tracer(hardware, workload)
+        return next(self._traced[key][0] for key in ((id(tracer), True), (id(tracer), False)) if key in self._traced)
+
+    def positions(self) -> int | None:
+        """Return how many tokens the model knows positions of, prompt and answer together; None where it has no end."""
+        config = getattr(self._module, "config", None)
+        if config is None and self.source.config:
+            config = load_config(self.source, trust_remote_code=self._trust_remote_code)
+        if config is None:
+            return None
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        found = getattr(text, "max_position_embeddings", None)
+        return found if isinstance(found, int) and not getattr(config, "is_encoder_decoder", False) else None
 
     def _tracer(self, hardware: Hardware, workload: Workload) -> Tracer:
         workload = replace(workload, objective="latency")

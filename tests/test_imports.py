@@ -22,7 +22,7 @@ ORDER = (
     ("hardware", "gpus", "machines", "machine_file", "workload", "graph", "rules"),
     ("plan",),
     ("precision",),
-    ("lifetimes",),
+    ("lifetimes", "interpolation"),
     ("memory", "cuda_allocator", "cache", "models"),
     ("headers",),
     ("steps", "cost", "loading"),
@@ -233,9 +233,10 @@ def test_importing_dispatch_loads_torch_at_most() -> None:
 
 PUBLIC = {
     "planner": [
-        "Hardware", "InfeasibleError", "InputError", "LayerGraph", "MemoryPrediction", "NoSolutionInTimeError", "Pin",
-        "Plan", "PlanError", "PlanFormatError", "PlanMismatchError", "Rules", "TraceError", "Violation", "Workload",
-        "plan_model", "predict", "predict_memory", "verify_plan",
+        "FrontierPoint", "Hardware", "InfeasibleError", "InputError", "LayerGraph", "MemoryPrediction",
+        "NoSolutionInTimeError", "Pin", "Plan", "PlanError", "PlanFormatError", "PlanMismatchError", "Rules",
+        "Sensitivity", "TraceError", "Violation", "Workload", "frontier", "plan_model", "predict", "predict_memory",
+        "verify_plan",
     ],
     "simulate": ["Interval", "MemorySample", "Timeline", "run"],
     "dispatch": ["Checkpoint", "Measurement", "apply", "measure", "remove"],

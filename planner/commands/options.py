@@ -91,8 +91,11 @@ def hardware(args: argparse.Namespace) -> Hardware:
     return Hardware.load(args.hardware).with_max_memory(max_memory)
 
 
-def add_work_options(parser: argparse.ArgumentParser) -> None:
-    """Add what the model will be asked to do; `work` reads it back."""
+def add_work_options(parser: argparse.ArgumentParser, *, choices: bool = False) -> None:
+    """Add what the model will be asked to do; `work` reads it back.
+
+    choices: of the cache and the dtype several may be allowed, which `rules_options.choices` reads.
+    """
     work = parser.add_argument_group("the work")
     work.add_argument("--batch", type=count, metavar="N", help="prompts at a time")
     work.add_argument("--prompt", type=count, metavar="N", help="tokens of each prompt")
@@ -101,12 +104,17 @@ def add_work_options(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--answers", type=count, metavar="N", help="answers to each prompt (num_return_sequences)")
     work.add_argument("--sample", action="store_true", help="sample tokens instead of taking the likeliest")
     work.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens that make up P")
+    several = "; a list of them, or choose for any" if choices else ""
     work.add_argument(
-        "--cache", choices=("dynamic", "static", "fp8"),
-        help="the KV cache: as long as needed, as long as it may get, or in 8 bits (default: dynamic)",
+        "--cache", choices=None if choices else ("dynamic", "static", "fp8"), metavar="NAME",
+        help="the KV cache: dynamic as long as needed, static as long as it may get, or fp8 in 8 bits (default: "
+        f"dynamic{several})",
     )  # fmt: skip
     work.add_argument("--forward", action="store_true", help="plain forward calls instead of generate()")
-    work.add_argument("--dtype", metavar="NAME", help="bfloat16, float16 or float32 (default: the checkpoint's)")
+    several = "; then int8 and nf4 where weights may wait in them, as bfloat16,int8, or choose" if choices else ""
+    work.add_argument(
+        "--dtype", metavar="NAME", help=f"bfloat16, float16 or float32 (default: the checkpoint's{several})"
+    )
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
@@ -225,6 +233,11 @@ def different_paths(out: Path | None, report: Path | None) -> None:
     """Raise InputError where both outputs would be written to one file."""
     if out is not None and out == report:
         raise InputError(f"--out and --report are both {out}; give two paths")
+
+
+def join_words(words: Sequence[str], last: str) -> str:
+    """Return "a", "a or b", "a, b or c"."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
 
 
 def wants_color(choice: str) -> bool:

@@ -7,9 +7,11 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from planner.commands import options
+from planner.commands import options, rules_options
 from planner.commands.progress import Progress
+from planner.errors import InputError
 from planner.hardware import Hardware
 from planner.plan import Plan
 
@@ -25,6 +27,8 @@ examples:
   plan --model mistralai/Mixtral-8x7B --gpus 2x24GB
   plan --model ./my-model --gpus 2xrtx4090,1xl4 --prompt 4096 --batch 4
   plan --model gpt2 --gpus 0 --ram 16GB --out plan.json --report placement.html
+  plan --model qwen3-8b --gpus 24GB --objective max-context --pin '.*=cuda:0'
+  plan --model mistralai/Mixtral-8x7B --gpus 2x24GB --pareto
 
 GB is 10^9 bytes and GiB 2^30. Exit codes: 0 done, 2 an input cannot be used,
 3 nothing fits, 4 no answer in time, 5 a plan file is wrong, 6 the model cannot
@@ -44,7 +48,8 @@ def parser() -> argparse.ArgumentParser:
         "--model", required=True, metavar="NAME", help="a model's name, or a folder with its config.json"
     )
     options.add_machine_options(result)
-    options.add_work_options(result)
+    options.add_work_options(result, choices=True)
+    rules_options.add(result)
     options.add_source_options(result)
     output = result.add_argument_group("the output")
     output.add_argument("--out", metavar="FILE", help="write the plan as JSON")
@@ -64,6 +69,8 @@ def run(argv: Sequence[str]) -> int:
     out = options.output_path("--out", args.out, inputs=read)
     page = options.output_path("--report", args.report, inputs=read)
     options.different_paths(out, page)
+    if args.pareto:
+        return _frontier(args, hardware)
     with Progress(quiet=args.quiet) as progress:
         plan = _plan(args, hardware, progress)
         if page is not None:
@@ -92,17 +99,40 @@ def write_page(plan: Plan, path: Path, progress: Progress) -> None:
 def _plan(args: argparse.Namespace, hardware: Hardware, progress: Progress) -> Plan:
     from planner.api import plan_model
 
-    return plan_model(
-        args.model,
-        hardware=hardware,
+    return plan_model(args.model, **_question(args, hardware, progress))
+
+
+def _question(args: argparse.Namespace, hardware: Hardware, progress: Progress) -> dict[str, Any]:
+    """Return the keywords of `plan_model` that the command line stands for."""
+    return {
+        "hardware": hardware,
         **options.work(args),
-        weight_dtype=args.dtype,
-        hub=args.hub,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-        use_cache=not args.no_cache,
-        report=progress.report,
-    )
+        **rules_options.choices(args),
+        "hub": args.hub,
+        "revision": args.revision,
+        "trust_remote_code": args.trust_remote_code,
+        "use_cache": not args.no_cache,
+        "report": progress.report,
+    }
+
+
+def _frontier(args: argparse.Namespace, hardware: Hardware) -> int:
+    """Print the frontier of memory against time."""
+    if args.out is not None or args.report is not None:
+        raise InputError(
+            "--pareto finds several plans, and --out and --report write one: choose a point, then ask for its plan "
+            "with --max-memory"
+        )
+    from planner.api import frontier
+    from planner.commands import frontier as table
+
+    with Progress(quiet=args.quiet) as progress:
+        points = frontier(args.model, **_question(args, hardware, progress))
+    if args.json:
+        options.say_json(table.as_json(points))
+    else:
+        options.say(table.render(points, color=options.wants_color(args.color)))
+    return 0
 
 
 def _tell_written(out: Path | None, page: Path | None) -> None:

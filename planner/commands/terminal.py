@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from planner import memory
+from planner.commands import rules_options
 from planner.commands.layout import WIDTH, Page, column_widths, device_list, parameters_words
 from planner.commands.placement_table import placement_rows, table_lines
 from planner.plan import KINDS_OF_MEMORY, Plan, Prediction
@@ -48,6 +49,9 @@ def _head(page: Page, plan: Plan) -> None:
     asked = f"batch {work.batch_size:,}, prompt {work.prompt_tokens:,} tokens"
     made = f", {work.new_tokens:,} new tokens" if work.caller == "generate" else ", one forward pass"
     _labelled(page, "work", asked + made)
+    _labelled(page, "aim", rules_options.aim(work))
+    if rules := rules_options.words(plan):
+        _labelled(page, "rules", rules)
     text, style = _answer(plan)
     _labelled(page, "answer", text, style)
 
