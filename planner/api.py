@@ -14,7 +14,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from planner import cache, loading, memory
-from planner.errors import InputError, PlanFormatError
+from planner.errors import InfeasibleError, InputError, PlanFormatError
+from planner.fixes import with_fixes
 from planner.given import build_on_meta, dtype_of, source_of
 from planner.hardware import Hardware, products
 from planner.headers import find_headers
@@ -98,7 +99,10 @@ def plan_model(
             source, module, dtype, notes, stored=stored, trust_remote_code=trust_remote_code, examples=example_inputs,
             use_cache=cacheable, report=report,
         )  # fmt: skip
-        plan = asked.plan(hardware, workload, rules)
+        try:
+            plan = asked.plan(hardware, workload, rules)
+        except InfeasibleError as error:
+            raise with_fixes(error, asked, hardware, workload, rules) from None
         report("simulating")
         plan = replace(plan, prediction=predict(plan))
     if cacheable:

@@ -20,7 +20,7 @@ ORDER = (
     ("errors",),
     ("units", "serial"),
     ("hardware", "workload", "graph", "rules"),
-    ("plan",),
+    ("plan", "changes"),
     ("lifetimes",),
     ("memory", "cuda_allocator", "cache", "models"),
     ("headers",),
@@ -31,7 +31,7 @@ ORDER = (
     ("footprint",),
     ("given", "tracer"),
     ("question",),
-    ("search", "explain"),
+    ("search", "explanation", "fixes"),
     ("api",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
