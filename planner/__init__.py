@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         PlanMismatchError,
         TraceError,
     )
+    from planner.explanation import Explanation, explain
     from planner.footprint import MemoryPrediction
     from planner.graph import LayerGraph
     from planner.hardware import Hardware
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from planner.workload import Workload
 
 _HOMES = {
+    "Explanation": "planner.explanation",
     "Hardware": "planner.hardware",
     "InfeasibleError": "planner.errors",
     "InputError": "planner.errors",
@@ -40,6 +42,7 @@ _HOMES = {
     "TraceError": "planner.errors",
     "Violation": "planner.verify",
     "Workload": "planner.workload",
+    "explain": "planner.explanation",
     "plan_model": "planner.api",
     "predict": "planner.api",
     "predict_memory": "planner.api",
@@ -47,6 +50,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Explanation",
     "Hardware",
     "InfeasibleError",
     "InputError",
@@ -62,6 +66,7 @@ __all__ = [
     "TraceError",
     "Violation",
     "Workload",
+    "explain",
     "plan_model",
     "predict",
     "predict_memory",

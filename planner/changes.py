@@ -7,18 +7,22 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from planner.hardware import Device, Hardware, Link
+from planner.rules import NO_RULES, Rules
 
 
-def alike(hardware: Hardware) -> tuple[tuple[str, ...], ...]:
+def alike(hardware: Hardware, rules: Rules = NO_RULES) -> tuple[tuple[str, ...], ...]:
     """Return the names of the memories in sets whose members are exchangeable, in the machine's order.
 
-    Alike are memories of equal size whose devices have equal rates, and equal links to equal devices.
+    Alike are memories of equal size whose devices have equal rates, and equal links to equal devices; a device that
+    something is pinned to is alike to none.
     """
+    pinned = {pin.device for pin in rules.pins}
     sets: dict[object, list[str]] = {}
     for pool in hardware.pools:
         devices = [_likeness(hardware, device) for device in hardware.devices if device.pool == pool.name]
         # A memory without a device (a disk) is alike to none.
-        key = (pool.usable_bytes, pool.reserved_bytes, tuple(devices) or pool.name)
+        apart = "" if devices and pool.name not in pinned else pool.name
+        key = (pool.usable_bytes, pool.reserved_bytes, tuple(devices), apart)
         sets.setdefault(key, []).append(pool.name)
     return tuple(tuple(names) for names in sets.values())
 

@@ -248,7 +248,7 @@ class _Search:
 
     def _memories(self) -> list[Fix]:
         found = []
-        for names in changes.alike(self.hardware):
+        for names in changes.alike(self.hardware, self.rules):
             missing = min((self.shortfalls[name] for name in names if name in self.shortfalls), default=None)
             if missing is not None:
                 where = next(name for name in names if self.shortfalls.get(name) == missing)
@@ -259,7 +259,7 @@ class _Search:
         """Return the fix by more memory on every GPU of a kind, where there are several of that kind."""
         found = []
         gpus = {device.pool for device in self.hardware.gpus}
-        for names in changes.alike(self.hardware):
+        for names in changes.alike(self.hardware, self.rules):
             if len(names) < 2 or not gpus.issuperset(names):
                 continue
             short = [self.shortfalls[name] for name in names if name in self.shortfalls]
@@ -306,7 +306,7 @@ class _Search:
         found = []
         pools = {device.pool: device.name for device in self.hardware.gpus}
         room = min(_MOST_MORE_GPUS, MAX_GPUS - len(self.hardware.gpus))
-        for names in changes.alike(self.hardware):
+        for names in changes.alike(self.hardware, self.rules):
             if names[0] not in pools:
                 continue
             like = pools[names[0]]

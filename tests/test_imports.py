@@ -232,9 +232,9 @@ def test_importing_dispatch_loads_torch_at_most() -> None:
 
 PUBLIC = {
     "planner": [
-        "Hardware", "InfeasibleError", "InputError", "LayerGraph", "MemoryPrediction", "NoSolutionInTimeError", "Pin",
-        "Plan", "PlanError", "PlanFormatError", "PlanMismatchError", "Rules", "TraceError", "Violation", "Workload",
-        "plan_model", "predict", "predict_memory", "verify_plan",
+        "Explanation", "Hardware", "InfeasibleError", "InputError", "LayerGraph", "MemoryPrediction",
+        "NoSolutionInTimeError", "Pin", "Plan", "PlanError", "PlanFormatError", "PlanMismatchError", "Rules",
+        "TraceError", "Violation", "Workload", "explain", "plan_model", "predict", "predict_memory", "verify_plan",
     ],
     "simulate": ["Interval", "MemorySample", "Timeline", "run"],
     "dispatch": ["Checkpoint", "Measurement", "apply", "measure", "remove"],
