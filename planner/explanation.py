@@ -123,10 +123,13 @@ class Explanation:
     layer: LayerReason | None
 
 
-def explain(plan: Plan, layer: str | None = None, *, report: Report = lambda text: None) -> Explanation:
+def explain(
+    plan: Plan, layer: str | None = None, *, time_limit_s: float | None = None, report: Report = lambda text: None
+) -> Explanation:
     """Return what binds a plan and what more memory or faster links would buy; of a layer, why it is where it is.
 
-    Solves the plan's question once for each change; devices and links that are alike are asked about once.
+    Solves the plan's question once for each change; devices and links that are alike are asked about once. Each
+    search ends after `time_limit_s`, where given, or the plan's own limit, with the best it has.
 
     Raises:
         InputError: the plan was given, not found, or has no layer of that name.
@@ -138,14 +141,17 @@ def explain(plan: Plan, layer: str | None = None, *, report: Report = lambda tex
         near = [name for name in known if layer in name] or known
         more = f" and {len(near) - 5} more" if len(near) > 5 else ""
         raise InputError(f"the plan has no layer {layer!r}; there are {', '.join(near[:5])}{more}")
-    solver = _Solver(plan, plan.solver, report)
+    found = plan.solver
+    if time_limit_s is not None:
+        plan = replace(plan, rules=replace(plan.rules, time_limit_s=time_limit_s))
+    solver = _Solver(plan, solver=found, report=report)
     return Explanation(
         model=plan.model.id,
         objective=plan.workload.objective,
-        status=plan.solver.status,
-        objective_ns=plan.solver.objective_ns,
-        bound_ns=plan.solver.bound_ns,
-        cost_model=plan.solver.cost_model,
+        status=found.status,
+        objective_ns=found.objective_ns,
+        bound_ns=found.bound_ns,
+        cost_model=found.cost_model,
         memories=_memories(plan, solver),
         changes=(*_more_memory(plan, solver), *_faster_links(plan, solver)),
         layer=None if layer is None else _layer(plan, solver, layer),
@@ -155,8 +161,8 @@ def explain(plan: Plan, layer: str | None = None, *, report: Report = lambda tex
 class _Solver:
     """Solves a plan's question with something changed, each question once."""
 
-    def __init__(self, plan: Plan, found: Solver, report: Report):
-        self.plan, self.found, self.report = plan, found, report
+    def __init__(self, plan: Plan, *, solver: Solver, report: Report):
+        self.plan, self.found, self.report = plan, solver, report
         self.workload = plan.workload
         if self.workload.objective in ("throughput", "max-context", "max-batch"):
             # The work that these choose is chosen: it is the plan's.

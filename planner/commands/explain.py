@@ -15,7 +15,7 @@ from planner.serial import encode
 from planner.units import format_bytes, format_ns
 
 if TYPE_CHECKING:
-    from planner.explanation import Answer, Change, Explanation, GroupReason, LayerReason
+    from planner.explanation import Answer, Change, Explanation, GroupReason, LayerReason, MemoryUse
 
 _OBJECTIVES = {
     "latency": "the whole call", "ttft": "the prefill", "tpot": "a decode step", "fit": "memory",
@@ -30,6 +30,7 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("plan", metavar="PLAN.json", help="a plan that plan --out wrote")
     parser.add_argument("layer", metavar="LAYER", nargs="?", help="also tell why this layer is where it is")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="let each search take at most so long")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     options.add_color_option(parser)
     options.add_output_options(parser)
@@ -38,7 +39,7 @@ def run(argv: Sequence[str]) -> int:
     with Progress(quiet=args.quiet) as progress:
         from planner.explanation import explain
 
-        explanation = explain(plan, args.layer, report=progress.report)
+        explanation = explain(plan, args.layer, time_limit_s=args.time_limit, report=progress.report)
     if args.json:
         options.say_json(json.dumps(encode(explanation), indent=1, ensure_ascii=False))
         return 0
@@ -72,19 +73,16 @@ def _binding(page: Page, explanation: Explanation) -> None:
     for cells, same in groupby(explanation.memories, key=lambda use: _use_cells(use, explanation)):
         names = [use.name for use in same]
         rows.append((device_list(names) + (" each" if len(names) > 1 else ""), *cells))
-    _table(page, [row for row in rows if row[1] or row[3]])
+    _table(page, [row for row in rows if row[1]])
 
 
-def _use_cells(use: object, explanation: Explanation) -> tuple[str, str, str]:
-    from planner.explanation import MemoryUse
-
-    assert isinstance(use, MemoryUse)
-    if use.largest_kind is None:
+def _use_cells(use: MemoryUse, explanation: Explanation) -> tuple[str, str, str]:
+    if use.largest_kind is None and not use.binds:
         return "", "", ""
     percent = f" ({100 * use.used_bytes // use.usable_bytes}%)" if use.usable_bytes else ""
-    kind = use.largest_kind.replace("_", " ")
     full = f"{format_bytes(use.used_bytes)} of {format_bytes(use.usable_bytes)}{percent}"
-    held = f"{kind} {format_bytes(use.by_kind[use.largest_kind])}"
+    kind = use.largest_kind
+    held = "unused" if kind is None else f"{kind.replace('_', ' ')} {format_bytes(use.by_kind[kind])}"
     if not use.binds:
         return full, held, "does not bind"
     return full, held, f"binds: with no limit {_bought(explanation, use.unbounded)[0]} less"
@@ -121,7 +119,7 @@ def _group(explanation: Explanation, group: GroupReason) -> tuple[str, str]:
     if group.waiting_bytes == 0:
         return size, f"stays on {group.run_on}"
     part = "" if group.waiting_bytes == group.nbytes else f"{format_bytes(group.waiting_bytes)} "
-    waits = f"{part}waits in {group.home}"
+    waits = f"{part}waits {'in' if group.home.endswith('cpu') else 'on'} {group.home}"
     if group.kept is None:
         return size, f"{waits}, where the host reads it"
     if group.kept.saved_ns is None:
@@ -138,8 +136,7 @@ def _bought(explanation: Explanation, answer: Answer) -> tuple[str, str]:
     if answer.saved_ns == 0:
         return "nothing", _proof(answer)
     sign = "-" if answer.saved_ns < 0 else ""
-    percent = abs(answer.saved_percent or 0.0)
-    told = f"{sign}{_cost(explanation, abs(answer.saved_ns))} ({sign}{percent:.3g}%)"
+    told = f"{sign}{_cost(explanation, abs(answer.saved_ns))} ({sign}{_percent(answer)})"
     return told, _proof(answer)
 
 
@@ -147,12 +144,16 @@ def _price(explanation: Explanation, answer: Answer) -> tuple[str, str]:
     """Return by how much an answer is slower, and how sure that is."""
     if answer.saved_ns is None:
         told = "does not fit" if answer.status == "infeasible" else "not known"
-        return told, answer.reason or ""
+        return told, (answer.reason or "").removeprefix("nothing fits: ")
     if answer.saved_ns == 0:
         return "as good", _proof(answer)
     word = ("slower" if answer.saved_ns < 0 else "faster") if explanation.objective != "fit" else "away"
+    return f"{_cost(explanation, abs(answer.saved_ns))} {word} ({_percent(answer)})", _proof(answer)
+
+
+def _percent(answer: Answer) -> str:
     percent = abs(answer.saved_percent or 0.0)
-    return f"{_cost(explanation, abs(answer.saved_ns))} {word} ({percent:.3g}%)", _proof(answer)
+    return f"{percent:,.0f}%" if percent >= 100 else f"{percent:.3g}%" if percent >= 0.001 else "<0.001%"
 
 
 def _proof(answer: Answer) -> str:

@@ -261,7 +261,8 @@ def test_a_layer_is_pinned_by_its_own_name_alone(monkeypatch: pytest.MonkeyPatch
 
     plan = plan_of(case_of("alike"))
     monkeypatch.setattr(solution, "find", noted)
-    explain(plan, "block.1")
+    explain(plan, "block.1", time_limit_s=9.0)
+    assert {rules.time_limit_s for rules in asked} == {9.0}
     pins = [pin for rules in asked for pin in rules.pins]
     assert pins
     for pin in pins:
