@@ -162,9 +162,9 @@ class _Search:
         """Return what was found, ordered; what needs no new trace is asked first."""
         found: list[Fix] = []
         asked = (
-            self._permissions, self._pins, self._pinned, self._dtypes, self._memories, self._gpus, self._cache,
-            lambda: self._less("batch_size"), lambda: self._less("prompt_tokens"), lambda: self._less("new_tokens"),
-            self._all_alike,
+            self._permissions, self._pins, self._pinned, self._dtypes, self._memories,
+            lambda: self._less("prompt_tokens"), lambda: self._less("batch_size"), lambda: self._less("new_tokens"),
+            self._gpus, self._cache, self._all_alike,
         )  # fmt: skip
         for ask in asked:
             try:
@@ -311,12 +311,19 @@ class _Search:
                 continue
             like = pools[names[0]]
             product = self.hardware.device(like).product
-            for count in range(1, room + 1):
+
+            def more(count: int, like: str = like, product: str = product) -> Fix:
                 many = "another GPU" if count == 1 else f"{count} more GPUs"
-                fix = Fix(what="gpus", where=(like,), value=count, text=f"{many} like {like} ({product})")
-                if self._fits(fix):
-                    found.append(fix)
-                    break
+                return Fix(what="gpus", where=(like,), value=count, text=f"{many} like {like} ({product})")
+
+            low, high = 0, min(1, room)
+            while high and not self._fits(more(high)):
+                low, high = high, min(2 * high, room) if high < room else 0
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (low, middle) if self._fits(more(middle)) else (middle, high)
+            if high:
+                found.append(more(high))
         return found
 
     # What the work asks for

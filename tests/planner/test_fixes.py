@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import planner
 from brute_force import Ledger
+from planner import changes, memory
 from planner import fixes as fixing
-from planner import memory
 from planner.errors import InfeasibleError, NoSolutionInTimeError, TraceError
 from planner.fixes import Fix, GraphQuestion, applied, fixes, with_fixes
 from planner.graph import LayerKind
@@ -115,8 +115,19 @@ def test_more_gpus_are_the_fewest(seed: int) -> None:
     for count in range(1, min(fewest, 2) + 1):
         if len(case.hardware.gpus) + count > 3:
             break
-        more = Fix(what="gpus", where=("cuda:0",), value=count, text="")
-        assert (best_with(case, more) is not None) == (fix is not None and count == fewest)
+        larger = changes.with_more_gpus(case.hardware, "cuda:0", count)
+        best = Ledger(Case(case.graph, larger, case.workload)).best()
+        assert (best is not None) == (fix is not None and count == fewest)
+
+
+@pytest.mark.parametrize("fewest", [*range(1, 10), 60])
+@pytest.mark.parametrize("given_gpus", [1, 2, 60])
+def test_the_fewest_gpus_of_any_number(fewest: int, given_gpus: int) -> None:
+    hardware = Hardware.from_options(f"{given_gpus}x24GB")
+    oracle = Oracle(lambda h, w, r: len(h.gpus) >= given_gpus + fewest)
+    found = fixes(oracle, hardware, Workload(), NO_RULES, short_of(1000))
+    most = min(8, 64 - given_gpus)
+    assert [(fix.what, fix.value) for fix in found] == ([("gpus", fewest)] if fewest <= most else [])
 
 
 # Anything that is asked, by a question that knows the answer
