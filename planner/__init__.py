@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from planner.api import frontier, plan_model, predict, predict_memory
+    from planner.api import frontier, place, plan_model, predict, predict_memory
     from planner.errors import (
         InfeasibleError,
         InputError,
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         PlanMismatchError,
         TraceError,
     )
+    from planner.explanation import Explanation, explain
     from planner.footprint import MemoryPrediction
     from planner.graph import LayerGraph
     from planner.hardware import Hardware
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from planner.workload import Workload
 
 _HOMES = {
+    "Explanation": "planner.explanation",
     "FrontierPoint": "planner.search",
     "Hardware": "planner.hardware",
     "InfeasibleError": "planner.errors",
@@ -43,7 +45,9 @@ _HOMES = {
     "TraceError": "planner.errors",
     "Violation": "planner.verify",
     "Workload": "planner.workload",
+    "explain": "planner.explanation",
     "frontier": "planner.api",
+    "place": "planner.api",
     "plan_model": "planner.api",
     "predict": "planner.api",
     "predict_memory": "planner.api",
@@ -51,6 +55,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Explanation",
     "FrontierPoint",
     "Hardware",
     "InfeasibleError",
@@ -68,7 +73,9 @@ __all__ = [
     "TraceError",
     "Violation",
     "Workload",
+    "explain",
     "frontier",
+    "place",
     "plan_model",
     "predict",
     "predict_memory",

@@ -14,11 +14,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from planner import cache, loading, memory, search
-from planner.errors import InputError, PlanFormatError
+from planner.cost import weight_dtype
+from planner.errors import InfeasibleError, InputError, PlanFormatError
+from planner.fixes import GraphQuestion, with_fixes
 from planner.given import build_on_meta, dtype_of, source_of
+from planner.graph import LayerGraph
 from planner.hardware import Hardware, products
 from planner.headers import find_headers
-from planner.plan import Plan, Prediction
+from planner.plan import SCHEMA_VERSION, Execution, ModelInfo, Plan, Prediction
 from planner.question import Question
 from planner.rules import NO_RULES, Rules
 from planner.tracer import Report, attention_of, tracing_for
@@ -78,7 +81,10 @@ def plan_model(
     if keeps and (kept := _kept_plan(asked.name)) is not None:
         return kept
     with _collector_paused():
-        found = search.best(asked.question, asked.hardware, asked.workload, rules, _predicting(report))
+        try:
+            found = search.best(asked.question, asked.hardware, asked.workload, rules, _predicting(report))
+        except InfeasibleError as error:
+            raise with_fixes(error, asked.question, asked.hardware, asked.workload, rules) from None
     if keeps and found.finished:
         cache.write(asked.name, found.plan.to_json())
     return found.plan
@@ -96,6 +102,67 @@ def frontier(model: Any, **options: Any) -> tuple[search.FrontierPoint, ...]:
             asked.question, asked.hardware, asked.workload, options.get("rules", NO_RULES),
             _predicting(options.get("report", lambda text: None)),
         )  # fmt: skip
+
+
+def place(
+    graph: LayerGraph,
+    hardware: Hardware,
+    workload: Workload,
+    rules: Rules = NO_RULES,
+    *,
+    report: Report = lambda text: None,
+) -> Plan:
+    """Return the best plan for any layer graph, also one read from JSON (`LayerGraph.from_json`), with its prediction.
+
+    The work is what the graph's passes were made for: its batch, its prompt and whether tokens are generated.
+
+    Raises:
+        InputError: graph and work contradict each other, or a rule cannot be followed. InfeasibleError: nothing fits.
+        NoSolutionInTimeError: the search was cut off.
+    """
+    from planner.placement.solution import find
+
+    graph.check()
+    if not graph.passes:
+        raise InputError("the graph has no pass; a plan needs what at least one forward call takes")
+    if workload.objective in _SIZED:
+        raise InputError(f"{workload.objective} looks for another size of work, and a graph is of one")
+    if len(graph.passes) == 1 and workload.decode_steps:
+        raise InputError("the graph has no decode pass; give new_tokens=1, or passes decode_first and decode_last")
+    if graph.batch_size != workload.rows:
+        raise InputError(f"the graph is of {graph.batch_size} sequences at a time, and the work of {workload.rows}")
+    rules.check(graph, hardware)
+    report("placing")
+    try:
+        placements, slots, solver = find(graph, hardware, workload, rules)
+    except InfeasibleError as error:
+        raise with_fixes(error, GraphQuestion(graph, workload, report), hardware, workload, rules) from None
+    plan = Plan(
+        schema_version=SCHEMA_VERSION,
+        model=ModelInfo(
+            id=graph.model,
+            source="graph",
+            note="",
+            revision=None,
+            config_digest=None,
+            weight_dtype=weight_dtype(graph),
+            num_parameters=graph.num_parameters,
+            weight_bytes=graph.weight_bytes,
+            versions={},
+        ),
+        graph=graph,
+        hardware=hardware,
+        workload=workload,
+        rules=rules,
+        execution=Execution(attention=None, experts=None),
+        assumptions=hardware.assumptions,
+        placements=placements,
+        slots=slots,
+        prediction=None,
+        solver=solver,
+    )
+    report("simulating")
+    return replace(plan, prediction=predict(plan))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,7 +264,6 @@ def predict(plan: Plan) -> Prediction:
     asked = memory.operator_outputs(plan.graph, plan.placements, with_scratch=True)
     decode_ns = timeline.decode_ns_per_token
     per_token = decode_ns or timeline.prefill_ns
-    disk = plan.hardware.link("disk", "cpu")
     return Prediction(
         peak_bytes={name: usage.total for name, usage in sorted(peaks.items())},
         peak_breakdown={name: usage.by_kind() for name, usage in sorted(peaks.items())},
@@ -206,7 +272,7 @@ def predict(plan: Plan) -> Prediction:
         decode_ns_per_token=decode_ns,
         total_ns=timeline.total_ns,
         tokens_per_s=round(plan.workload.batch_size * 1e9 / per_token, 3) if per_token else 0.0,
-        load_ns=loading.read_bytes(plan) * 10**9 // disk.bytes_per_s,
+        load_ns=loading.read_ns(plan),
         load_peak_bytes=loading.load_peak_bytes(plan),
     )
 

@@ -13,7 +13,13 @@ An exit code of 1 from the command means a fault of our own, 130 an interrupt.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import asdict
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from planner.fixes import Fix
 
 
 class PlanError(Exception):
@@ -41,16 +47,41 @@ class InfeasibleError(PlanError):
         needed_bytes: the least capacity of `device` with which everything would fit, others unchanged.
         available_bytes: the capacity that `device` has.
         smallest_fix: what to change, in words.
+        shortfalls: by memory, the bytes it lacks where it alone may grow; memories whose growth helps, no others.
+        fixes: single changes with which a plan was found, the smallest first.
+        fixes_complete: whether all changes that are thought of were tried; False where the time for it ran out.
     """
 
     exit_code = 3
 
-    def __init__(self, *, device: str, needed_bytes: int, available_bytes: int, smallest_fix: str, message: str):
+    def __init__(
+        self,
+        *,
+        device: str,
+        needed_bytes: int,
+        available_bytes: int,
+        smallest_fix: str,
+        message: str,
+        shortfalls: Mapping[str, int] | None = None,
+    ):
         super().__init__(message)
         self.device = device
         self.needed_bytes = needed_bytes
         self.available_bytes = available_bytes
         self.smallest_fix = smallest_fix
+        self.shortfalls = dict(shortfalls or {})
+        self.fixes: tuple[Fix, ...] = ()
+        self.fixes_complete = True
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the error as JSON-ready data; shortfalls and fixes where they were looked for."""
+        told = super().as_dict()
+        told["fixes"] = [asdict(fix) for fix in self.fixes]
+        if not self.shortfalls:
+            del told["shortfalls"]
+        if not self.fixes and self.fixes_complete:
+            del told["fixes"], told["fixes_complete"]
+        return told
 
 
 class NoSolutionInTimeError(PlanError):

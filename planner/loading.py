@@ -44,13 +44,14 @@ def buffer_bytes(elements: int, stored_item_bytes: int, item_bytes: int | None) 
 def load_peak(plan: Plan) -> dict[str, Usage]:
     """Return the most that every memory but the disk holds while `dispatch.apply` runs.
 
-    Host ("cpu"): bytes requested, exactly; buffers are its `workspace`, staging counts as slots, and a model that was
+    Hosts ("cpu"): bytes requested, exactly; buffers are its `workspace`, staging counts as slots, and a model that was
     given with its weights in memory counts whole, for it stays until all is copied. GPUs: device-used bytes (context,
     allocations rounded, begun segments), without the matmul library's workspace, which comes with the first matmul.
     Not counted: headers and other Python objects, the page cache of mapped files, and COMPARE_BYTES before anything is
     loaded, where tied weights are stored twice or a loaded model is compared with the files that it is to wait in.
     """
-    kept: dict[str, int] = {pool.name: 0 for pool in plan.hardware.pools if pool.name != "disk"}
+    hardware = plan.hardware
+    kept: dict[str, int] = {pool.name: 0 for pool in hardware.pools if pool.name != hardware.disk(pool.name)}
     slots = dict(kept)
     for name, nbytes in _kept(plan):
         kept[name] += allocation_bytes(nbytes, plan.hardware.device(name))
@@ -67,9 +68,10 @@ def load_peak(plan: Plan) -> dict[str, Usage]:
             workspace=ALLOCATOR_BYTES if on_gpu else 0,
             context=device.context_bytes if on_gpu else 0,
         )
-    host = result["cpu"]
     buffers = max(_preparing_bytes(plan), _prefetching_bytes(plan))
-    result["cpu"] = Usage(weights=host.weights, slots=host.slots, workspace=buffers)
+    for name in {plan.hardware.host(device) for device in used}:
+        host = result[name]
+        result[name] = Usage(weights=host.weights, slots=host.slots, workspace=buffers)
     return result
 
 
@@ -83,23 +85,45 @@ def read_bytes(plan: Plan) -> int:
     tied = plan.graph.tied_to_earlier()
     total = 0
     for placement, group in with_groups(plan.graph, plan.placements):
-        waiting = waiting_slices(placement, group) if placement.home == "disk" else 0
+        waiting = waiting_slices(placement, group) if placement.memory == "disk" else 0
         for tensor in group.tensors:
             if tensor.persistent and f"{placement.layer}.{tensor.name}" not in tied:
                 total += tensor.stored_bytes * (group.slices - waiting) // group.slices
     return total + sum(tensor.stored_bytes for tensor in plan.graph.loose if tensor.persistent)
 
 
+def read_ns(plan: Plan) -> int:
+    """Return the time that reading takes at the disk's rate; of several nodes, as if the first one read it all."""
+    first = plan.run_on()[0]
+    disk = plan.hardware.link(plan.hardware.disk(first), plan.hardware.host(first))
+    return read_bytes(plan) * 10**9 // disk.bytes_per_s
+
+
 def shortage(plan: Plan) -> str | None:
     """Return in words that loading needs more host memory than there is, or None."""
-    needed, usable = load_peak(plan)["cpu"].total, plan.hardware.pool("cpu").usable_bytes
-    if needed <= usable:
+    peaks = load_peak(plan)
+    over = {
+        host.name: peaks[host.name].total - plan.hardware.pool(host.name).usable_bytes for host in plan.hardware.hosts
+    }
+    name = max(over, key=over.__getitem__)
+    if over[name] <= 0:
         return None
+    needed, usable = peaks[name].total, plan.hardware.pool(name).usable_bytes
     advice = "dispatch a model on meta, from its checkpoint" if plan.model.loaded else "give more --ram"
     return (
         f"LOADING DOES NOT FIT: it needs {format_bytes(needed)} of host memory at its peak and has "
         f"{format_bytes(usable)}, {format_bytes(needed - usable)} too little; {advice}"
     )
+
+
+def _on_host(placement: Placement) -> bool:
+    """Tell whether a group is computed with on its node's CPU."""
+    return placement.run_on.endswith("cpu")
+
+
+def _target(device: str) -> str:
+    """Return the GPU that bytes are read for, or "" for a host."""
+    return "" if device.endswith("cpu") else device
 
 
 def resident_ties(graph: LayerGraph, placements: tuple[Placement, ...]) -> dict[str, str]:
@@ -126,12 +150,12 @@ def _kept(plan: Plan) -> Iterator[tuple[str, int]]:
     shared = resident_ties(plan.graph, plan.placements)
     loaded = plan.model.loaded
     for placement, group in with_groups(plan.graph, plan.placements):
-        on_cpu = placement.run_on == "cpu"
+        on_cpu = _on_host(placement)
         waiting = waiting_slices(placement, group)
         tensors = [t for t in group.tensors if f"{placement.layer}.{t.name}" not in shared]
         if waiting == 0 and on_cpu:
             # Of a loaded model they stay where they are.
-            yield from (("cpu", tensor.nbytes) for tensor in tensors if not loaded)
+            yield from ((placement.run_on, tensor.nbytes) for tensor in tensors if not loaded)
         elif waiting == 0:
             yield placement.run_on, _slab_bytes(tensors, 1)
         elif on_cpu and group.slices == 1:
@@ -140,22 +164,27 @@ def _kept(plan: Plan) -> Iterator[tuple[str, int]]:
             moved = [tensor for tensor in tensors if not tensor.buffer] if group.slices == 1 else tensors
             each = _slab_bytes(moved, group.slices)
             yield from ((placement.run_on, each) for _ in range(group.slices - waiting))
-            if placement.home == "cpu":
-                yield from (("cpu", each) for _ in range(waiting))
+            if placement.memory in ("pinned", "pageable"):
+                yield from ((placement.home, each) for _ in range(waiting))
             if group.slices == 1 and not (on_cpu and loaded):
                 yield from ((placement.run_on, tensor.nbytes) for tensor in tensors if tensor.buffer)
     first = plan.run_on()[0]
-    if first != "cpu" or not loaded:
+    host = plan.hardware.host(first)
+    if first != host or not loaded:
         yield from ((first, tensor.nbytes) for tensor in plan.graph.loose)
     if loaded:
-        yield "cpu", plan.graph.weight_bytes
+        yield host, plan.graph.weight_bytes
     else:
         # What no checkpoint holds is computed on the host, and kept there.
         for placement, group in with_groups(plan.graph, plan.placements):
-            if placement.run_on != "cpu":
-                yield from (("cpu", tensor.nbytes) for tensor in group.tensors if not tensor.persistent)
-        if first != "cpu":
-            yield from (("cpu", tensor.nbytes) for tensor in plan.graph.loose if not tensor.persistent)
+            if not _on_host(placement):
+                yield from (
+                    (plan.hardware.host(placement.run_on), tensor.nbytes)
+                    for tensor in group.tensors
+                    if not tensor.persistent
+                )
+        if first != host:
+            yield from ((host, tensor.nbytes) for tensor in plan.graph.loose if not tensor.persistent)
 
 
 def _slots(plan: Plan) -> Iterator[tuple[str, int]]:
@@ -163,12 +192,12 @@ def _slots(plan: Plan) -> Iterator[tuple[str, int]]:
     staged = {
         (placement.run_on, slot_kind(group))
         for placement, group in with_groups(plan.graph, plan.placements)
-        if placement.home == "disk" and placement.run_on != "cpu"
+        if placement.memory == "disk" and not _on_host(placement)
     }
     for entry in plan.slots:
         yield from ((entry.device, entry.slot_bytes) for _ in range(entry.count))
         if (entry.device, entry.holds) in staged:
-            yield from (("cpu", entry.slot_bytes) for _ in range(entry.count))
+            yield from ((plan.hardware.host(entry.device), entry.slot_bytes) for _ in range(entry.count))
 
 
 def _slab_bytes(tensors: list[Tensor], slices: int) -> int:
@@ -184,13 +213,13 @@ def _preparing_bytes(plan: Plan) -> int:
         waiting = waiting_slices(placement, group)
         sliced = waiting > 0 and group.slices > 1
         for tensor in group.tensors:
-            if waiting < group.slices or (tensor.buffer and placement.run_on != "cpu"):
-                most = max(most, _buffer_bytes(tensor, group, placement.run_on, sliced=sliced))
-            if waiting and placement.home == "cpu":
-                most = max(most, _buffer_bytes(tensor, group, "cpu", sliced=sliced))
+            if waiting < group.slices or (tensor.buffer and not _on_host(placement)):
+                most = max(most, _buffer_bytes(tensor, group, _target(placement.run_on), sliced=sliced))
+            if waiting and placement.memory in ("pinned", "pageable"):
+                most = max(most, _buffer_bytes(tensor, group, "", sliced=sliced))
     first = plan.run_on()[0]
     for tensor in plan.graph.loose:
-        most = max(most, _buffer_bytes(tensor, None, first, sliced=False))
+        most = max(most, _buffer_bytes(tensor, None, _target(first), sliced=False))
     return READERS * most
 
 
@@ -198,10 +227,10 @@ def _prefetching_bytes(plan: Plan) -> int:
     """Return the buffer of the first reads from disk into slots: one at a time, and only of what is converted."""
     return max(
         (
-            _buffer_bytes(tensor, group, "cpu", sliced=group.slices > 1)
+            _buffer_bytes(tensor, group, "", sliced=group.slices > 1)
             for placement, group in with_groups(plan.graph, plan.placements)
-            if placement.home == "disk" and waiting_slices(placement, group) and group.slices == 1
-            if placement.run_on != "cpu"
+            if placement.memory == "disk" and waiting_slices(placement, group) and group.slices == 1
+            if not _on_host(placement)
             for tensor in group.tensors
         ),
         default=0,
@@ -213,7 +242,7 @@ def _buffer_bytes(tensor: Tensor, group: WeightGroup | None, target: str, *, sli
     if not tensor.persistent or tensor.nbytes == 0:
         return 0
     elements, stored_item = _largest_read(tensor, group, sliced=sliced)
-    if target != "cpu":
+    if target:
         return buffer_bytes(elements, stored_item, _item_bytes(tensor) if tensor.is_converted else None)
     if tensor.is_converted or (tensor.stored is not None and not tensor.stored.in_place):
         return buffer_bytes(elements, stored_item, None)

@@ -30,7 +30,7 @@ class ModelInfo:
     """
 
     id: str
-    source: Literal["local", "hub", "catalogue", "config", "module"]
+    source: Literal["local", "hub", "catalogue", "config", "module", "graph"]
     note: str
     revision: str | None
     config_digest: str | None
@@ -121,6 +121,7 @@ class Solver:
     """What is proven. `bound_ns` is a lower bound on the cost of any placement under the cost model named.
 
     objective_bytes, bound_bytes: of memory, where the objective is to need the least ("fit").
+    cut_short: what ended the search before its own limits did.
     """
 
     status: Literal["optimal", "feasible"]
@@ -129,6 +130,7 @@ class Solver:
     cost_model: str
     objective_bytes: int | None = None
     bound_bytes: int | None = None
+    cut_short: Literal["no", "time limit", "interrupt"] = "no"
 
     @property
     def gap(self) -> float:

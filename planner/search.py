@@ -125,7 +125,7 @@ class _Search:
     def __init__(self, question: Planner, hardware: Hardware, rules: Rules, predict: Predict):
         self.question, self.hardware, self.rules, self.predict = question, hardware, rules, predict
         self._end_s = None if rules.time_limit_s is None else time.monotonic() + rules.time_limit_s
-        self._answered = False
+        self._answered = self._interrupted = False
         self._finished = True
 
     def best(self, workload: Workload) -> Found:
@@ -191,6 +191,8 @@ class _Search:
             InfeasibleError: it does not fit. _CutOffError: the time is up, and there is an answer already.
         """
         rules = self.rules
+        if self._interrupted:
+            raise _CutOffError
         if self._end_s is not None:
             left_s = self._end_s - time.monotonic()
             if left_s <= 0 and self._answered:
@@ -203,6 +205,9 @@ class _Search:
                 raise _CutOffError from None
             raise
         self._answered = True
+        if plan.solver is not None and plan.solver.cut_short != "no":
+            self._finished = False
+            self._interrupted = plan.solver.cut_short == "interrupt"
         work = replace(plan.workload, objective=workload.objective)
         return replace(plan, workload=work, rules=self.rules, prediction=self.predict(plan))
 

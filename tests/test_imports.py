@@ -20,7 +20,7 @@ ORDER = (
     ("errors",),
     ("units", "serial"),
     ("hardware", "gpus", "machines", "machine_file", "workload", "graph", "rules"),
-    ("plan",),
+    ("plan", "changes"),
     ("precision",),
     ("lifetimes", "interpolation"),
     ("memory", "cuda_allocator", "cache", "models"),
@@ -32,7 +32,7 @@ ORDER = (
     ("footprint",),
     ("given", "tracer"),
     ("question",),
-    ("search", "explain"),
+    ("search", "explanation", "fixes"),
     ("api",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
@@ -233,10 +233,10 @@ def test_importing_dispatch_loads_torch_at_most() -> None:
 
 PUBLIC = {
     "planner": [
-        "FrontierPoint", "Hardware", "InfeasibleError", "InputError", "LayerGraph", "MemoryPrediction",
+        "Explanation", "FrontierPoint", "Hardware", "InfeasibleError", "InputError", "LayerGraph", "MemoryPrediction",
         "NoSolutionInTimeError", "Pin", "Plan", "PlanError", "PlanFormatError", "PlanMismatchError", "Rules",
-        "Sensitivity", "TraceError", "Violation", "Workload", "frontier", "plan_model", "predict", "predict_memory",
-        "verify_plan",
+        "Sensitivity", "TraceError", "Violation", "Workload", "explain", "frontier", "place", "plan_model",
+        "predict", "predict_memory", "verify_plan",
     ],
     "simulate": ["Interval", "MemorySample", "Timeline", "run"],
     "dispatch": ["Checkpoint", "Measurement", "apply", "measure", "remove"],

@@ -16,11 +16,11 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from planner.commands import options
-from planner.commands.layout import clean
-from planner.errors import InputError, PlanError
+from planner.commands.layout import Page, clean
+from planner.errors import InfeasibleError, InputError, PlanError
 
 # Modules of planner.commands, whose `run(argv)` does the work; where none is named, "plan" does.
-COMMANDS = ("memory", "models", "gpus", "show", "verify")
+COMMANDS = ("memory", "models", "gpus", "show", "verify", "explain")
 # What shells report for a process that SIGINT or SIGPIPE ended.
 INTERRUPTED = 130
 PIPE_CLOSED = 141
@@ -94,8 +94,20 @@ def _fail(exc: Exception, words: Sequence[str]) -> int:
         except InputError:
             pass
     print(f"plan: error: {clean(message)}", file=sys.stderr)
+    if isinstance(exc, InfeasibleError):
+        _tell_fixes(exc)
     _silence_stdout(only_if_broken=True)
     return code
+
+
+def _tell_fixes(exc: InfeasibleError) -> None:
+    """Tell on stderr what would make it fit, where that was looked for."""
+    from planner.fixes import lines
+
+    page = Page(color=False)
+    for line in lines(exc):
+        page.paragraph(line.removeprefix("  - "), first="  - " if line.startswith("  - ") else "")
+    sys.stderr.write(page.text().lstrip("\n"))
 
 
 def _silence_stdout(*, only_if_broken: bool = False) -> None:

@@ -76,6 +76,10 @@ class Clock:
     started: float = field(default_factory=time.monotonic)
     interrupted: bool = False
 
+    def is_over(self) -> bool:
+        """Tell whether the user's time is up."""
+        return self.limit_s is not None and time.monotonic() - self.started >= self.limit_s
+
     def left_s(self, most: float) -> float:
         if self.interrupted:
             return 0.0

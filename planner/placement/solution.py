@@ -13,7 +13,7 @@ from planner.hardware import Hardware
 from planner.placement import counts as counting
 from planner.placement.problem import Problem, build, is_chain
 from planner.placement.realise import chain_order, realise
-from planner.placement.tables import Share, share_out
+from planner.placement.tables import Share, applies, share_out
 from planner.plan import Placement, Slots, Solver
 from planner.rules import NO_RULES, Rules
 from planner.units import GB, MB, format_bytes
@@ -75,16 +75,19 @@ def find(
         objective_bytes=objective if in_bytes else None,
         bound_bytes=min(bound, objective) if in_bytes else None,
         cost_model=cost.COST_MODEL,
+        cut_short="interrupt" if clock.interrupted else "time limit" if clock.is_over() and objective > bound else "no",
     )
     return placements, slots, solver
 
 
 def _counted(problem: Problem, clock: counting.Clock) -> tuple[counting.Counts | None, int]:
     """Return the best counts and a lower bound: by tables where these prove it, else by search."""
-    share = share_out(problem)
-    if share is None:
+    if not applies(problem):
         counts = counting.solve(problem, clock)
         return counts, 0 if counts is None else counts.bound
+    share = share_out(problem)
+    if share is None:
+        return None, 0
     filled = _by_tables(problem, share) or counting.solve(problem, clock, layers=share.layers)
     if filled is not None and filled.objective - share.bound_ns <= NEAR_TABLES * filled.objective:
         return filled, min(share.bound_ns, filled.objective)
@@ -162,7 +165,8 @@ def is_contiguous(graph: LayerGraph, placements: Sequence[Placement]) -> bool:
 
 def _infeasible(problem: Problem, clock: counting.Clock) -> InfeasibleError:
     """Return the error that names the memory whose growth alone would help most cheaply, and by how much."""
-    found = [counting.shortfall(problem, pool.name, clock) for pool in problem.hardware.pools]
+    short = _shortfalls(problem, clock)
+    found = list(short.values())
     known = [entry for entry in found if entry is not None]
     if not known:
         total = sum(pool.usable_bytes for pool in problem.hardware.pools)
@@ -185,9 +189,23 @@ def _infeasible(problem: Problem, clock: counting.Clock) -> InfeasibleError:
         needed_bytes=needed,
         available_bytes=pool.capacity_bytes,
         smallest_fix=_addition(best),
+        shortfalls={name: entry.missing_bytes for name, entry in short.items() if entry is not None},
         message=f"nothing fits: {best.pool} has {format_bytes(pool.capacity_bytes)} and would need "
         f"{format_bytes(needed)}; {fix}; or a shorter prompt, or a smaller batch" + _stored_otherwise(problem),
     )
+
+
+def _shortfalls(problem: Problem, clock: counting.Clock) -> dict[str, counting.Shortfall | None]:
+    """Return what every memory lacks if only it may grow, alike ones asked once."""
+    found: dict[str, counting.Shortfall | None] = {}
+    known: dict[object, counting.Shortfall | None] = {}
+    for pool in problem.hardware.pools:
+        key = (problem.hardware.node(pool.name), problem.alike.get(pool.name, pool.name))
+        if key not in known:
+            known[key] = counting.shortfall(problem, pool.name, clock)
+        entry = known[key]
+        found[pool.name] = entry and replace(entry, pool=pool.name)
+    return found
 
 
 def _stored_otherwise(problem: Problem) -> str:

@@ -75,16 +75,26 @@ class _Choice:
     is_exact: bool
 
 
+def applies(problem: Problem) -> bool:
+    """Tell whether a problem is one that tables are for, and small enough for them."""
+    rules = problem.rules
+    one_node = len(problem.hardware.nodes) == 1 or not rules.never_across_nodes
+    is_timed = problem.workload.objective != "fit"
+    return (
+        not problem.named and not rules.dtypes and is_timed and one_node and math.prod(_shape(problem)) <= MOST_STATES
+    )
+
+
+def _shape(problem: Problem) -> tuple[int, ...]:
+    """Return the sides of a table: one for each end, and one for each class of blocks."""
+    ends = sum(unit is not None for unit in (problem.front, problem.tail))
+    return (*([2] * ends), *(unit.count + 1 for unit in problem.blocks))
+
+
 def share_out(problem: Problem) -> Share | None:
-    """Return the best way to share layers out; None where tables would be too large, or do not apply."""
-    sides = [unit.count + 1 for unit in problem.blocks]
-    ends = [unit for unit in (problem.front, problem.tail) if unit is not None]
-    shape = (*([2] * len(ends)), *sides)
-    if problem.named or problem.rules.dtypes or problem.workload.objective == "fit" or math.prod(shape) > MOST_STATES:
-        return None
-    if problem.rules.never_across_nodes and len(problem.hardware.nodes) > 1:
-        return None
-    units = [*ends, *problem.blocks]
+    """Return the best way to share layers out; None where nothing fits, however much host memory there is."""
+    shape = _shape(problem)
+    units = [*(unit for unit in (problem.front, problem.tail) if unit is not None), *problem.blocks]
     moves = _Moves(problem)
     tables: dict[object, Any] = {}
     order = []

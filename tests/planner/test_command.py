@@ -448,13 +448,17 @@ def test_nothing_fits_says_the_shortfall_and_a_change(capsys: pytest.CaptureFixt
     words = ("--model", "gpt2", "--ram", "4.3GB", "--disk", "0", "--prompt", "64", "--out", str(kept))
     code, out, err = ask(capsys, *words)
     assert (code, out) == (InfeasibleError.exit_code, "")
-    assert err.count("\n") == 1
-    assert "cpu" in err
-    assert "--ram" in err
+    message, head, *fixes = err.splitlines()
+    assert "cpu" in message
+    assert "--ram" in message
+    assert head.endswith("make it fit (each was planned again):")
+    assert fixes
+    assert all(line.startswith("  ") and len(line) <= 80 for line in fixes)
     told = json.loads(ask(capsys, *words, "--json")[1])
     assert told["device"] == "cpu"
     assert told["needed_bytes"] > told["available_bytes"]
     assert told["smallest_fix"] in err
+    assert [fix["text"] for fix in told["fixes"]] == [line.removeprefix("  - ") for line in fixes]
     assert kept.read_text() == "before"
 
 
