@@ -41,7 +41,7 @@ from planner.kernels.cpu_rules import (
     channels_last,
     transpose_block,
 )
-from planner.kernels.programs import HALF_TYPES, nbytes, takes_nothing
+from planner.kernels.programs import HALF_TYPES, compares_directly, nbytes, takes_nothing
 from planner.lifetimes import OUTPUTS_ONLY, Scratch
 
 _FLAGS = ("avx512_bf16", "avx512_fp16", "avx_ne_convert", "amx_tile")
@@ -225,6 +225,14 @@ def _pow_of_number(call: Call) -> Scratch | None:
     steps.outputs()
     _casts(steps, call.args[:2], common_type(call.args[:2]))
     return steps.done()
+
+
+@_rule("isin.Tensor_Tensor")
+def _isin(call: Call) -> Scratch | None:
+    """Compare in place, unless there are many tests (cpu/TensorCompareKernel.cpp, isin_default_kernel_cpu)."""
+    elements, tests = call.args[:2]
+    are_tensors = isinstance(elements, torch.Tensor) and isinstance(tests, torch.Tensor)
+    return OUTPUTS_ONLY if are_tensors and compares_directly(elements, tests) else None
 
 
 @_rule("isinf")

@@ -19,7 +19,16 @@ from typing import Any
 import torch
 
 from planner.kernels.cuda_reductions import ACCUMULATORS, global_buffers, reduction
-from planner.kernels.programs import HALF_TYPES, Program, ceil_div, made, nbytes, single, takes_nothing
+from planner.kernels.programs import (
+    HALF_TYPES,
+    Program,
+    ceil_div,
+    compares_directly,
+    made,
+    nbytes,
+    single,
+    takes_nothing,
+)
 from planner.lifetimes import OUTPUTS_ONLY, Scratch
 from planner.units import round_up
 
@@ -348,6 +357,15 @@ def _cumsum(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[torch.Te
     return made(0, copy, _cub_bytes((tiles + 32) * 2 * max(item, 4)))
 
 
+def _isin(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> Scratch | None:
+    """isin: every element compared with every test, and whether any is equal (cuda/TensorCompare.cu)."""
+    elements, tests = args[:2]
+    are_tensors = isinstance(elements, torch.Tensor) and isinstance(tests, torch.Tensor)
+    if not are_tensors or not compares_directly(elements, tests):
+        return None
+    return made(0, elements.numel() * tests.numel(), elements.numel())
+
+
 def _sort(kernels: CudaKernels, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> Scratch | None:
     """sort: in place up to 4,096 elements a row; else indices to permute, and CUB's second copy of both.
 
@@ -480,6 +498,7 @@ _NAMED: dict[str, Rule] = {
     "multinomial": _multinomial,
     "cumsum": _cumsum,
     "cumprod": _cumsum,
+    "isin": _isin,
     "sort": _sort,
     "topk": _topk,
     "index": _index,

@@ -55,6 +55,11 @@ def nbytes(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> int:
     return tensor.numel() * (dtype or tensor.dtype).itemsize
 
 
+def compares_directly(elements: torch.Tensor, tests: torch.Tensor) -> bool:
+    """Tell whether isin compares each element with each test, instead of sorting (TensorCompare.cpp, isin)."""
+    return tests.numel() < int(10.0 * elements.numel() ** 0.145)
+
+
 def ceil_div(number: int, unit: int) -> int:
     """Return the number of units that hold `number`."""
     return -(-number // unit)
