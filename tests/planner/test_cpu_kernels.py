@@ -277,7 +277,7 @@ def reduction_calls(numbers: random.Random, dtype: torch.dtype) -> list[Callable
         lambda: (x.amax(-1), x.argmax(-1), x.max(), x.max(-1), flags.any(), flags.all(-1), x.logsumexp(-1)),
         lambda: (x.topk(2), x.sort(), x.sort(0), whole.sort(descending=True), whole.argsort()),
         lambda: x[0, 0].sort(stable=True),
-        lambda: (torch.linalg.vector_norm(x, dim=-1), x.kthvalue(2), x.median(-1), torch.isin(x, x[0, :3])),
+        lambda: (torch.linalg.vector_norm(x, dim=-1), x.kthvalue(2), x.median(-1), torch.isin(x, x.flatten()[:3])),
         lambda: (torch.histc(weights, bins, 0, 1), torch.multinomial(weights, 1)),
         lambda: (torch.multinomial(weights, 2, replacement=True), torch.multinomial(weights, 2)),
         lambda: (aten._softmax(x, -1, False), aten._softmax(x, 0, False), aten._log_softmax(x, -1, False)),
