@@ -41,6 +41,8 @@ SHORTFALL_SEARCHES = ((1, 0.3), (2, 0.3), (1, 1.0))
 LONGEST_SEARCH_S = 30.0
 LONGEST_SHORTFALL_S = 2.0
 MOST_OBJECTIVE = 2**60
+# More than what moves between devices in one step takes: a quarter of an hour.
+MOST_MOVING_NS = 2**40
 
 # Unit, device, group, precision.
 Stored = tuple[str, str, str, str | None]
@@ -155,7 +157,6 @@ class _Model:
         self._variables()
         self._buffers()
         self._memory(grow)
-        self._rules()
         if not ordered and shared is None:
             self._order_alike_devices()
 
@@ -369,17 +370,6 @@ class _Model:
                 more = self.growth if name == grow and limit >= self.hardware.pool(name).usable_bytes else 0
                 self.model.add(sum(pinned) <= limit + more)
 
-    def _rules(self) -> None:
-        if self.rules.never_across_nodes:
-            # [Constraint] everything runs in one node
-            inside = {}
-            for name in self.devices:
-                node = self.hardware.node(name)
-                if node not in inside:
-                    inside[node] = self.model.new_bool_var(f"in {node}")
-                self.model.add_implication(self.used[name], inside[node])
-            self.model.add_exactly_one(inside.values())
-
     # [Constraint] of alike devices of a node, an earlier one runs at least as many layers; of alike nodes too
     def _order_alike_devices(self) -> None:
         nodes: dict[str, list[str]] = {}
@@ -423,6 +413,23 @@ class _Model:
                 self.model.add_element(end, prefix, so_far)
                 self.model.add(self.layers.get((unit.name, name), 0) == so_far - before[unit.name])
                 before[unit.name] = so_far
+        if self.rules.contiguous:
+            self._no_return(order, ends, len(chain))
+
+    def _no_return(self, order: Sequence[str], ends: list[Any], count: int) -> None:
+        """[Constraint] a device that has blocks has the front only if it has the first of them, the tail the last."""
+        begins = [0, *ends[:-1]]
+        for name, begin, end in zip(order, begins, ends, strict=True):
+            has = self.model.new_bool_var(f"has {name}")
+            self.model.add(end - begin <= count * has)
+            front, tail = self.layers.get(("front", name)), self.layers.get(("tail", name))
+            if front is not None:
+                self.model.add(begin <= 0).only_enforce_if(front, has)
+            if tail is not None:
+                self.model.add(end >= count).only_enforce_if(tail, has)
+            if front is not None and tail is not None and count:
+                # Both of them elsewhere than all blocks would be two stretches.
+                self.model.add(end - begin >= count).only_enforce_if(front, tail)
 
     def minimise(self) -> None:
         """Make the objective the cost model's time, or bytes of memory.
@@ -436,7 +443,7 @@ class _Model:
         }
         totals = {step.name: self._total(step.name, prefill=step.is_prefill) for step in problem.steps}
         times = sum(step.weight * totals[step.name] for step in problem.steps if step.weight)
-        longest = sum(step.weight * 2 * self._longest[step.name] for step in problem.steps)
+        longest = sum(step.weight * (2 * self._longest[step.name] + MOST_MOVING_NS) for step in problem.steps)
         if problem.workload.objective == "fit":
             disks = {self.hardware.disk(name) for name in self.devices}
             self.goal = sum(
@@ -494,7 +501,7 @@ class _Model:
                 floors.append((name, lane, sum(computing)))
             elif demand:
                 floors.append((name, lane, None))
-        total = model.new_int_var(0, 2 * self._longest[step] + 2**40, f"total {step}")
+        total = model.new_int_var(0, 2 * self._longest[step] + MOST_MOVING_NS, f"total {step}")
         model.add(total >= sum(parts) + moves.price(self, step, prefill=prefill))
         if not prefill:
             for name, lane, computing in floors:

@@ -183,17 +183,27 @@ class Problem:
         return self.unit("tail")
 
 
+# A chain of so many pieces is a chain still.
+MOST_BREAKS = 3
 # Losses of quality are counted in whole parts of so many to one.
 LOSS_UNIT = 10**9
 
 
-def build(graph: LayerGraph, hardware: Hardware, workload: Workload, rules: Rules, *, named: bool) -> Problem:
-    """Return the problem's numbers; `named`: every layer a unit of its own.
+def build(
+    graph: LayerGraph,
+    hardware: Hardware,
+    workload: Workload,
+    rules: Rules,
+    *,
+    named: bool,
+    devices: Sequence[str] | None = None,
+) -> Problem:
+    """Return the problem's numbers; `named`: every layer a unit of its own; `devices`: those that layers may run on.
 
     Raises:
         InputError: a rule names a device that does not exist, or no device is left for a layer.
     """
-    maker = _Maker(graph, hardware, workload, rules)
+    maker = _Maker(graph, hardware, workload, rules, devices)
     first, last = (0, len(graph.layers) - 1) if named else _blocks(graph)
     front, tail = tuple(range(first)), tuple(range(last + 1, len(graph.layers)))
     classes: dict[object, list[int]] = {}
@@ -232,17 +242,20 @@ def _blocks(graph: LayerGraph) -> tuple[int, int]:
 
 
 def is_chain(graph: LayerGraph) -> bool:
-    """Tell whether layers follow each other, so that alike ones may be counted: each takes from the one before.
+    """Tell whether layers follow each other, so that alike ones may be counted: each takes from the one before, but
+    where a decoder begins, or the like.
 
     What skips layers besides must come from before the first block, or be small beside what is handed on.
     """
     first, last = _blocks(graph)
-    steps = {
-        edge.source: edge.decode_bytes + edge.prefill_bytes for edge in graph.edges if edge.target == edge.source + 1
-    }
-    if any(index not in steps for index in range(max(0, first - 1), min(last + 1, len(graph.layers) - 1))):
+    steps: dict[int, int] = {}
+    for edge in graph.edges:
+        if edge.target == edge.source + 1:
+            steps[edge.source] = max(steps.get(edge.source, 0), edge.decode_bytes + edge.prefill_bytes)
+    cuts = range(max(0, first - 1), min(last + 1, len(graph.layers) - 1))
+    if sum(index not in steps for index in cuts) > MOST_BREAKS:
         return False
-    least = min((steps[i] for i in range(max(0, first - 1), min(last + 1, len(graph.layers) - 1))), default=0)
+    least = min((steps[index] for index in cuts if index in steps), default=0)
     crossing: dict[int, int] = {}
     for edge in graph.edges:
         if edge.target > edge.source + 1 and edge.source >= first:
@@ -323,8 +336,16 @@ def _front_to_tail(
 
 
 class _Maker:
-    def __init__(self, graph: LayerGraph, hardware: Hardware, workload: Workload, rules: Rules):
+    def __init__(
+        self,
+        graph: LayerGraph,
+        hardware: Hardware,
+        workload: Workload,
+        rules: Rules,
+        devices: Sequence[str] | None = None,
+    ):
         self.graph, self.hardware, self.rules = graph, hardware, rules
+        self.devices = [device for device in hardware.devices if devices is None or device.name in devices]
         self.steps, self.dtype = cost.steps_of(graph, workload), cost.weight_dtype(graph)
         self.held = memory.activation_bytes(graph)
         self.spans = list(zip(*(entry.per_layer() for entry in graph.passes), strict=True))
@@ -356,7 +377,7 @@ class _Maker:
         counted = members if is_whole else members[:1]
         on = {
             device.name: self._cost(counted, members, device, streams=not is_whole or device.kind == "cpu")
-            for device in self.hardware.devices
+            for device in self.devices
             if not pins or device.name in pins
         }
         return Unit(name=name, layers=members, on=on, is_whole=is_whole)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from planner import cost, memory
 from planner.errors import InfeasibleError, NoSolutionInTimeError
@@ -23,8 +23,8 @@ from planner.workload import Workload
 MOST_NAMED = 4_000
 # A chain's placement that is further than this above its bound is looked for again with every layer named.
 NAMED_ABOVE = 0.01
-# A placement so near to the bound of the tables is not searched any further.
-NEAR_TABLES = 1e-4
+# With more devices than this, what is near the bound of the tables is not searched any further.
+FEW_DEVICES = 4
 
 
 def find(
@@ -42,30 +42,19 @@ def find(
         InputError: a rule cannot be followed on this machine.
     """
     clock = counting.Clock(rules.time_limit_s)
-    size = len(graph.layers) * len(hardware.devices)
-    named = size <= MOST_NAMED and not is_chain(graph)
-    problem = build(graph, hardware, workload, rules, named=named)
-    counts, bound = _counted(problem, clock)
-    if counts is None:
-        raise _infeasible(problem, clock)
-    found = [] if rules.contiguous else [realise(problem, counts)]
-    far = not found or _score(problem, *found[0]) - bound > counting.NEAR * bound
-    if not named and (rules.contiguous or (far and len(problem.blocks) > 1)):
-        found += list(_chains(problem, counts, clock))
-    best = min((_score(problem, *entry) for entry in found), default=None)
-    if not named and size <= MOST_NAMED and (best is None or best - bound > NAMED_ABOVE * best):
-        named_problem = build(graph, hardware, workload, rules, named=True)
-        again = counting.solve(named_problem, clock)
-        if again is not None:
-            found.append(realise(named_problem, again))
-            bound = max(bound, again.bound)
-    scored = [(_score(problem, *entry), number) for number, entry in enumerate(found)]
-    if rules.contiguous:
-        scored = [entry for entry in scored if is_contiguous(graph, found[entry[1]][0])]
-    if not scored:
-        raise NoSolutionInTimeError("no contiguous placement was found in time; allow others, or give it more time")
-    objective, number = min(scored)
-    placements, slots = found[number]
+    nodes = hardware.nodes if rules.never_across_nodes else (None,)
+    answers, short = [], None
+    for node in nodes:
+        devices = [device.name for device in hardware.devices if node in (None, hardware.node(device.name))]
+        answer = _answer(graph, hardware, workload, rules, devices, clock)
+        answers += [answer] if isinstance(answer, _Answer) else []
+        short = short or (answer if isinstance(answer, Problem) else None)
+    if not answers:
+        assert short is not None
+        raise _infeasible(short, clock)
+    best = min(answers, key=lambda answer: answer.objective)
+    placements, slots, objective = best.placements, best.slots, best.objective
+    bound = min(answer.bound for answer in answers)
     in_bytes = workload.objective == "fit"
     time_ns = cost.objective_ns(graph, hardware, workload, placements, slots)
     solver = Solver(
@@ -80,24 +69,75 @@ def find(
     return placements, slots, solver
 
 
-def _counted(problem: Problem, clock: counting.Clock) -> tuple[counting.Counts | None, int]:
-    """Return the best counts and a lower bound: by tables where these prove it, else by search."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    placements: tuple[Placement, ...]
+    slots: tuple[Slots, ...]
+    objective: int
+    bound: int
+
+
+def _answer(
+    graph: LayerGraph,
+    hardware: Hardware,
+    workload: Workload,
+    rules: Rules,
+    devices: Sequence[str],
+    clock: counting.Clock,
+) -> _Answer | Problem:
+    """Return the best placement on some of the devices, or the problem where nothing fits there."""
+    size = len(graph.layers) * len(devices)
+    named = size <= MOST_NAMED and not is_chain(graph)
+    problem = build(graph, hardware, workload, rules, named=named, devices=devices)
+    counted, bound = _counted(problem, clock)
+    if not counted:
+        return problem
+    found = [realise(problem, counts) for counts in counted]
+    best = _best(problem, found)
+    if not named and (best is None or best[0] - bound > counting.NEAR * bound):
+        found += list(_chains(problem, counted[0], clock))
+        best = _best(problem, found)
+    if not named and size <= MOST_NAMED and (best is None or best[0] - bound > NAMED_ABOVE * best[0]):
+        named_problem = build(graph, hardware, workload, rules, named=True, devices=devices)
+        again = counting.solve(named_problem, clock)
+        if again is not None:
+            found.append(realise(named_problem, again))
+            bound = max(bound, again.bound)
+            best = _best(problem, found)
+    if best is None:
+        raise NoSolutionInTimeError("no contiguous placement was found in time; allow others, or give it more time")
+    placements, slots = found[best[1]]
+    return _Answer(placements=placements, slots=slots, objective=best[0], bound=min(bound, best[0]))
+
+
+def _best(problem: Problem, found: Sequence[tuple[tuple[Placement, ...], tuple[Slots, ...]]]) -> tuple[int, int] | None:
+    """Return (objective, which one) of the best placement that keeps the rules; None where there is none."""
+    scored = [
+        (_score(problem, *entry), number)
+        for number, entry in enumerate(found)
+        if not problem.rules.contiguous or is_contiguous(problem.graph, entry[0])
+    ]
+    return min(scored, default=None)
+
+
+def _counted(problem: Problem, clock: counting.Clock) -> tuple[list[counting.Counts], int]:
+    """Return counts that may be best, and a lower bound: by tables where these prove it, else by search as well."""
     if not applies(problem):
         counts = counting.solve(problem, clock)
-        return counts, 0 if counts is None else counts.bound
+        return ([], 0) if counts is None else ([counts], counts.bound)
     share = share_out(problem)
     if share is None:
-        return None, 0
+        return [], 0
     filled = _by_tables(problem, share) or counting.solve(problem, clock, layers=share.layers)
-    if filled is not None and filled.objective - share.bound_ns <= NEAR_TABLES * filled.objective:
-        return filled, min(share.bound_ns, filled.objective)
-    counts = counting.solve(problem, clock, hint=filled)
+    gap = 1.0 if filled is None else (filled.objective - share.bound_ns) / max(filled.objective, 1)
+    few = len(problem.hardware.devices) <= FEW_DEVICES
+    if filled is not None and gap <= (0 if few else counting.NEAR):
+        return [filled], share.bound_ns
+    searches = counting.SEARCHES[:2] if gap <= counting.NEAR else None
+    counts = counting.solve(problem, clock, hint=filled, searches=searches)
     if counts is None:
-        return None, 0
-    bound = max(share.bound_ns, counts.bound)
-    if filled is not None and filled.objective < counts.objective:
-        counts = filled
-    return counts, min(bound, counts.objective)
+        return [], 0
+    return [counts, *([] if filled is None else [filled])], max(share.bound_ns, counts.bound)
 
 
 def _by_tables(problem: Problem, share: Share) -> counting.Counts | None:
@@ -151,7 +191,7 @@ def _chains(
     cheapest = chain_order(problem, counts)
     orders += [cheapest] if sorted(cheapest) == sorted(names) and cheapest not in orders else []
     for order in orders:
-        found = counting.solve(problem, clock, order=order)
+        found = counting.solve(problem, clock, order=order, searches=counting.SEARCHES[:2])
         if found is not None:
             yield realise(problem, found, order=order)
 

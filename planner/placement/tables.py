@@ -78,11 +78,8 @@ class _Choice:
 def applies(problem: Problem) -> bool:
     """Tell whether a problem is one that tables are for, and small enough for them."""
     rules = problem.rules
-    one_node = len(problem.hardware.nodes) == 1 or not rules.never_across_nodes
     is_timed = problem.workload.objective != "fit"
-    return (
-        not problem.named and not rules.dtypes and is_timed and one_node and math.prod(_shape(problem)) <= MOST_STATES
-    )
+    return not problem.named and not rules.dtypes and is_timed and math.prod(_shape(problem)) <= MOST_STATES
 
 
 def _shape(problem: Problem) -> tuple[int, ...]:
@@ -211,7 +208,8 @@ class _Moves:
         if tail and not front:
             total += self.last[device.name]
         if device.kind == "cpu" and not is_all:
-            total -= (1 + int(bool(front and tail))) * self.sooner_hop
+            # It leaves the CPU after every visit but one that it ends with.
+            total -= (1 + int(bool(front and tail)) - int(bool(tail))) * self.sooner_hop
             total -= self.sooner_cast + self.sooner_last if front else 0
         return total
 
