@@ -368,6 +368,25 @@ class _Model:
                     inside[node] = self.model.new_bool_var(f"in {node}")
                 self.model.add_implication(self.used[name], inside[node])
             self.model.add_exactly_one(inside.values())
+        if self.problem.named:
+            self._edges()
+
+    def _edges(self) -> None:
+        """Keep layers together that must be, and with `contiguous` the layers of each device in one stretch."""
+        unit_of = {index: unit.name for unit in self.problem.units for index in unit.layers}
+        count = len(self.problem.graph.layers)
+        for name in self.devices:
+            here = [self.layers.get((unit_of[index], name), 0) for index in range(count)]
+            for edge in self.problem.graph.edges:
+                if not edge.may_cut:
+                    # [Constraint] an edge that must not be cut has both its ends on one device
+                    self.model.add(here[edge.source] - here[edge.target] == 0)
+            if self.rules.contiguous:
+                # [Constraint] a device begins at most once to run layers
+                begins = [self.model.new_bool_var(f"begins {name} {index}") for index in range(count)]
+                for index, begin in enumerate(begins):
+                    self.model.add(begin >= here[index] - (here[index - 1] if index else 0))
+                self.model.add_at_most_one(begins)
 
     # [Constraint] of alike devices of a node, an earlier one runs at least as many layers; of alike nodes too
     def _order_alike_devices(self) -> None:

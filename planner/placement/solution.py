@@ -45,21 +45,28 @@ def find(
     named = size <= MOST_NAMED and not is_chain(graph)
     problem = build(graph, hardware, workload, rules, named=named)
     counts, bound = _counted(problem, clock)
-    if counts is None:
+    may_name = not named and size <= MOST_NAMED
+    if counts is None and not (rules.contiguous and may_name):
         raise _infeasible(problem, clock)
-    found = [] if rules.contiguous else [realise(problem, counts)]
-    if not named and (rules.contiguous or (_score(problem, *found[0]) > bound and len(problem.blocks) > 1)):
+    found = [] if counts is None or (rules.contiguous and not named) else [realise(problem, counts)]
+    if (
+        counts is not None
+        and not named
+        and (rules.contiguous or (_score(problem, *found[0]) > bound and len(problem.blocks) > 1))
+    ):
         found += list(_chains(problem, counts, clock))
+    if rules.contiguous:
+        found = [entry for entry in found if is_contiguous(graph, entry[0])]
     best = min((_score(problem, *entry) for entry in found), default=None)
-    if not named and size <= MOST_NAMED and (best is None or best - bound > NAMED_ABOVE * best):
+    if may_name and (best is None or best - bound > NAMED_ABOVE * best):
         named_problem = build(graph, hardware, workload, rules, named=True)
         again = counting.solve(named_problem, clock)
+        if again is None and best is None:
+            raise _infeasible(named_problem, clock)
         if again is not None:
             found.append(realise(named_problem, again))
             bound = max(bound, again.bound)
     scored = [(_score(problem, *entry), number) for number, entry in enumerate(found)]
-    if rules.contiguous:
-        scored = [entry for entry in scored if is_contiguous(graph, found[entry[1]][0])]
     if not scored:
         raise NoSolutionInTimeError("no contiguous placement was found in time; allow others, or give it more time")
     objective, number = min(scored)
