@@ -168,7 +168,7 @@ class Ledger:
                     matching = [
                         i for i, row in enumerate(rows) if re.fullmatch(row.groups, f"{kind.name}.{entry.name}")
                     ]
-                    if entry.streamable and smaller and matching and not names & self.tied.keys():
+                    if entry.streamable and smaller and layers and matching and not names & self.tied.keys():
                         elements = sum(math.prod(tensor.shape) for tensor in entry.tensors)
                         shared.setdefault(matching[0], []).append((number, entry.name, elements, len(layers)))
             for row, members in shared.items():

@@ -19,7 +19,7 @@ from brute_force import MOST_COLUMNS, Ledger
 from planner.errors import InfeasibleError
 from planner.graph import Edge, LayerKind, MeasuredTime, Span, Stored, WeightGroup
 from planner.hardware import Device, Hardware
-from planner.placement.solution import find
+from planner.placement.solution import NEAR_TABLES, find
 from planner.plan import Plan
 from planner.rules import Pin, Rules, Sensitivity
 from planner.verify import verify_plan
@@ -307,7 +307,7 @@ def check_against_brute_force(case: Case, *, named: bool = False, always_optimal
             grown = caught.value.needed_bytes - caught.value.available_bytes
             assert (caught.value.device, grown) == (least, missing[least])
         return
-    plan = plan_of(case)
+    plan = plan_of(case, predicted=len(case.hardware.nodes) == 1)
     solver = plan.solver
     assert solver is not None
     assert verify_plan(plan) == ()
@@ -325,7 +325,7 @@ def check_against_brute_force(case: Case, *, named: bool = False, always_optimal
         best = apart(case) if Ledger(case, named=True).size <= MOST_COLUMNS else objective
     assert bound <= best <= objective
     if always_optimal:
-        assert solver.status == "optimal"
+        assert solver.gap <= NEAR_TABLES
 
 
 def apart(case: Case) -> int:
@@ -337,6 +337,6 @@ def apart(case: Case) -> int:
 def answer(case: Case) -> Plan | str:
     """Return the plan, or why there is none."""
     try:
-        return plan_of(case)
+        return plan_of(case, predicted=len(case.hardware.nodes) == 1)
     except InfeasibleError as error:
         return str(error)

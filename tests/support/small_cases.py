@@ -141,7 +141,7 @@ def with_nodes(hardware: Hardware, nodes: int, *, network: int = 10**9) -> Hardw
     return found
 
 
-def plan_of(case: Case) -> Plan:
+def plan_of(case: Case, *, predicted: bool = True) -> Plan:
     placements, slots, solver = find(case.graph, case.hardware, case.workload, case.rules)
     plan = Plan(
         schema_version=2,
@@ -153,4 +153,4 @@ def plan_of(case: Case) -> Plan:
         execution=Execution(attention="sdpa", experts=None), assumptions=(), placements=placements, slots=slots,
         prediction=None, solver=solver,
     )  # fmt: skip
-    return dataclasses.replace(plan, prediction=api.predict(plan))
+    return dataclasses.replace(plan, prediction=api.predict(plan)) if predicted else plan
