@@ -636,11 +636,19 @@ class _Model:
 def _solve(solver: cp_model.CpSolver, model: cp_model.CpModel, clock: Clock) -> Any:
     """Search in a thread, so that Ctrl-C is noticed here: it ends the search with the best it has."""
     found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(solver.solve(model)), daemon=True)
-    thread.start()
-    while thread.is_alive():
+    ended = threading.Event()
+
+    def search() -> None:
         try:
-            thread.join()
+            found.append(solver.solve(model))
+        finally:
+            ended.set()
+
+    threading.Thread(target=search, daemon=True).start()
+    # Not the thread itself is waited for: a join that is interrupted takes a thread for ended that is not.
+    while not ended.is_set():
+        try:
+            ended.wait()
         except KeyboardInterrupt:
             clock.interrupted = True
             solver.stop_search()
