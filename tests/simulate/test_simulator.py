@@ -347,4 +347,6 @@ def test_gpt2_takes_what_its_cost_says(gpus: str | int, options: dict[str, int])
     assert plan.solver is not None
     assert plan.prediction is not None
     assert 0.97 <= plan.prediction.total_ns / plan.solver.objective_ns <= 1.03
-    assert plan.solver.objective_ns == cost.objective_ns(plan.graph, plan.hardware, plan.workload, plan.placements)
+    assert plan.solver.objective_ns == cost.objective_ns(
+        plan.graph, plan.hardware, plan.workload, plan.placements, plan.slots
+    )
