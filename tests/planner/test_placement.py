@@ -159,7 +159,9 @@ from planner.workload import Workload
 
 data = json.load(open(sys.argv[1], encoding="utf-8"))
 try:
-    find(LayerGraph.from_json(json.dumps(data["graph"])), decode(Hardware, data["hardware"], defaults=True), decode(Workload, data["workload"], defaults=True))
+    graph = LayerGraph.from_json(json.dumps(data["graph"]))
+    hardware = decode(Hardware, data["hardware"], defaults=True)
+    find(graph, hardware, decode(Workload, data["workload"], defaults=True))
 except InfeasibleError as error:
     print(error.device, error.needed_bytes - error.available_bytes)
 """
