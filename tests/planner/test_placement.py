@@ -159,7 +159,9 @@ from planner.workload import Workload
 
 data = json.load(open(sys.argv[1], encoding="utf-8"))
 try:
-    find(LayerGraph.from_dict(data["graph"]), decode(Hardware, data["hardware"]), decode(Workload, data["workload"]))
+    graph = LayerGraph.from_json(json.dumps(data["graph"]))
+    hardware = decode(Hardware, data["hardware"], defaults=True)
+    find(graph, hardware, decode(Workload, data["workload"], defaults=True))
 except InfeasibleError as error:
     print(error.device, error.needed_bytes - error.available_bytes)
 """
@@ -272,9 +274,9 @@ def test_a_repeated_placement_is_seen(plan: Plan) -> None:
 def test_a_group_moved_elsewhere_is_seen(plan: Plan) -> None:
     index = streamed(plan)
     device = plan.placements[index].run_on
-    moved = with_placement(plan, index, home=device, memory="device", resident_slices=None)
+    moved = with_placement(plan, index, home=device, memory="device", resident_slices=None, cpu_up_to_tokens=0)
     if plan.placements[index].resident_slices is not None:
-        moved = with_placement(plan, index, home=device, memory="device", resident_slices=3)
+        moved = with_placement(plan, index, home=device, memory="device", resident_slices=3, cpu_up_to_tokens=0)
     assert rules(moved) & {"capacity", "prediction"}
 
 

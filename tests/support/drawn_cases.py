@@ -151,6 +151,10 @@ def machines(draw: st.DrawFn, gpus: tuple[str, ...], *, own_links: bool | None =
     names = [*(device.name for device in found.devices), "disk"]
     sizes = dict.fromkeys(names, 0)
     found = machine(list(found.gpus), sizes)
+    if draw(st.booleans()):
+        # A host so slow that streaming to GPUs is worth it.
+        slow = [dataclasses.replace(d, bytes_per_s=10**9, flops_per_s={"default": 10**10}) for d in found.hosts]
+        found = dataclasses.replace(found, devices=(*found.gpus, *slow))
     if draw(st.integers(0, 3)) == 0:
         found = dataclasses.replace(found, pinned_limit_bytes=draw(st.sampled_from([0, 4 * MIB, 20 * MIB])))
     if nodes > 1:
