@@ -35,6 +35,8 @@ SEARCHES = ((1, 0.3), (2, 0.3), (1, 10.0))
 NAMED_SEARCHES = ((2, 60.0),)
 # After the first two searches an answer this near to its bound is taken.
 NEAR = 1e-3
+# With more numbers of blocks than this, over all devices, the last one of a stream is left out of the bound.
+MOST_BLOCK_LITERALS = 400
 # A shortfall need not be proven the least: it is said to a person.
 SHORTFALL_SEARCHES = ((1, 0.3), (2, 0.3), (1, 1.0))
 # That clock can all but stand still while a search goes in circles. Only then does a wall clock end it.
@@ -160,7 +162,7 @@ class _Model:
         if problem.named:
             self._edges()
         if not ordered and shared is None:
-            self._order_alike_devices()
+            self._order_alike_devices(grow)
 
     # Where layers run and slices wait.
     def _variables(self) -> None:
@@ -390,7 +392,8 @@ class _Model:
                 self.model.add_at_most_one(begins)
 
     # [Constraint] of alike devices of a node, an earlier one runs at least as many layers; of alike nodes too
-    def _order_alike_devices(self) -> None:
+    def _order_alike_devices(self, grow: str | None) -> None:
+        """Order them but for the memory that grows, which makes its device and its node like no other."""
         nodes: dict[str, list[str]] = {}
         for name in self.devices:
             nodes.setdefault(self.hardware.node(name), []).append(name)
@@ -402,11 +405,15 @@ class _Model:
         for names in nodes.values():
             last: dict[object, str] = {}
             for name in names:
+                if name == grow:
+                    continue
                 if alike[name] in last:
                     self.model.add(by_device[last[alike[name]]] >= by_device[name])
                 last[alike[name]] = name
         kinds: dict[object, str] = {}
         for node, names in nodes.items():
+            if grow is not None and node == self.hardware.node(grow):
+                continue
             disk = self.hardware.pool(self.hardware.disk(names[0])).usable_bytes
             kind = (disk, tuple(sorted(alike[name] for name in names)))
             if kind in kinds:
@@ -508,6 +515,8 @@ class _Model:
                         some = self._some_stream(name)
                         model.add_bool_or(~overlaps, ~literal, ~some)
                 model.add(taken >= exposed)
+                if self.shared is None:
+                    self._last_block(step, name, taken, exposed, serial)
                 if self.shared is not None and (blocks := problem.blocks_on(name, self.shared)):
                     # What has nothing to stream, and one block, run before the first copy or after the last.
                     apart = problem.apart_ns(name, step, self.shared)
@@ -528,6 +537,39 @@ class _Model:
                 if computing is not None:
                     model.add(total >= lane + computing).only_enforce_if(~self.two[name])
         return total
+
+    def _last_block(self, step: str, name: str, taken: Any, exposed: Any, serial: Any) -> None:
+        """[Constraint] what has nothing to stream, and one block, run before the first copy or after the last.
+
+        How long one block is depends on how many there are: a literal for each number, where these are few.
+        """
+        model = self.model
+        blocks = [
+            (unit, self.layers[unit.name, name])
+            for unit in self.problem.units
+            if name in unit.on and self.problem.has_blocks(unit)
+        ]
+        most = sum(unit.count for unit, _ in blocks)
+        if most * len(self.devices) > MOST_BLOCK_LITERALS:
+            return
+        known: dict[str, list[Any]] = self.__dict__.setdefault("_numbers", {})
+        if name not in known:
+            known[name] = [model.new_bool_var(f"{count} blocks on {name}") for count in range(most + 1)]
+            model.add_exactly_one(known[name])
+            number = sum(count * literal for count, literal in enumerate(known[name]))
+            model.add(number == sum(here for _, here in blocks))
+        apart = sum(
+            unit.on[name].compute_ns[step] * self.layers[unit.name, name]
+            for unit in self.problem.units
+            if name in unit.on and not self.problem.has_blocks(unit)
+        )
+        copies = model.new_bool_var(f"copies last {step} {name}")
+        model.add(exposed <= 0).only_enforce_if(~copies)
+        for count, literal in enumerate(known[name]):
+            if count:
+                model.add(count * taken >= count * exposed + serial + (count - 1) * apart).only_enforce_if(
+                    literal, copies
+                )
 
     def _some_stream(self, name: str) -> Any:
         """Return a literal that holds where any whole group is streamed to a device."""

@@ -138,20 +138,20 @@ class Problem:
             self._by_name.update({unit.name: unit for unit in self.units})
         return self._by_name.get(name)
 
+    def has_blocks(self, unit: Unit) -> bool:
+        """Tell whether a unit's layers may have something to stream."""
+        return not unit.is_whole and cost.is_block(self.graph, unit.layers[0])
+
     def blocks_on(self, device: str, layers: Mapping[tuple[str, str], int]) -> int:
         """Return how many layers of those shared out to a device may have something to stream."""
-        return sum(
-            layers.get((unit.name, device), 0)
-            for unit in self.units
-            if not unit.is_whole and cost.is_block(self.graph, unit.layers[0])
-        )
+        return sum(layers.get((unit.name, device), 0) for unit in self.units if self.has_blocks(unit))
 
     def apart_ns(self, device: str, step: str, layers: Mapping[tuple[str, str], int]) -> int:
         """Return what the others of them compute there."""
         return sum(
             unit.on[device].compute_ns[step] * layers.get((unit.name, device), 0)
             for unit in self.units
-            if device in unit.on and (unit.is_whole or not cost.is_block(self.graph, unit.layers[0]))
+            if device in unit.on and not self.has_blocks(unit)
         )
 
     def unit_of(self, index: int) -> Unit:

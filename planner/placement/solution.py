@@ -43,14 +43,13 @@ def find(
     """
     clock = counting.Clock(rules.time_limit_s)
     nodes = hardware.nodes if rules.never_across_nodes else (None,)
-    answers, short = [], None
+    answers, short = [], []
     for node in nodes:
         devices = [device.name for device in hardware.devices if node in (None, hardware.node(device.name))]
         answer = _answer(graph, hardware, workload, rules, devices, clock)
         answers += [answer] if isinstance(answer, _Answer) else []
-        short = short or (answer if isinstance(answer, Problem) else None)
+        short += [answer] if isinstance(answer, Problem) else []
     if not answers:
-        assert short is not None
         raise _infeasible(short, clock)
     best = min(answers, key=lambda answer: answer.objective)
     placements, slots, objective = best.placements, best.slots, best.objective
@@ -91,7 +90,9 @@ def _answer(
     problem = build(graph, hardware, workload, rules, named=named, devices=devices)
     counted, bound = _counted(problem, clock)
     if not counted:
-        return problem
+        # What one stretch for each device needs beyond all else is known only with every layer named.
+        names_help = rules.contiguous and not named and size <= MOST_NAMED
+        return build(graph, hardware, workload, rules, named=True, devices=devices) if names_help else problem
     found = [realise(problem, counts) for counts in counted]
     best = _best(problem, found)
     if not named and (best is None or best[0] - bound > counting.NEAR * bound):
@@ -205,9 +206,18 @@ def is_contiguous(graph: LayerGraph, placements: Sequence[Placement]) -> bool:
     return len(walk) == len(set(walk))
 
 
-def _infeasible(problem: Problem, clock: counting.Clock) -> InfeasibleError:
-    """Return the error that names the memory whose growth alone would help most cheaply, and by how much."""
-    short = _shortfalls(problem, clock)
+def _infeasible(problems: Sequence[Problem], clock: counting.Clock) -> InfeasibleError:
+    """Return the error that names the memory whose growth alone would help most cheaply, and by how much.
+
+    problems: one for each set of devices that everything might have run on.
+    """
+    problem = problems[0]
+    short: dict[str, counting.Shortfall | None] = {}
+    for each in problems:
+        for name, entry in _shortfalls(each, clock).items():
+            before = short.get(name)
+            if entry is not None and (before is None or entry.missing_bytes < before.missing_bytes):
+                short[name] = entry
     found = list(short.values())
     known = [entry for entry in found if entry is not None]
     if not known:

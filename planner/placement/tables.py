@@ -28,6 +28,7 @@ from planner.steps import link_ns
 MOST_STATES = 6_000
 MOST_COMBINATIONS = 20_000
 _INFINITE = np.int64(2**61)
+_FAR = np.int64(2**60)
 
 
 @dataclass(slots=True)
@@ -96,7 +97,7 @@ def share_out(problem: Problem) -> Share | None:
     tables: dict[object, Any] = {}
     order = []
     for device in problem.hardware.devices:
-        key = problem.alike[device.name]
+        key = (problem.alike[device.name], *(device.name in unit.on for unit in units))
         if key not in tables:
             tables[key] = _table(problem, device, units, shape, moves)
         order.append(tables[key])
@@ -116,10 +117,11 @@ def _share(
             low = tuple(slice(n, None) for n in counts)
             rest = tuple(slice(0, side - n) for n, side in zip(counts, shape, strict=True))
             np.minimum(following[low], best[rest] + table[tuple(counts)], out=following[low])
-        best = np.minimum(following, _INFINITE)
+        # What an entry takes off must not make the unreachable look reached.
+        best = np.where(following >= _FAR, _INFINITE, following)
         stages.append(best)
     goal: tuple[int, ...] = tuple(side - 1 for side in shape)
-    if best[goal] >= _INFINITE:
+    if best[goal] >= _FAR:
         return None
     layers: dict[tuple[str, str], int] = {}
     at = goal
@@ -131,7 +133,7 @@ def _share(
         here: tuple[int, ...] = next(
             chosen
             for chosen in itertools.product(*ranges)
-            if table[chosen] < _INFINITE
+            if table[chosen] < _FAR
             and before[tuple(n - m for n, m in zip(at, chosen, strict=True))] + table[chosen] == stages[number + 1][at]
         )
         for unit, count in zip(units, here, strict=True):

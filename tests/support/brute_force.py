@@ -138,11 +138,11 @@ class Ledger:
             for size in range(len(self.gpus) + 1)
             for chosen in itertools.combinations(self.gpus, size)
         ]
-        lanes = [(lane, step, name) for lane in "CEG" for step, _, _ in self.steps for name in self.devices]
+        lanes = [(lane, step, name) for lane in "ACEG" for step, _, _ in self.steps for name in self.devices]
         members = [("tie", name) for name in self.tied]
         self.keys = [
             *(("held", name) for name in self.places), *(("pinned", name) for name in self.hosts), *lanes, *members,
-            ("loss",), ("devices",),
+            ("loss",), ("devices",), *(("blocks", name) for name in self.devices),
         ]  # fmt: skip
         self.tops = [(what, name) for what in MAXIMA for name in self.devices]
         if self.size <= MOST_COLUMNS:
@@ -268,8 +268,11 @@ class Ledger:
                 if layer.kind == kind
             ]
             reach(("activations", device), max(s.held_bytes + s.peak_bytes + s.scratch_bytes for s in alike))
+            is_block = any(entry.streamable for entry in self.graph.kind_of(index).groups)
+            add(("blocks", device), int(is_block))
             for step, _, passes in self.steps:
                 add(("C", step, device), self._compute(index, step, passes, device))
+                add(("A", step, device), 0 if is_block else self._compute(index, step, passes, device))
             for entry, how in zip(self.graph.kind_of(index).groups, kept, strict=True):
                 for tensor in entry.tensors:
                     if (name := f"{self.graph.layers[index].name}.{tensor.name}") in self.tied:
@@ -449,7 +452,11 @@ class Ledger:
                 exposed = np.maximum(groups - hidden, 0)
                 apart = (demand > 0) & (groups > 0) if slots == 2 else np.ones(self.size, dtype=bool)
                 serial = computing + demand
-                taken += np.where(apart, serial + exposed, np.maximum(serial, exposed))
+                # Beside the copies run the layers without anything to copy, and the mean of the others.
+                ends = self.sums["A", step, name]
+                beside = ends + np.ceil((serial - ends) / np.maximum(self.sums["blocks", name], 1)).astype(np.int64)
+                together = np.where(exposed > 0, np.maximum(serial, exposed + beside), serial)
+                taken += np.where(apart, serial + exposed, together)
                 alone = groups + demand + (np.where(groups > 0, computing, 0) if slots == 1 else 0)
                 floor = np.maximum(floor, alone)
             total += times * np.maximum(taken, floor)
