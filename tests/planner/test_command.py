@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 
 from planner.commands import options, terminal
-from planner.commands.layout import Page, device_list, fold, ranges
+from planner.commands.layout import Page, fold
 from planner.commands.main import main
 from planner.commands.placement_table import placement_rows, table_lines
 from planner.commands.progress import Progress
 from planner.errors import InfeasibleError, InputError
+from planner.phrases import device_list, ranges
 from planner.plan import Plan
 
 MIXTRAL = ("--model", "mistralai/Mixtral-8x7B", "--gpus", "2x24GB")
