@@ -39,8 +39,8 @@ def _folded(names: Sequence[str], pattern: str) -> list[str]:
         else:
             words.append((position, name))
     for (before, after), numbers in alike.items():
-        for part in ranges(sorted(numbers)):
-            words.append((numbers[int(part.partition("–")[0])], f"{before}{part}{after}"))
+        parts = ranges(sorted(numbers))
+        words += [(numbers[int(part.partition("–")[0])], f"{before}{part}{after}") for part in parts]
     return [word for _, word in sorted(words)]
 
 
