@@ -25,12 +25,12 @@ def ranges(numbers: Sequence[int]) -> list[str]:
 
 def device_list(names: Sequence[str]) -> str:
     """Return names of devices, neighbours by number joined: "cuda:0–7, cpu and disk", "node0–3/cuda:0–7"."""
-    words = _folded(_folded(names, r"(.*:)(\d+)()"), r"(.*?)(\d+)(/.*)")
+    words = _folded(_folded(names, r"(.*:)(\d+)()", least=2), r"(.*?)(\d+)(/.*)", least=3)
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else "nothing"
 
 
-def _folded(names: Sequence[str], pattern: str) -> list[str]:
-    """Return the names, those that differ only in the number between the pattern's groups joined where it runs on."""
+def _folded(names: Sequence[str], pattern: str, *, least: int) -> list[str]:
+    """Return the names, `least` or more joined that differ only in the pattern's second group, a number."""
     alike: dict[tuple[str, str], dict[int, int]] = {}
     words: list[tuple[int, str]] = []
     for position, name in enumerate(names):
@@ -39,8 +39,11 @@ def _folded(names: Sequence[str], pattern: str) -> list[str]:
         else:
             words.append((position, name))
     for (before, after), numbers in alike.items():
-        parts = ranges(sorted(numbers))
-        words += [(numbers[int(part.partition("–")[0])], f"{before}{part}{after}") for part in parts]
+        for part in ranges(sorted(numbers)):
+            first, _, last = part.partition("–")
+            inside = range(int(first), int(last or first) + 1)
+            parts = {int(first): part} if len(inside) >= least else {number: str(number) for number in inside}
+            words += [(numbers[number], f"{before}{text}{after}") for number, text in parts.items()]
     return [word for _, word in sorted(words)]
 
 
@@ -67,7 +70,7 @@ def proof(plan: Plan) -> str:
     if solver.status == "optimal":
         return f"Proven optimal: no placement that is considered {what}"
     what = "take less memory" if in_bytes else "cost less under the cost model"
-    return f"Not proven optimal: another placement may {what}, by at most {gap(solver)}"
+    return f"Not proven: another placement may {what}, by at most {gap(solver)}"
 
 
 def cut_short(solver: Solver) -> str | None:
@@ -108,7 +111,7 @@ def work(plan: Plan) -> str:
     asked = plan.workload
     batch = " (chosen)" if asked.objective in _CHOSEN_BATCH else ""
     prompt = " (chosen)" if asked.objective in _CHOSEN_PROMPT else ""
-    made = f", {asked.new_tokens:,} new tokens" if asked.caller == "generate" else ", one forward pass"
+    made = f", {asked.new_tokens:,} new tokens" if asked.caller == "generate" else ", in one forward pass"
     return f"batch {asked.batch_size:,}{batch}, prompt {asked.prompt_tokens:,} tokens{prompt}{made}"
 
 
