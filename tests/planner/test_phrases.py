@@ -33,14 +33,14 @@ def solver(objective: int, bound: int, *, in_bytes: bool = False, **more: object
     return Solver(objective_ns=1 if in_bytes else objective, bound_ns=0 if in_bytes else bound, **sizes, **values)  # type: ignore[arg-type]
 
 
-def plan_of(*, passes: Sequence[int] = (64, 1, 1), **changes: object) -> Plan:
+def plan_of(*, sizes: Sequence[int] = (64, 1, 1), **changes: object) -> Plan:
     """Return a plan of two layers with four experts each; two of each wait in host memory."""
     tensor = Tensor(name="w", shape=(4, 100, 100), dtype="bfloat16", nbytes=80_000)
     group = WeightGroup(name="experts", slices=4, used_slices=2, streamable=True, tensors=(tensor,))
     graph = LayerGraph(
         model="made up", batch_size=2, kinds=(LayerKind(name="Block", groups=(group,)),),
         layers=(Layer(name="a.0", kind=0), Layer(name="a.1", kind=0)), edges=(), ties=(), loose=(), allocator_bytes=0,
-        passes=tuple(Pass(name=f"pass {n}", tokens=tokens, context_tokens=64, spans=()) for n, tokens in enumerate(passes)),
+        passes=tuple(Pass(name=f"pass {n}", tokens=size, context_tokens=64, spans=()) for n, size in enumerate(sizes)),
     )  # fmt: skip
     placements = tuple(
         Placement(layer=layer.name, group="experts", home="cpu", memory="pinned", run_on="cuda:0", nbytes=80_000,
