@@ -66,12 +66,15 @@ def can_be(group: WeightGroup, dtype: str) -> bool:
 def losses(graph: LayerGraph, dtype: str, table: Sequence[Sensitivity]) -> dict[tuple[int, str], float]:
     """Return {(kind, group): loss of storing the group of one layer of that kind in `dtype`}.
 
-    A group belongs to the first row that matches "kind name.group name"; a row's loss is shared by parameters.
+    A group belongs to the first row that matches "kind name.group name"; a row's loss is shared by parameters. Tied
+    tensors are one storage, which keeps the model's own precision.
     """
     rows = [row for row in (table or DEFAULT_SENSITIVITY) if row.dtype == dtype]
     counts = [0] * len(graph.kinds)
     for layer in graph.layers:
         counts[layer.kind] += 1
+    tied = {name for names in graph.ties for name in names}
+    is_tied = {(graph.layers[index].kind, group.name) for index, group, name, _ in graph.tensors() if name in tied}
     row_of: dict[tuple[int, str], int] = {}
     elements: dict[tuple[int, str], int] = {}
     totals = [0] * len(rows)
@@ -79,7 +82,7 @@ def losses(graph: LayerGraph, dtype: str, table: Sequence[Sensitivity]) -> dict[
         for group in kind.groups:
             name = f"{kind.name}.{group.name}"
             number = next((i for i, row in enumerate(rows) if re.fullmatch(row.groups, name)), None)
-            if number is None or not can_be(group, dtype):
+            if number is None or not counts[index] or (index, group.name) in is_tied or not can_be(group, dtype):
                 continue
             row_of[index, group.name] = number
             elements[index, group.name] = sum(tensor.elements for tensor in group.tensors)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from planner import LayerGraph, verify_plan
 from planner.commands.main import main
 
 README = Path(__file__).parent.parent / "README.md"
@@ -60,18 +58,3 @@ def test_python() -> None:
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)]+)\)", TEXT):
         assert (README.parent / target).exists(), target
-
-
-def test_the_graph_in_the_documentation_can_be_placed(in_tmp_path: Path) -> None:
-    text = (README.parent / "docs" / "layer-graph.md").read_text(encoding="utf-8")
-    blocks = dict(re.findall(r"```(\w+)\n(.*?)```", text, flags=re.DOTALL))
-    (in_tmp_path / "towers.json").write_text(blocks["json"], encoding="utf-8")
-    names: dict[str, object] = {}
-    exec(compile(blocks["python"], "docs/layer-graph.md", "exec"), names)
-    plan = names["plan"]
-    assert plan.solver.status == "optimal"  # type: ignore[attr-defined]
-    _, right, join = plan.run_on()  # type: ignore[attr-defined]
-    assert right == join
-    assert not verify_plan(plan)  # type: ignore[arg-type]
-    keys = set(re.findall(r"^\| `(\w+)`", text, flags=re.MULTILINE))
-    assert keys == {field.name for field in dataclasses.fields(LayerGraph)}

@@ -157,6 +157,8 @@ class _Model:
         self._variables()
         self._buffers()
         self._memory(grow)
+        if problem.named:
+            self._edges()
         if not ordered and shared is None:
             self._order_alike_devices()
 
@@ -369,6 +371,23 @@ class _Model:
                 # [Constraint] no more host memory is pinned than may be
                 more = self.growth if name == grow and limit >= self.hardware.pool(name).usable_bytes else 0
                 self.model.add(sum(pinned) <= limit + more)
+
+    def _edges(self) -> None:
+        """Keep layers together that must be, and with `contiguous` the layers of each device in one stretch."""
+        unit_of = {index: unit.name for unit in self.problem.units for index in unit.layers}
+        count = len(self.problem.graph.layers)
+        for name in self.devices:
+            here = [self.layers.get((unit_of[index], name), 0) for index in range(count)]
+            for edge in self.problem.graph.edges:
+                if not edge.may_cut:
+                    # [Constraint] an edge that must not be cut has both its ends on one device
+                    self.model.add(here[edge.source] - here[edge.target] == 0)
+            if self.rules.contiguous:
+                # [Constraint] a device begins at most once to run layers
+                begins = [self.model.new_bool_var(f"begins {name} {index}") for index in range(count)]
+                for index, begin in enumerate(begins):
+                    self.model.add(begin >= here[index] - (here[index - 1] if index else 0))
+                self.model.add_at_most_one(begins)
 
     # [Constraint] of alike devices of a node, an earlier one runs at least as many layers; of alike nodes too
     def _order_alike_devices(self) -> None:
@@ -643,11 +662,19 @@ class _Model:
 def _solve(solver: cp_model.CpSolver, model: cp_model.CpModel, clock: Clock) -> Any:
     """Search in a thread, so that Ctrl-C is noticed here: it ends the search with the best it has."""
     found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(solver.solve(model)), daemon=True)
-    thread.start()
-    while thread.is_alive():
+    ended = threading.Event()
+
+    def search() -> None:
         try:
-            thread.join()
+            found.append(solver.solve(model))
+        finally:
+            ended.set()
+
+    threading.Thread(target=search, daemon=True).start()
+    # Not the thread itself is waited for: a join that is interrupted takes a thread for ended that is not.
+    while not ended.is_set():
+        try:
+            ended.wait()
         except KeyboardInterrupt:
             clock.interrupted = True
             solver.stop_search()

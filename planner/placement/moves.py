@@ -211,8 +211,8 @@ def _moved(
     found, before = [], 0
     for size in sorted({nbytes for nbytes, _ in sizes if nbytes}):
         takers = [literal for nbytes, literal in sizes if nbytes >= size]
-        rank = sum(nbytes >= size for nbytes, _ in sizes)
-        found.append(((before, size), _literal(model, (*key, rank), takers, local)))
+        which = tuple(number for number, (nbytes, _) in enumerate(sizes) if nbytes >= size)
+        found.append(((before, size), _literal(model, (*key, which), takers, local)))
         before = size
     return found
 

@@ -245,9 +245,13 @@ def is_chain(graph: LayerGraph) -> bool:
     """Tell whether layers follow each other, so that alike ones may be counted: each takes from the one before, but
     where a decoder begins, or the like.
 
-    What skips layers besides must come from before the first block, or be small beside what is handed on.
+    What skips layers besides must come from before the first block, or be small beside what is handed on; and no two
+    blocks are tied.
     """
     first, last = _blocks(graph)
+    tied = _tied_layers(graph)
+    if len(tied & set(range(first, last + 1))) > 1:
+        return False
     steps: dict[int, int] = {}
     for edge in graph.edges:
         if edge.target == edge.source + 1:
@@ -264,6 +268,11 @@ def is_chain(graph: LayerGraph) -> bool:
             return False
     # One such tensor (an encoder's output) is paid once for each device; many are skips that bind layers together.
     return sum(crossing.values()) <= 2 * least
+
+
+def _tied_layers(graph: LayerGraph) -> set[int]:
+    names = {name for names in graph.ties for name in names}
+    return {index for index, _, name, _ in graph.tensors() if name in names} if names else set()
 
 
 def _ties(graph: LayerGraph, units: Sequence[Unit]) -> Iterable[Tie]:
@@ -348,6 +357,7 @@ class _Maker:
         self.devices = [device for device in hardware.devices if devices is None or device.name in devices]
         self.steps, self.dtype = cost.steps_of(graph, workload), cost.weight_dtype(graph)
         self.held = memory.activation_bytes(graph)
+        self.tied = _tied_layers(graph)
         self.spans = list(zip(*(entry.per_layer() for entry in graph.passes), strict=True))
         self.losses = {dtype: precision.losses(graph, dtype, rules.sensitivity) for dtype in rules.dtypes}
         names = [device.name for device in hardware.devices]
@@ -367,7 +377,9 @@ class _Maker:
         measured = tuple(
             (time.device, time.prefill_ns, time.decode_ns) for time in self.graph.measured if time.layer == index
         )
-        return layer.kind, spans, self.rules.pinned_to(layer.name), measured
+        # A tie joins these very layers: one that has any is like no other.
+        own = index if index in self.tied else None
+        return layer.kind, spans, self.rules.pinned_to(layer.name), measured, own
 
     def unit(self, name: str, members: tuple[int, ...], *, is_whole: bool) -> Unit:
         pins = {self.rules.pinned_to(self.graph.layers[index].name) for index in members} - {None}

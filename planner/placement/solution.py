@@ -104,6 +104,8 @@ def _answer(
             found.append(realise(named_problem, again))
             bound = max(bound, again.bound)
             best = _best(problem, found)
+        elif best is None:
+            return named_problem
     if best is None:
         raise NoSolutionInTimeError("no contiguous placement was found in time; allow others, or give it more time")
     placements, slots = found[best[1]]

@@ -125,7 +125,9 @@ def _share(
     at = goal
     for number in range(len(tables) - 1, -1, -1):
         table, before = tables[number], stages[number]
-        ranges = [range(n, -1, -1) for n in at]
+        # Of equal costs, the fewest layers on the CPU.
+        is_host = problem.hardware.devices[number].kind == "cpu"
+        ranges = [range(n + 1) if is_host else range(n, -1, -1) for n in at]
         here: tuple[int, ...] = next(
             chosen
             for chosen in itertools.product(*ranges)

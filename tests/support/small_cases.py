@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
+from typing import Any
 
 from planner import api
 from planner.graph import Edge, Layer, LayerGraph, LayerKind, Pass, Span, Tensor, WeightGroup
 from planner.hardware import Device, Hardware, Link, MemoryPool
 from planner.placement.solution import find
 from planner.plan import Execution, ModelInfo, Plan
-from planner.rules import Rules
+from planner.rules import NO_RULES, Rules
 from planner.workload import Workload
 
 MIB = 2**20
@@ -21,11 +23,12 @@ class Case:
     graph: LayerGraph
     hardware: Hardware
     workload: Workload
+    rules: Rules = NO_RULES
 
 
 def group(name: str, nbytes: int, *, slices: int = 1, used: int = 1, streamable: bool = True) -> WeightGroup:
-    size = nbytes * slices
-    tensor = Tensor(name=f"{name}.weight", shape=(slices, nbytes // 2), dtype="bfloat16", nbytes=size)
+    shape = (slices, 1, nbytes // 2) if slices > 1 else (1, nbytes // 2)
+    tensor = Tensor(name=f"{name}.weight", shape=shape, dtype="bfloat16", nbytes=nbytes * slices)
     return WeightGroup(name=name, slices=slices, used_slices=used, streamable=streamable, tensors=(tensor,))
 
 
@@ -112,16 +115,42 @@ def machine(gpus: list[Device], capacities: dict[str, int], *, reserved: int = 0
     return Hardware(devices=(*gpus, host), pools=tuple(pools), links=tuple(links))
 
 
-def plan_of(case: Case) -> Plan:
-    placements, slots, solver = find(case.graph, case.hardware, case.workload)
+def with_nodes(hardware: Hardware, nodes: int, *, network: int = 10**9) -> Hardware:
+    """Return a machine of several nodes, each like `hardware`, whose hosts are joined."""
+
+    def renamed(node: int, value: Any) -> Any:
+        names = {
+            field.name: f"node{node}/{getattr(value, field.name)}"
+            for field in dataclasses.fields(value)
+            if field.name in ("name", "pool", "source", "target")
+        }
+        return dataclasses.replace(value, **names)
+
+    numbers = range(nodes)
+    between = [
+        Link(source=f"node{one}/cpu", target=f"node{other}/cpu", bytes_per_s=network, latency_ns=30_000)
+        for one, other in itertools.permutations(numbers, 2)
+    ]
+    found = Hardware(
+        devices=tuple(renamed(node, device) for node in numbers for device in hardware.devices),
+        pools=tuple(renamed(node, pool) for node in numbers for pool in hardware.pools),
+        links=(*(renamed(node, link) for node in numbers for link in hardware.links), *between),
+        pinned_limit_bytes=hardware.pinned_limit_bytes,
+    )
+    found.check()
+    return found
+
+
+def plan_of(case: Case, *, predicted: bool = True) -> Plan:
+    placements, slots, solver = find(case.graph, case.hardware, case.workload, case.rules)
     plan = Plan(
         schema_version=2,
         model=ModelInfo(
             id="small", source="config", note="", revision=None, config_digest=None, weight_dtype="bfloat16",
             num_parameters=case.graph.num_parameters, weight_bytes=case.graph.weight_bytes, versions={},
         ),
-        graph=case.graph, hardware=case.hardware, workload=case.workload, rules=Rules(),
+        graph=case.graph, hardware=case.hardware, workload=case.workload, rules=case.rules,
         execution=Execution(attention="sdpa", experts=None), assumptions=(), placements=placements, slots=slots,
         prediction=None, solver=solver,
     )  # fmt: skip
-    return dataclasses.replace(plan, prediction=api.predict(plan))
+    return dataclasses.replace(plan, prediction=api.predict(plan)) if predicted else plan

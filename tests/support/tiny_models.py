@@ -102,7 +102,7 @@ def streamed(plan: Plan, home: str, *, resident_slices: int = 3) -> Plan:
         if not group.streamable:
             return p
         kept = None if p.resident_slices is None else resident_slices
-        kind = "disk" if home == "disk" else "pinned"
+        kind: Any = "disk" if home == "disk" else "pageable" if p.run_on == "cpu" else "pinned"
         return dataclasses.replace(p, home=home, memory=kind, resident_slices=kept)
 
     return with_placements(plan, change)
@@ -137,6 +137,9 @@ def spread_over_two(plan: Plan) -> Plan:
 
     def change(p: Placement, group: Any) -> Placement:
         here = device[p.layer]
-        return dataclasses.replace(p, run_on=here, home=here if p.home == p.run_on else p.home)
+        stays = p.home == p.run_on
+        return dataclasses.replace(
+            p, run_on=here, home=here if stays else p.home, memory="device" if stays else p.memory
+        )
 
     return with_placements(plan, change)

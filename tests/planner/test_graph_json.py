@@ -1,0 +1,85 @@
+"""Layer graphs written by hand: the example of docs/layer-graph.md is read and planned, and every key stands there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import typing
+from pathlib import Path
+
+import pytest
+
+from brute_force import Ledger
+from planner.errors import PlanFormatError
+from planner.graph import Edge, Layer, LayerGraph, LayerKind, MeasuredTime, Pass, Span, Stored, Tensor, WeightGroup
+from planner.verify import verify_plan
+from planner.workload import Workload
+from small_cases import MIB, Case, gpu, machine, plan_of
+
+PAGE = (Path(__file__).parents[2] / "docs" / "layer-graph.md").read_text(encoding="utf-8")
+EXAMPLE = re.findall(r"```json\n(.*?)```", PAGE, flags=re.DOTALL)[0]
+VALUES = (LayerGraph, LayerKind, WeightGroup, Tensor, Stored, Layer, Edge, Pass, Span, MeasuredTime)
+
+
+def case(graph: LayerGraph, *, gpu_mib: int) -> Case:
+    gpus = [gpu(i, product="big", flops=10**14, rate=10**12) for i in range(2)]
+    sizes = {"cuda:0": gpu_mib * MIB, "cuda:1": gpu_mib * MIB, "cpu": 64 * MIB, "disk": 64 * MIB}
+    return Case(graph, machine(gpus, sizes), Workload(prompt_tokens=8, new_tokens=8))
+
+
+@pytest.mark.parametrize("gpu_mib", [34, 64])
+def test_the_example_is_read_and_planned(gpu_mib: int) -> None:
+    graph = LayerGraph.from_json(EXAMPLE)
+    small = case(graph, gpu_mib=gpu_mib)
+    plan = plan_of(small)
+    assert verify_plan(plan) == ()
+    assert plan.solver is not None
+    assert plan.solver.status == "optimal"
+    assert plan.solver.objective_ns == Ledger(small, named=True).best()
+    run_on = dict(zip((layer.name for layer in graph.layers), plan.run_on(), strict=True))
+    assert run_on["left"] == run_on["join"]
+
+
+def test_the_example_comes_back_from_its_own_json() -> None:
+    graph = LayerGraph.from_json(EXAMPLE)
+    assert LayerGraph.from_json(graph.to_json()) == graph
+    assert LayerGraph.from_dict(json.loads(graph.to_json())) == graph
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: value.__name__)
+def test_every_key_is_described(value: type) -> None:
+    for field in dataclasses.fields(value):
+        assert f"`{field.name}`" in PAGE, f"docs/layer-graph.md says nothing of {value.__name__}.{field.name}"
+
+
+def changed(path: tuple[str | int, ...], value: object) -> str:
+    data = json.loads(EXAMPLE)
+    at: typing.Any = data
+    for key in path[:-1]:
+        at = at[key]
+    if value is None:
+        del at[path[-1]]
+    else:
+        at[path[-1]] = value
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("layers", 0, "kind"), 9, "kind 9"),
+        (("layers", 1, "name"), "embed", "twice"),
+        (("edges", 0, "target"), 0, "forward"),
+        (("edges", 0, "prefill_bytes"), -1, "less than nothing"),
+        (("passes", 0, "spans", 0, "count"), 2, "spans"),
+        (("measured", 0, "layer"), 40, "cannot be"),
+        (("kinds", 1, "groups", 0, "slices"), 3, "slices"),
+        (("kinds", 0, "name"), None, "lacks name"),
+        (("speed",), 1, "unknown speed"),
+        (("batch_size",), "two", "batch_size"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(path: tuple[str | int, ...], value: object, message: str) -> None:
+    with pytest.raises(PlanFormatError, match=message):
+        LayerGraph.from_json(changed(path, value))
