@@ -25,7 +25,7 @@ def ranges(numbers: Sequence[int]) -> list[str]:
 
 def device_list(names: Sequence[str]) -> str:
     """Return names of devices, neighbours by number joined: "cuda:0–7, cpu and disk", "node0–3/cuda:0–7"."""
-    words = _folded(_folded(names, r"(.*:)(\d+)()", least=2), r"(.*?)(\d+)(/.*)", least=3)
+    words = _folded(_folded(names, r"(.*:|node)(\d+)()", least=2), r"(.*?)(\d+)(/.*)", least=3)
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else "nothing"
 
 
