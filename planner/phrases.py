@@ -168,3 +168,10 @@ def load_peak_bytes(plan: Plan) -> int:
     """Return the most that loading takes of one host's memory, in bytes."""
     assert plan.prediction is not None
     return max((plan.prediction.load_peak_bytes.get(host.pool, 0) for host in plan.hardware.hosts), default=0)
+
+
+def unused(plan: Plan) -> list[str]:
+    """Return the memories of a machine of several nodes that hold nothing at the peak; of one node all are shown."""
+    if plan.prediction is None or len(plan.hardware.nodes) == 1:
+        return []
+    return [pool.name for pool in plan.hardware.pools if not plan.prediction.peak_bytes.get(pool.name)]

@@ -18,7 +18,7 @@ from plotly.subplots import make_subplots
 
 from planner.hardware import MemoryPool
 from planner.memory import waiting_slices, with_groups
-from planner.phrases import home
+from planner.phrases import home, unused
 from planner.plan import KINDS_OF_MEMORY, Placement, Plan
 from planner.units import format_bytes
 from reports.placement_rows import cpu_words
@@ -264,13 +264,6 @@ def memory_by_device(plan: Plan) -> Any:
         )
     )
     return figure
-
-
-def unused(plan: Plan) -> list[str]:
-    """Return the memories of a machine of several nodes that hold nothing at the peak; of one node all are shown."""
-    if plan.prediction is None or len(plan.hardware.nodes) == 1:
-        return []
-    return [pool.name for pool in plan.hardware.pools if not plan.prediction.peak_bytes.get(pool.name)]
 
 
 def _capacity_shapes(pool: MemoryPool, axis: str) -> list[dict[str, Any]]:

@@ -222,7 +222,7 @@ def _proof_card(plan: Plan) -> _Card:
 
 def _figure_section(plan: Plan, key: str, figure: Any | None) -> str:
     heading, caption, absent = _FIGURES[key]
-    if key == "peaks" and (empty := figures.unused(plan)):
+    if key == "peaks" and (empty := phrases.unused(plan)):
         caption = f"{caption} Nothing is held on {_text(phrases.device_list(empty))}."
     if figure is None:
         return f'<section aria-labelledby="h-{key}"><h2 id="h-{key}">{heading}</h2><p>{absent}</p></section>'

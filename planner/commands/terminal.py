@@ -8,7 +8,7 @@ from itertools import groupby
 
 from planner import phrases
 from planner.commands import rules_options
-from planner.commands.layout import WIDTH, Page, column_widths, parameters_words
+from planner.commands.layout import WIDTH, Page, column_widths, fold, parameters_words
 from planner.commands.placement_table import placement_rows, table_lines
 from planner.memory import waiting_slices, with_groups
 from planner.phrases import device_list
@@ -166,7 +166,8 @@ def _memory(page: Page, plan: Plan, prediction: Prediction) -> None:
     """Add a table of every memory's peak, alike neighbours in one row; kinds found nowhere are left out."""
     names = [name for name in _memory_order(plan) if name in prediction.peak_bytes]
     disks = {plan.hardware.disk(host.name) for host in plan.hardware.hosts}
-    names = [name for name in names if name not in disks or prediction.peak_bytes[name]]
+    empty = phrases.unused(plan)
+    names = [name for name in names if name not in empty and (name not in disks or prediction.peak_bytes[name])]
     kinds = [k for k in KINDS_OF_MEMORY if any(prediction.peak_breakdown.get(n, {}).get(k) for n in names)]
     largest = max((prediction.peak_bytes[name] for name in names), default=0)
     unit, word = (GB, "GB") if largest >= GB else (MB, "MB")
@@ -182,9 +183,14 @@ def _memory(page: Page, plan: Plan, prediction: Prediction) -> None:
     spare = WIDTH - 2 - sum(widths) - (len(widths) - 1)
     gap = " " * (2 if spare >= len(widths) - 1 else 1)
     for number, row in enumerate((top, bottom, *rows)):
-        cells_text = [row[0][: widths[0]].ljust(widths[0])]
+        first, *others = fold(row[0], widths[0]) or [""]
+        cells_text = [first.ljust(widths[0])]
         cells_text += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         page.line(f"  {gap.join(cells_text)}", "dim" if number < 2 else None)
+        for other in others:
+            page.line(f"  {other}")
+    if empty:
+        page.paragraph(f"Nothing is held on {device_list(empty)}.", first="  ")
     reserved: dict[tuple[int, int], list[str]] = {}
     for pool in plan.hardware.pools:
         if pool.reserved_bytes and pool.name in names:

@@ -10,9 +10,10 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from planner.hardware import Hardware
+from planner.phrases import unused
 from planner.plan import Plan
 from planner.units import GB
-from reports.figures import memory_by_device, placement_map, placement_words, unused
+from reports.figures import memory_by_device, placement_map, placement_words
 from reports.page import page_html
 from reports.placement_rows import layer_ranges, placement_rows
 from reports.style import CPU_COLOUR, GPU_COLOURS, ink_on, place_colours
