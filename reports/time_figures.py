@@ -58,7 +58,7 @@ def memory_over_time(plan: Plan, timeline: Timeline) -> Any:
         labels.append(label(words, yref=f"y{axis} domain", y=1.03))
         figure.update_yaxes(range=[0, 1.06 * max(limit, peak, 1)], row=row, col=1)
     figure.update_yaxes(nticks=4, tickformat="~s", ticksuffix="B", fixedrange=True, zeroline=False, automargin=True)
-    figure.update_xaxes(tickformat="~s", ticksuffix="s", zeroline=False, nticks=6, tickangle=0)
+    figure.update_xaxes(tickformat="~s", ticksuffix="s", zeroline=False, nticks=4, tickangle=0)
     figure.update_xaxes(title={"text": "time since the call began", "standoff": 4}, row=rows, col=1)
     menus = _zoom_menu(timeline, rows)
     layout = base_layout(height + (36 if menus else 0), annotations=labels, shapes=shapes, hovermode="closest")
@@ -226,7 +226,7 @@ def step_lanes(plan: Plan, timeline: Timeline, steps: Sequence[int] | None = Non
         categoryorder="array", categoryarray=[plain(lane) for lane in reversed(lanes)], automargin=True,
         fixedrange=True, tickfont={"size": 11}, range=[-0.6, len(lanes) - 0.4], showgrid=False,
     )  # fmt: skip
-    figure.update_xaxes(tickformat="~s", ticksuffix="s", zeroline=False, nticks=6, tickangle=0)
+    figure.update_xaxes(tickformat="~s", ticksuffix="s", zeroline=False, nticks=4, tickangle=0)
     figure.update_xaxes(title={"text": "time since the step began", "standoff": 4}, row=rows, col=1)
     layout = base_layout(height, annotations=labels, barmode="overlay", bargap=0.25)
     layout["margin"] = {"l": 8, "r": 12, "t": 28, "b": 44}
