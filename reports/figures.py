@@ -18,8 +18,10 @@ from plotly.subplots import make_subplots
 
 from planner.hardware import MemoryPool
 from planner.memory import waiting_slices, with_groups
+from planner.phrases import home, unused
 from planner.plan import KINDS_OF_MEMORY, Placement, Plan
 from planner.units import format_bytes
+from reports.placement_rows import cpu_words
 from reports.style import LIMIT_COLOUR, NEUTRAL_COLOUR, ink_on, kind_colour, kind_words, place_colours
 
 FONT_FAMILY = 'system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif'
@@ -173,13 +175,14 @@ def _cells(plan: Plan, tops: dict[str, int]) -> list[_Cell]:
 
 def placement_words(placement: Placement, slices: int) -> str:
     """Return in words where a group waits and where it is computed with."""
+    stored = f", in {placement.dtype}" if placement.dtype is not None else ""
     if placement.home == placement.run_on:
-        return f"resident on {placement.run_on}"
+        return f"resident on {placement.run_on}{stored}"
     kept = placement.resident_slices or 0
-    where = placement.home if placement.memory in ("device", "disk") else f"{placement.home} ({placement.memory})"
+    after = cpu_words(placement.cpu_up_to_tokens) + stored
     if kept:
-        return f"{kept} of {slices} resident on {placement.run_on}, {slices - kept} wait in {where}"
-    return f"waits in {where}, runs on {placement.run_on}"
+        return f"{kept} of {slices} resident on {placement.run_on}, {slices - kept} wait in {home(placement)}{after}"
+    return f"waits in {home(placement)}, runs on {placement.run_on}{after}"
 
 
 def _add_run_strip(figure: Any, plan: Plan, row: int, colours: dict[str, str]) -> None:
@@ -220,10 +223,11 @@ def _layer_ticks(plan: Plan) -> tuple[list[int], list[str]]:
 def memory_by_device(plan: Plan) -> Any:
     """Return one bar for each memory: bytes by kind at the predicted peak, against its capacity.
 
-    Bars have an axis each, so that a GPU is not dwarfed by a disk. Without a prediction the figure holds
-    only the capacities.
+    Bars have an axis each, so that a GPU is not dwarfed by a disk. Memories of `unused` ones are left out. Without a
+    prediction the figure holds only the capacities.
     """
-    pools = plan.hardware.pools
+    empty = unused(plan)
+    pools = [pool for pool in plan.hardware.pools if pool.name not in empty]
     colours = place_colours(plan.hardware)
     figure = make_subplots(rows=len(pools), cols=1, vertical_spacing=0.0)
     labels: list[dict[str, Any]] = []

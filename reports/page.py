@@ -6,12 +6,12 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+from planner import phrases
 from planner.plan import KINDS_OF_MEMORY, Plan
 from planner.serial import write_text
 from planner.units import format_bytes, format_ns
@@ -96,8 +96,8 @@ _FIGURES = {
     ),
     "lanes": (
         "What every lane does",
-        "Lanes work at the same time. A copy has the colour of the place that it copies from. Drag to look "
-        "closer, double-click to go back.",
+        "Lanes work at the same time. A copy has the colour of the place that it copies from; where the CPU "
+        "computes experts, its own lane is busy and the GPU waits. Drag to look closer, double-click to go back.",
         _NO_TIMELINE,
     ),
 }
@@ -128,22 +128,29 @@ def _figures_json(drawn: dict[str, Any]) -> str:
 
 
 def _headline(plan: Plan) -> str:
-    model, work = plan.model, plan.workload
+    model = plan.model
     gpus = [gpu.product for gpu in plan.hardware.gpus]
     counted = [f"{gpus.count(name)} × {name}" for name in dict.fromkeys(gpus)] or ["no GPU"]
-    memories = []
-    for capacity_bytes, same in groupby(plan.hardware.pools, key=lambda pool: pool.capacity_bytes):
-        names = [pool.name for pool in same]
-        each = " each" if len(names) > 1 else ""
-        memories.append(f"{' to '.join(dict.fromkeys((names[0], names[-1])))} {format_bytes(capacity_bytes)}{each}")
-    made = f", {work.new_tokens:,} new" if work.caller == "generate" else " in one forward pass"
+    if len(plan.hardware.nodes) > 1:
+        counted[-1] += f" in {len(plan.hardware.nodes)} nodes"
+    alike: dict[tuple[str, int], list[str]] = {}
+    for pool in plan.hardware.pools:
+        alike.setdefault((_last(pool.name), pool.capacity_bytes), []).append(pool.name)
+    memories = [
+        f"{phrases.device_list(names)} {format_bytes(capacity_bytes)}{' each' if len(names) > 1 else ''}"
+        for (_, capacity_bytes), names in alike.items()
+    ]
     return (
         f"<header><h1>{_text(model.id)}</h1>"
         f"<p>{model.num_parameters / 1e9:,.2f} billion parameters in {_text(model.weight_dtype)}, "
-        f"{format_bytes(model.weight_bytes)} · {_text(', '.join(counted))} · "
-        f"batch {work.batch_size:,}, {work.prompt_tokens:,} prompt tokens{made}</p>"
+        f"{format_bytes(model.weight_bytes)} · {_text(', '.join(counted))} · {_text(phrases.work(plan))}</p>"
         f'<p class="soft">{_text(", ".join(memories))}</p></header>'
     )
+
+
+def _last(name: str) -> str:
+    """Return what kind of memory a name is of: "cuda" for "node0/cuda:1"."""
+    return name.rpartition("/")[2].partition(":")[0]
 
 
 def _numbers(plan: Plan, timeline: Timeline) -> str:
@@ -191,8 +198,8 @@ def _time_cards(plan: Plan, timeline: Timeline) -> list[_Card]:
         rate = seen.tokens_per_s
         digits = 0 if rate >= 100 else 1 if rate >= 10 else 2
         cards.append(("tokens/s", f"{rate:,.{digits}f}", f"whole call {format_ns(seen.total_ns)}", ""))
-        held = format_bytes(seen.load_peak_bytes.get("cpu", 0))
-        cards.append(("loading", format_ns(seen.load_ns), f"once, before; {held} of host RAM at most", ""))
+        held = format_bytes(phrases.load_peak_bytes(plan))
+        cards.append(("loading", format_ns(seen.load_ns), f"once, before; {held} of a host's RAM at most", ""))
         return cards
     if not timeline.step_ns:
         return [("prefill", "not predicted", "nothing was simulated", "")]
@@ -207,16 +214,16 @@ def _proof_card(plan: Plan) -> _Card:
         return ("proof", "none", "no solver was run", "")
     if plan.solver.status == "optimal":
         return ("proof", "optimal", "none considered costs less under the cost model named below", "good")
-    return (
-        "proof",
-        f"gap {plan.solver.gap:.1%}",
-        "at most this far above the best under the cost model named below",
-        "",
-    )
+    note = "at most this far above the best under the cost model named below"
+    if plan.solver.cut_short != "no":
+        note = f"{note}; the search was cut short"
+    return ("proof", f"gap {phrases.gap(plan.solver)}", note, "")
 
 
 def _figure_section(plan: Plan, key: str, figure: Any | None) -> str:
     heading, caption, absent = _FIGURES[key]
+    if key == "peaks" and (empty := phrases.unused(plan)):
+        caption = f"{caption} Nothing is held on {_text(phrases.device_list(empty))}."
     if figure is None:
         return f'<section aria-labelledby="h-{key}"><h2 id="h-{key}">{heading}</h2><p>{absent}</p></section>'
     return (
@@ -247,7 +254,12 @@ def _key(plan: Plan, key: str) -> str:
         items = [(kind_words(kind), kind_colour(kind, GPU_COLOURS[0])) for kind in KINDS_OF_MEMORY]
     else:
         used = {name for placement in plan.placements for name in (placement.home, placement.run_on)}
-        items = [(name, colour) for name, colour in place_colours(plan.hardware).items() if name in used]
+        colours = place_colours(plan.hardware)
+        alike: dict[str, list[str]] = {}
+        for name in colours:
+            if name in used:
+                alike.setdefault(colours[name], []).append(name)
+        items = [(phrases.device_list(names), colour) for colour, names in alike.items()]
     swatches = "".join(f'<li><i style="background:{colour}"></i>{_text(name)}</li>' for name, colour in items)
     return f'<ul class="key" aria-label="Key">{swatches}{limit if key in ("peaks", "memory") else ""}</ul>'
 
@@ -307,7 +319,9 @@ def _placement_table(plan: Plan) -> str:
         "Alike placements in one row, in the order of execution, with their bytes together; "
         "an arrow goes from where weights wait to where they are used"
     )
-    return f"<section><h2>Placements</h2>{_table(heads, rows, caption)}</section>"
+    told = [phrases.cpu_experts(plan), phrases.precisions(plan), phrases.over_nodes(plan)]
+    notes = "".join(f"<p>{_text(sentence)}.</p>" for sentence in told if sentence is not None)
+    return f"<section><h2>Placements</h2>{notes}{_table(heads, rows, caption)}</section>"
 
 
 def _assumptions(plan: Plan) -> str:
@@ -326,13 +340,16 @@ def _solver(plan: Plan) -> str:
     solver = plan.solver
     if solver is None:
         return f"<section><h2>Solver</h2><p>{_NO_SOLVER}</p></section>"
-    proven = "proven: none considered costs less" if solver.status == "optimal" else "found; a better one may exist"
     pairs = [
-        ("status", f"{solver.status} ({proven} under this cost model)"),
-        ("objective", format_ns(solver.objective_ns)),
-        ("bound", f"{format_ns(solver.bound_ns)} (gap {solver.gap:.2%})"),
-        ("cost model", solver.cost_model),
+        ("status", f"{solver.status} ({phrases.proof(plan)})"),
+        ("objective", f"{plan.workload.objective}: {phrases.objective(plan)}"),
     ]
+    if (found := phrases.bound(plan)) is not None:
+        what, bound_ns, simulated_ns = found
+        pairs.append(("simulated", f"{format_ns(simulated_ns)} for {what}, whose bound is {format_ns(bound_ns)}"))
+    if (ended := phrases.cut_short(solver)) is not None:
+        pairs.append(("cut short", ended))
+    pairs.append(("cost model", solver.cost_model))
     return f"<section><h2>Solver</h2>{_facts(pairs)}</section>"
 
 

@@ -17,6 +17,7 @@ class PlacementRow:
 
     names: their layers, in order of execution. positions: where those stand among all layers.
     resident: slices that stay on `run_on`, of `slices`. nbytes: of all of them together.
+    cpu_up_to_tokens, dtype: as in `Placement`.
     """
 
     names: tuple[str, ...]
@@ -28,6 +29,8 @@ class PlacementRow:
     resident: int
     slices: int
     nbytes: int
+    cpu_up_to_tokens: int
+    dtype: str | None
 
     def layers(self) -> str:
         """Return the layers, neighbours as ranges: "model.layers.0–13, 15, model.norm"."""
@@ -35,11 +38,12 @@ class PlacementRow:
 
     def place(self) -> str:
         """Return where it waits and runs: "cuda:0", or "cpu (pinned) → cuda:0, 5 of 8 stay"."""
+        stored = f", in {self.dtype}" if self.dtype is not None else ""
         if self.resident == self.slices:
-            return self.run_on
+            return self.run_on + stored
         home = self.home if self.memory in ("device", "disk") else f"{self.home} ({self.memory})"
         partly = f", {self.resident} of {self.slices} stay" if self.resident else ""
-        return f"{home} → {self.run_on}{partly}"
+        return f"{home} → {self.run_on}{partly}{cpu_words(self.cpu_up_to_tokens)}{stored}"
 
     def words(self) -> str:
         """Return the row as one line: "model.layers.0–13 · self_attn · cuda:0"."""
@@ -49,13 +53,16 @@ class PlacementRow:
 def placement_rows(plan: Plan) -> list[PlacementRow]:
     """Return the rows, ordered by their first layer and, within it, as the plan lists its groups."""
     index = {layer.name: position for position, layer in enumerate(plan.graph.layers)}
-    alike: dict[tuple[str, str, str, str, int, int], list[tuple[int, str, int]]] = {}
+    alike: dict[tuple[str, str, str, str, int, int, int, str | None], list[tuple[int, str, int]]] = {}
     for placement, group in with_groups(plan.graph, plan.placements):
         resident = group.slices - waiting_slices(placement, group)
-        key = (placement.group, placement.home, placement.memory, placement.run_on, resident, group.slices)
+        key = (
+            placement.group, placement.home, placement.memory, placement.run_on, resident, group.slices,
+            placement.cpu_up_to_tokens, placement.dtype,
+        )  # fmt: skip
         alike.setdefault(key, []).append((index[placement.layer], placement.layer, placement.nbytes))
     rows = []
-    for (group_name, home, memory, run_on, resident, slices), members in alike.items():
+    for (group_name, home, memory, run_on, resident, slices, cpu_up_to_tokens, dtype), members in alike.items():
         members.sort()
         rows.append(
             PlacementRow(
@@ -68,9 +75,16 @@ def placement_rows(plan: Plan) -> list[PlacementRow]:
                 resident=resident,
                 slices=slices,
                 nbytes=sum(nbytes for _, _, nbytes in members),
+                cpu_up_to_tokens=cpu_up_to_tokens,
+                dtype=dtype,
             )
         )
     return sorted(rows, key=lambda row: row.positions[0])
+
+
+def cpu_words(up_to_tokens: int) -> str:
+    """Return what follows a place whose experts the CPU computes: ", computed there up to 4 tokens"."""
+    return f", computed there up to {up_to_tokens:,} token{'s' if up_to_tokens > 1 else ''}" if up_to_tokens else ""
 
 
 def layer_ranges(names: Sequence[str]) -> list[str]:

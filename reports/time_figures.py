@@ -58,7 +58,7 @@ def memory_over_time(plan: Plan, timeline: Timeline) -> Any:
         labels.append(label(words, yref=f"y{axis} domain", y=1.03))
         figure.update_yaxes(range=[0, 1.06 * max(limit, peak, 1)], row=row, col=1)
     figure.update_yaxes(nticks=4, tickformat="~s", ticksuffix="B", fixedrange=True, zeroline=False, automargin=True)
-    figure.update_xaxes(tickformat="~s", ticksuffix="s", zeroline=False, nticks=6)
+    figure.update_xaxes(tickformat="~s", ticksuffix="s", zeroline=False, nticks=4, tickangle=0)
     figure.update_xaxes(title={"text": "time since the call began", "standoff": 4}, row=rows, col=1)
     menus = _zoom_menu(timeline, rows)
     layout = base_layout(height + (36 if menus else 0), annotations=labels, shapes=shapes, hovermode="closest")
@@ -211,22 +211,22 @@ def step_lanes(plan: Plan, timeline: Timeline, steps: Sequence[int] | None = Non
     panel = 24 * len(lanes) + 12
     height = rows * (panel + 58) + 30
     figure = make_subplots(rows=rows, cols=1, vertical_spacing=58 / height if rows > 1 else 0)
-    labels, colours = [], place_colours(plan.hardware)
+    labels = []
     for row, step in enumerate(chosen, start=1):
         axis = "" if row == 1 else str(row)
         bars = merged([interval for interval in timeline.intervals if interval.step == step], MAX_BARS)
         for lane in lanes:
-            colour = colours.get(_ends(lane)[0], NEUTRAL_COLOUR)
+            colour = lane_colour(plan, lane)
             _add_lane(figure, row, lane, [bar for bar in bars if bar.lane == lane], colour, starts[step])
         words = f"<b>{step_words(step)}</b> · {format_ns(timeline.step_ns[step])}"
         if any(bar.count > 1 for bar in bars):
             words += " · close neighbours drawn as one"
-        labels.append(label(words, yref=f"y{axis} domain", y=1.02))
+        labels.append(label(words, yref=f"y{axis} domain", y=1, yshift=3))
     figure.update_yaxes(
         categoryorder="array", categoryarray=[plain(lane) for lane in reversed(lanes)], automargin=True,
         fixedrange=True, tickfont={"size": 11}, range=[-0.6, len(lanes) - 0.4], showgrid=False,
     )  # fmt: skip
-    figure.update_xaxes(tickformat="~s", ticksuffix="s", zeroline=False, nticks=6)
+    figure.update_xaxes(tickformat="~s", ticksuffix="s", zeroline=False, nticks=4, tickangle=0)
     figure.update_xaxes(title={"text": "time since the step began", "standoff": 4}, row=rows, col=1)
     layout = base_layout(height, annotations=labels, barmode="overlay", bargap=0.25)
     layout["margin"] = {"l": 8, "r": 12, "t": 28, "b": 44}
@@ -287,18 +287,33 @@ def _ends(lane: str) -> tuple[str, str]:
 
 
 def ordered_lanes(plan: Plan, lanes: Sequence[str]) -> list[str]:
-    """Return the lanes as data flow: what ends on the CPU, then GPU by GPU, copies before compute."""
+    """Return the lanes as data flow: what ends on the CPU, then GPU by GPU, copies before compute.
+
+    A lane that several links share stands where the first of them ends.
+    """
     places = [
         *(name for name in place_colours(plan.hardware) if name not in _gpu_names(plan)),
         *_gpu_names(plan),
     ]
     known = {place: position for position, place in enumerate(places)}
+    shared: dict[str, int] = {}
+    for link in plan.hardware.links:
+        if link.lane is not None and link.target in known:
+            shared[link.lane] = min(known[link.target], shared.get(link.lane, len(known)))
 
     def key(lane: str) -> tuple[int, bool, str]:
         source, target = _ends(lane)
-        return known.get(target, len(known)), source == target, lane
+        return shared.get(lane, known.get(target, len(known))), source == target, lane
 
     return sorted(lanes, key=key)
+
+
+def lane_colour(plan: Plan, lane: str) -> str:
+    """Return a lane's colour: that of the place it starts from; of a node, its host's."""
+    colours = place_colours(plan.hardware)
+    source = _ends(lane)[0]
+    hosts = {plan.hardware.node(host.name): host.name for host in plan.hardware.hosts}
+    return colours.get(hosts.get(source, source), NEUTRAL_COLOUR)
 
 
 def _gpu_names(plan: Plan) -> list[str]:

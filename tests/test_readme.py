@@ -14,7 +14,8 @@ README = Path(__file__).parent.parent / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, flags=re.DOTALL)
 LINES = [line for kind, block in BLOCKS if kind == "bash" for line in block.strip().splitlines()]
-PLANS = [line.split(" && ")[-1].removeprefix(".venv/bin/") for line in LINES if " --model " in line]
+COMMANDS = [[part.removeprefix(".venv/bin/") for part in line.split(" && ")] for line in LINES]
+PLANS = [[part for part in parts if part.startswith("plan ")] for parts in COMMANDS if " --model " in " ".join(parts)]
 
 
 @pytest.fixture
@@ -26,19 +27,20 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_lines_to_copy_are_there() -> None:
     assert "scripts/install && .venv/bin/plan --model mistralai/Mixtral-8x7B --gpus 2x24GB" in LINES
     assert "scripts/install dev && scripts/test" in LINES
-    assert len(PLANS) == 6
+    assert len(PLANS) == 9
 
 
-@pytest.mark.parametrize("line", PLANS)
-def test_commands(line: str, in_tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    program, *arguments = shlex.split(line)
-    assert program == "plan"
-    assert main(arguments) == 0
-    assert capsys.readouterr().out
-    if "--out" in arguments:
-        assert main(["show", "plan.json"]) == 0
-        assert main(["verify", "plan.json"]) == 0
-        assert (in_tmp_path / "placement.html").stat().st_size > 10**6
+@pytest.mark.parametrize("parts", PLANS, ids=" && ".join)
+def test_commands(parts: list[str], in_tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in parts:
+        program, *arguments = shlex.split(part)
+        assert program == "plan"
+        assert main(arguments) == 0
+        assert capsys.readouterr().out
+        if "--report" in arguments:
+            assert main(["show", "plan.json"]) == 0
+            assert main(["verify", "plan.json"]) == 0
+            assert (in_tmp_path / "placement.html").stat().st_size > 10**6
 
 
 @pytest.mark.usefixtures("in_tmp_path")

@@ -8,8 +8,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from planner.commands import options
-from planner.commands.layout import WIDTH, Page, column_widths, device_list, fold
+from planner.commands.layout import WIDTH, Page, column_widths, fold
 from planner.commands.progress import Progress
+from planner.phrases import device_list
 from planner.plan import Plan
 from planner.serial import encode
 from planner.units import format_bytes, format_ns
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from planner.explanation import Answer, Change, Explanation, GroupReason, LayerReason, MemoryUse
 
 _OBJECTIVES = {
-    "latency": "the whole call", "ttft": "the prefill", "tpot": "a decode step", "fit": "memory",
+    "latency": "the whole call's time", "ttft": "the prefill's time", "tpot": "a decode step's time", "fit": "memory",
 }  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def render(explanation: Explanation, *, color: bool = False) -> str:
     """Return the explanation as text of at most 80 columns."""
     page = Page(color=color)
     page.paragraph(explanation.model, style="bold")
-    what = _OBJECTIVES.get(explanation.objective, "the whole call")
+    what = _OBJECTIVES.get(explanation.objective, "the whole call's time")
     proof = "proven optimal" if explanation.status == "optimal" else "not proven optimal: figures may be off by the gap"
     page.paragraph(
         f"Planned for the least of {what}: {_cost(explanation, explanation.objective_ns)}, {proof}. "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from planner import phrases
 from planner.commands import rules_options
 from planner.commands.layout import Page, parameters_words
 from planner.search import FrontierPoint
@@ -59,7 +60,7 @@ def _cells(point: FrontierPoint) -> tuple[str, ...]:
     )
     proof = "none"
     if plan.solver is not None:
-        proof = "optimal" if plan.solver.status == "optimal" else f"gap {plan.solver.gap:.1%}"
+        proof = "optimal" if plan.solver.status == "optimal" else f"gap {phrases.gap(plan.solver)}"
     rate = plan.prediction.tokens_per_s
     return (
         format_bytes(point.memory_bytes),

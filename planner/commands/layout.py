@@ -1,12 +1,9 @@
 """Text for a terminal of 80 columns: wrapping, tables, colour, and how numbers are said."""
 
-# ruff: noqa: RUF001, RUF002 - ranges are written with an en dash
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 
 WIDTH = 80
 _STYLES = {"bold": "1", "dim": "2", "good": "1;32", "bad": "1;31"}
@@ -73,28 +70,6 @@ def column_widths(rows: Iterable[Sequence[str]], *, least: Mapping[int, int], to
         widths[widest] = max(1, widths[widest] - 1)
         over -= 1
     return widths
-
-
-def ranges(numbers: Sequence[int]) -> list[str]:
-    """Return ascending numbers as texts, neighbours joined: [0, 1, 2, 5] → ["0–2", "5"]."""
-    breaks = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(numbers)) if b != a + 1), len(numbers)]
-    runs = [numbers[start:end] for start, end in pairwise(breaks) if start < end]
-    return [f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
-
-
-def device_list(names: Sequence[str]) -> str:
-    """Return names of devices, neighbours by number joined: "cuda:0–7, cpu and disk"."""
-    numbered: dict[str, list[int]] = {}
-    for name in names:
-        match = re.fullmatch(r"(.*:)(\d+)", name)
-        stem, number = (match[1], int(match[2])) if match else (name, -1)
-        numbered.setdefault(stem, []).append(number)
-    words = [
-        stem if numbers == [-1] else f"{stem}{part}"
-        for stem, numbers in numbered.items()
-        for part in ranges(sorted(numbers))
-    ]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else "nothing"
 
 
 def parameters_words(count: int) -> str:

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from planner.commands.layout import column_widths, fold, ranges
+from planner import phrases
+from planner.commands.layout import column_widths, fold
 from planner.memory import waiting_slices, with_groups
+from planner.phrases import ranges
 from planner.plan import Plan
 from planner.units import format_bytes
 
@@ -21,6 +23,9 @@ _MOST_RANGES = 4
 _MOST_NAMES = 3
 # With more runs of neighbours than this times what differs, layers alternate, and adjacency is given up.
 _MOST_RUNS = 3
+
+# Where a part is kept, and in which precision if that was chosen.
+_Place = tuple[str, str | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,13 +52,18 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One weight group: where it is kept, and how many of its slices stay where they run."""
+    """One weight group: where it is kept, how many of its slices stay where they run, and its precision if chosen."""
 
     group: str
     home: str
     resident: int
     slices: int
     nbytes: int
+    dtype: str | None
+
+    @property
+    def place(self) -> _Place:
+        return self.home, self.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +107,13 @@ def _layers(plan: Plan) -> list[_Layer]:
     parts: dict[str, list[_Part]] = {layer.name: [] for layer in plan.graph.layers}
     for placement, group in with_groups(plan.graph, plan.placements):
         waiting = waiting_slices(placement, group)
-        home = f"{placement.home} (pinned)" if placement.memory == "pinned" else placement.home
         part = _Part(
             placement.group,
-            home if waiting else placement.run_on,
+            phrases.home(placement) if waiting else placement.run_on,
             group.slices - waiting,
             group.slices,
             placement.nbytes,
+            placement.dtype,
         )
         parts[placement.layer].append(part)
     found = []
@@ -115,14 +125,15 @@ def _layers(plan: Plan) -> list[_Layer]:
 
 
 def _kept_words(parts: Sequence[_Part], run_on: str) -> str:
-    """Return where alike parts are kept: "cuda:0", "5 of 8 cuda:0, 3 cpu", "4–5 of 8 cuda:0, others cpu"."""
+    """Return where alike parts are kept: "cuda:0", "5 of 8 cuda:0, 3 cpu", "4–5 of 8 cuda:0, others cpu, in int8"."""
     home, slices = parts[0].home, parts[0].slices
     least, most = min(part.resident for part in parts), max(part.resident for part in parts)
+    stored = "" if parts[0].dtype is None else f", in {parts[0].dtype}"
     if home == run_on or most == 0:
-        return home
+        return home + stored
     if least == most:
-        return f"{most} of {slices} {run_on}, {slices - most} {home}"
-    return f"{least}–{most} of {slices} {run_on}, others {home}"
+        return f"{most} of {slices} {run_on}, {slices - most} {home}{stored}"
+    return f"{least}–{most} of {slices} {run_on}, others {home}{stored}"
 
 
 def _run_key(layer: _Layer) -> tuple[str, str | None]:
@@ -134,18 +145,18 @@ def _run_rows(run: Sequence[_Layer]) -> list[Row]:
 
     Experts that wait in one place are alike whatever their number, which the row tells.
     """
-    alike: dict[tuple[str, str, int], list[str]] = {}
+    alike: dict[tuple[str, _Place, int], list[str]] = {}
     for layer in run:
         for part in layer.parts:
-            alike.setdefault((part.group, part.home, part.slices), []).append(layer.name)
-    sets: dict[tuple[tuple[str, ...], str, int], list[str]] = {}
-    for (group, home, slices), names in alike.items():
-        apart = slices if home != run[0].run_on else 1
-        sets.setdefault((tuple(names), home, apart), []).append(group)
+            alike.setdefault((part.group, part.place, part.slices), []).append(layer.name)
+    sets: dict[tuple[tuple[str, ...], _Place, int], list[str]] = {}
+    for (group, place, slices), names in alike.items():
+        apart = slices if place[0] != run[0].run_on else 1
+        sets.setdefault((tuple(names), place, apart), []).append(group)
     order = list(dict.fromkeys(group for group, _, _ in alike))
     rows = []
-    for (members, home, _), groups in sorted(sets.items(), key=lambda item: order.index(item[1][0])):
-        rows.append(_row([layer for layer in run if layer.name in set(members)], groups, home, run))
+    for (members, place, _), groups in sorted(sets.items(), key=lambda item: order.index(item[1][0])):
+        rows.append(_row([layer for layer in run if layer.name in set(members)], groups, place, run))
     shared = [row for row in rows if not row.exception]
     shared[1:] = [replace(row, layers=f"the same {row.count}", exception=True) for row in shared[1:]]
     return [*(shared or [_head(run)]), *(row for row in rows if row.exception)]
@@ -166,8 +177,8 @@ def _head(run: Sequence[_Layer]) -> Row:
     )
 
 
-def _row(layers: Sequence[_Layer], groups: Sequence[str], home: str, run: Sequence[_Layer]) -> Row:
-    chosen = [part for layer in layers for part in layer.parts if part.group in groups and part.home == home]
+def _row(layers: Sequence[_Layer], groups: Sequence[str], place: _Place, run: Sequence[_Layer]) -> Row:
+    chosen = [part for layer in layers for part in layer.parts if part.group in groups and part.place == place]
     exception = len(layers) < len(run)
     title, only_counted = _some(layers, len(run)) if exception else _title(layers)
     return Row(

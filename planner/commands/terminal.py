@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from planner import memory
+from planner import phrases
 from planner.commands import rules_options
-from planner.commands.layout import WIDTH, Page, column_widths, device_list, parameters_words
+from planner.commands.layout import WIDTH, Page, column_widths, fold, parameters_words
 from planner.commands.placement_table import placement_rows, table_lines
+from planner.memory import waiting_slices, with_groups
+from planner.phrases import device_list
 from planner.plan import KINDS_OF_MEMORY, Plan, Prediction
 from planner.units import GB, MB, format_bytes, format_ns
 
@@ -40,16 +42,14 @@ def render(plan: Plan, *, color: bool = False) -> str:
 
 
 def _head(page: Page, plan: Plan) -> None:
-    model, work = plan.model, plan.workload
+    model = plan.model
     page.paragraph(model.id, style="bold")
     parameters = f"{parameters_words(model.num_parameters)} parameters in {model.weight_dtype}"
     _labelled(page, "model", f"{parameters}, {format_bytes(model.weight_bytes)}")
     _labelled(page, "", model.note)
     _labelled(page, "machine", _machine(plan))
-    asked = f"batch {work.batch_size:,}, prompt {work.prompt_tokens:,} tokens"
-    made = f", {work.new_tokens:,} new tokens" if work.caller == "generate" else ", one forward pass"
-    _labelled(page, "work", asked + made)
-    _labelled(page, "aim", rules_options.aim(work))
+    _labelled(page, "work", phrases.work(plan))
+    _labelled(page, "aim", rules_options.aim(plan.workload))
     if rules := rules_options.words(plan):
         _labelled(page, "rules", rules)
     text, style = _answer(plan)
@@ -61,28 +61,43 @@ def _labelled(page: Page, label: str, text: str, style: str | None = None) -> No
 
 
 def _machine(plan: Plan) -> str:
+    """Return GPUs and hosts, alike nodes together."""
+    hardware = plan.hardware
+    if len(hardware.nodes) == 1:
+        return _node(plan, hardware.nodes[0])
+    alike: dict[str, list[str]] = {}
+    for node in hardware.nodes:
+        alike.setdefault(_node(plan, node), []).append(node)
+    return "; ".join(
+        f"{device_list(nodes)}{' each' if len(nodes) > 1 else ''}: {text}" for text, nodes in alike.items()
+    )
+
+
+def _node(plan: Plan, node: str) -> str:
+    hardware = plan.hardware
+    gpus = [gpu for gpu in hardware.gpus if hardware.node(gpu.name) == node]
     words = []
-    for (product, nbytes), gpus in groupby(
-        plan.hardware.gpus, key=lambda gpu: (gpu.product, plan.hardware.pool(gpu.pool).usable_bytes)
-    ):
-        number = len(list(gpus))
+    for (product, nbytes), same in groupby(gpus, key=lambda g: (g.product, hardware.pool(g.pool).usable_bytes)):
+        number = len(list(same))
         words.append(f"{number} × {product} ({format_bytes(nbytes)} usable{' each' if number > 1 else ''})")
     words = words or ["no GPU"]
-    words += [
-        f"{'host RAM' if pool.name == 'cpu' else pool.name} {format_bytes(pool.capacity_bytes)}"
-        for pool in plan.hardware.pools
-        if pool.name in ("cpu", "disk")
-    ]
+    for host in hardware.hosts:
+        if hardware.node(host.name) == node:
+            words.append(f"host RAM {format_bytes(hardware.pool(host.pool).capacity_bytes)}")
+            words.append(f"disk {format_bytes(hardware.pool(hardware.disk(host.name)).capacity_bytes)}")
     return ", ".join(words)
 
 
 def _answer(plan: Plan) -> tuple[str, str]:
     used = {p.run_on for p in plan.placements}
-    homes = {p.home for p in plan.placements}
+    hosts = {host.name for host in plan.hardware.hosts}
+    waiting = [p for p, group in with_groups(plan.graph, plan.placements) if waiting_slices(p, group)]
     where = f"runs on {device_list([device.name for device in plan.hardware.devices if device.name in used])}"
-    if "cpu" in homes - used:
+    if any(p.home in hosts for p in waiting):
         where += ", some weights wait in host RAM"
-    if "disk" in homes:
+    if any(p.cpu_up_to_tokens for p in waiting):
+        where += ", where the CPU computes experts"
+    if any(p.memory == "disk" for p in plan.placements):
         where += ", some weights stay on disk"
     prediction = plan.prediction
     if prediction is None:
@@ -116,20 +131,30 @@ def _placement(page: Page, plan: Plan) -> None:
         page.line(f"  {line}")
     if any(row.only_counted for row in rows):
         page.paragraph("Layers that are only counted here are named in the plan (--json, --out).", first="  ")
-    if any(memory.waiting_slices(p, group) for p, group in memory.with_groups(plan.graph, plan.placements)):
-        alike: dict[str, list[str]] = {}
-        for entry in plan.slots:
-            what = f"{entry.count} slots of {format_bytes(entry.slot_bytes)}"
-            what += " for single experts" if entry.holds == "experts" else ""
-            alike.setdefault(what, []).append(entry.device)
-        through = "; ".join(f"{slots} on {device_list(names)}" for slots, names in alike.items())
-        through = f", through {through}" if through else ""
-        page.paragraph(
-            f"What is kept elsewhere than it runs is copied there each time it is needed{through}.",
-            first="  ",
-        )
+    for sentence in (phrases.cpu_experts(plan), _copies(plan), phrases.precisions(plan), phrases.over_nodes(plan)):
+        if sentence is not None:
+            page.paragraph(f"{sentence}.", first="  ")
     for names in plan.graph.ties:
         page.paragraph(f"Shared, and stored once in each place: {', '.join(names)}.", first="  ")
+
+
+def _copies(plan: Plan) -> str | None:
+    """Return how what waits comes to where it runs, and through which slots; None where nothing is copied."""
+    waiting = [p for p, group in with_groups(plan.graph, plan.placements) if waiting_slices(p, group)]
+    if not waiting:
+        return None
+    alike: dict[str, list[str]] = {}
+    for entry in plan.slots:
+        what = f"{entry.count} slots of" if entry.count != 1 else "one slot of"
+        what += f" {format_bytes(entry.slot_bytes)}" + (" for single experts" if entry.holds == "experts" else "")
+        alike.setdefault(what, []).append(entry.device)
+    slots = [f"{what} on {device_list(names)}{' each' if len(names) > 1 else ''}" for what, names in alike.items()]
+    through = f", through {'; '.join(slots)}" if slots else ""
+    copied = [p for p in waiting if not p.cpu_up_to_tokens]
+    if not copied and not slots:
+        return None
+    other = "What else" if len(copied) < len(waiting) else "What"
+    return f"{other} is kept elsewhere than it runs is copied there each time it is needed{through}"
 
 
 def _usable_bytes(plan: Plan, name: str) -> int:
@@ -140,7 +165,9 @@ def _usable_bytes(plan: Plan, name: str) -> int:
 def _memory(page: Page, plan: Plan, prediction: Prediction) -> None:
     """Add a table of every memory's peak, alike neighbours in one row; kinds found nowhere are left out."""
     names = [name for name in _memory_order(plan) if name in prediction.peak_bytes]
-    names = [name for name in names if name != "disk" or prediction.peak_bytes[name]]
+    disks = {plan.hardware.disk(host.name) for host in plan.hardware.hosts}
+    empty = phrases.unused(plan)
+    names = [name for name in names if name not in empty and (name not in disks or prediction.peak_bytes[name])]
     kinds = [k for k in KINDS_OF_MEMORY if any(prediction.peak_breakdown.get(n, {}).get(k) for n in names)]
     largest = max((prediction.peak_bytes[name] for name in names), default=0)
     unit, word = (GB, "GB") if largest >= GB else (MB, "MB")
@@ -156,20 +183,29 @@ def _memory(page: Page, plan: Plan, prediction: Prediction) -> None:
     spare = WIDTH - 2 - sum(widths) - (len(widths) - 1)
     gap = " " * (2 if spare >= len(widths) - 1 else 1)
     for number, row in enumerate((top, bottom, *rows)):
-        cells_text = [row[0][: widths[0]].ljust(widths[0])]
+        first, *others = fold(row[0], widths[0]) or [""]
+        cells_text = [first.ljust(widths[0])]
         cells_text += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         page.line(f"  {gap.join(cells_text)}", "dim" if number < 2 else None)
+        for other in others:
+            page.line(f"  {other}")
+    if empty:
+        page.paragraph(f"Nothing is held on {device_list(empty)}.", first="  ")
+    reserved: dict[tuple[int, int], list[str]] = {}
     for pool in plan.hardware.pools:
         if pool.reserved_bytes and pool.name in names:
-            page.paragraph(
-                f"{pool.name}: {format_bytes(pool.capacity_bytes)}, "
-                f"of which {format_bytes(pool.reserved_bytes)} is not planned for.",
-                first="  ",
-            )
+            reserved.setdefault((pool.capacity_bytes, pool.reserved_bytes), []).append(pool.name)
+    for (capacity, kept), pools in reserved.items():
+        each = " each" if len(pools) > 1 else ""
+        page.paragraph(
+            f"{device_list(pools)}: {format_bytes(capacity)}{each}, of which {format_bytes(kept)} is not planned for.",
+            first="  ",
+        )
 
 
 def _memory_order(plan: Plan) -> list[str]:
-    devices = [device.name for device in plan.hardware.devices]
+    """Return the memories' names: GPUs of all nodes, then hosts, then disks."""
+    devices = [device.name for device in (*plan.hardware.gpus, *plan.hardware.hosts)]
     return [*devices, *(pool.name for pool in plan.hardware.pools if pool.name not in devices)]
 
 
@@ -207,8 +243,9 @@ def _time(page: Page, plan: Plan, prediction: Prediction) -> None:
     made = f"all {work.new_tokens:,} new tokens" if work.caller == "generate" else "one forward pass"
     minutes = f", {prediction.total_ns / 60e9:,.0f} minutes" if prediction.total_ns >= 120 * 10**9 else ""
     rows.append(("whole call", format_ns(prediction.total_ns), f"for {made}{minutes}"))
-    held = format_bytes(prediction.load_peak_bytes.get("cpu", 0))
-    words = f"once, from disk; takes at most {held} of host RAM"
+    held = format_bytes(phrases.load_peak_bytes(plan))
+    where = "host RAM" if len(plan.hardware.hosts) == 1 else "a host's RAM"
+    words = f"once, from disk; takes at most {held} of {where}"
     rows.append(("loading", format_ns(prediction.load_ns), words))
     for name, duration, words in rows:
         page.line(f"  {name:<10}  {duration:>9}  {words}")
@@ -218,20 +255,21 @@ def _proof(page: Page, plan: Plan) -> None:
     page.heading("Proof")
     solver = plan.solver
     if solver is None:
-        page.paragraph("None: no solver was run for this plan, so nothing is proven of how good it is.", first="  ")
+        page.paragraph(f"{phrases.proof(plan)}.", first="  ")
         return
-    if solver.status == "optimal":
-        text = "Proven optimal: no placement that is considered costs less under the cost model"
-    else:
-        most = f"at most {solver.gap:.1%}" if solver.gap >= 0.001 else "less than 0.1%"
-        text = f"Not proven optimal: another placement may be faster, by {most}, under the cost model"
-    page.paragraph(f"{text}: {solver.cost_model}.", first="  ", style="good" if solver.status == "optimal" else "bold")
-    if plan.prediction is not None and solver.bound_ns:
-        total = plan.prediction.total_ns
-        apart = total / solver.bound_ns - 1
+    style = "good" if solver.status == "optimal" else "bold"
+    page.paragraph(f"{phrases.proof(plan)}; objective {phrases.objective(plan)}.", first="  ", style=style)
+    if (ended := phrases.cut_short(solver)) is not None:
+        page.paragraph(f"{ended}.", first="  ", style="bold")
+    if plan.workload.objective in ("throughput", "max-batch", "max-context"):
+        page.paragraph("That is for the batch and prompt chosen; the assumptions say how they were.", first="  ")
+    if (found := phrases.bound(plan)) is not None:
+        what, bound_ns, simulated_ns = found
+        apart = simulated_ns / bound_ns - 1
         words = f" ({abs(apart):.1%} {'more' if apart > 0 else 'less'})" if abs(apart) >= 0.0005 else ""
         page.paragraph(
-            f"That model's bound for the whole call is {format_ns(solver.bound_ns)}; the simulator, which "
-            f"times every copy and layer in turn, gives {format_ns(total)}{words}.",
+            f"The bound on {what} is {format_ns(bound_ns)}; the simulator, which times every copy and layer in turn, "
+            f"gives {format_ns(simulated_ns)}{words}.",
             first="  ",
         )
+    page.paragraph(f"Cost model: {solver.cost_model}.", first="  ", style="dim")

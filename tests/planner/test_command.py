@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 
 from planner.commands import options, terminal
-from planner.commands.layout import Page, device_list, fold, ranges
+from planner.commands.layout import Page, fold
 from planner.commands.main import main
 from planner.commands.placement_table import placement_rows, table_lines
 from planner.commands.progress import Progress
 from planner.errors import InfeasibleError, InputError
+from planner.phrases import device_list, ranges
 from planner.plan import Plan
 
 MIXTRAL = ("--model", "mistralai/Mixtral-8x7B", "--gpus", "2x24GB")
@@ -638,3 +639,75 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert ask(capsys, "--version") == (0, f"loadplan {importlib.metadata.version('loadplan')}\n", "")
     for command in ("models", "gpus", "show", "verify"):
         assert ask(capsys, command, "--help")[0] == 0
+
+
+# What is true of plans with choices of their own
+
+
+def text_of(plan: Plan, **changes: Any) -> str:
+    """Return what is printed of a plan, on one line."""
+    return " ".join(terminal.render(dataclasses.replace(plan, **changes)).split())
+
+
+def test_slots_are_counted_and_precisions_named(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, *MIXTRAL)
+    slots = (dataclasses.replace(plan.slots[0], count=1), *plan.slots[1:])
+    assert "through one slot of " in text_of(plan, slots=slots)
+    assert "one slot" not in text_of(plan)
+    stored = tuple(dataclasses.replace(p, dtype="int8") if p.group == "self_attn" else p for p in plan.placements)
+    said = text_of(plan, placements=stored)
+    assert ", in int8" in said
+    assert "dispatch does not run these yet" in said
+    assert "int8" not in text_of(plan)
+    rows = placement_rows(dataclasses.replace(plan, placements=stored))
+    assert sum(row.nbytes for row in rows) == sum(p.nbytes for p in plan.placements)
+
+
+def test_pageable_memory_is_not_called_pinned(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, *MIXTRAL)
+    pageable = tuple(dataclasses.replace(p, memory="pageable") if p.memory == "pinned" else p for p in plan.placements)
+    said = text_of(plan, placements=pageable)
+    assert "(pageable)" in said
+    assert "(pinned)" not in said
+
+
+def test_what_the_cpu_computes_is_told_in_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, *MIXTRAL)
+    waiting = [p for p in plan.placements if p.resident_slices is not None and p.home != p.run_on]
+    assert waiting
+    copied = tuple(dataclasses.replace(p, cpu_up_to_tokens=0) for p in plan.placements)
+    assert "CPU computes" not in text_of(plan, placements=copied)
+    assert "computed there by the CPU" not in text_of(plan, placements=copied)
+    there = tuple(dataclasses.replace(p, cpu_up_to_tokens=1) if p in waiting else p for p in plan.placements)
+    said = text_of(plan, placements=there)
+    assert "where the CPU computes experts" in said
+    assert "as decode steps are; in the longer prefill they are copied" in said
+
+
+def test_several_nodes_are_named_and_no_memory_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = ask(capsys, "--model", "gpt2", "--gpus", "3*(2x24GB)/12GB")
+    assert code == 0
+    said = " ".join(out.split())
+    assert "node0–2 each: 2 × " in said  # noqa: RUF001
+    assert "node3: 1 × " in said  # noqa: RUF001
+    assert "…" not in out
+    assert all(len(line) <= 80 for line in out.splitlines())
+
+
+def test_least_memory_is_proven_in_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = ask(capsys, "--model", "gpt2", "--gpus", "24GB", "--objective", "fit")
+    assert code == 0
+    said = " ".join(out.split())
+    assert re.search(r"no placement that is considered takes less memory; objective [\d.]+ MB, bound [\d.]+ MB", said)
+    assert "The bound on" not in said
+
+
+def test_a_search_that_was_cut_short_says_so_with_its_gap(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, *MIXTRAL)
+    assert plan.solver is not None
+    solver = dataclasses.replace(
+        plan.solver, status="feasible", bound_ns=plan.solver.objective_ns * 99 // 100, cut_short="interrupt"
+    )
+    said = text_of(plan, solver=solver)
+    assert "An interrupt ended the search" in said
+    assert re.search(r"Not proven: another placement may cost less under the cost model, by at most 1\.[01]%", said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 
@@ -9,13 +10,23 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from planner.hardware import Hardware
+from planner.phrases import unused
 from planner.plan import Plan
 from planner.units import GB
-from reports.figures import memory_by_device, placement_map
+from reports.figures import memory_by_device, placement_map, placement_words
 from reports.page import page_html
 from reports.placement_rows import layer_ranges, placement_rows
-from reports.style import GPU_COLOURS, ink_on, place_colours
-from reports.time_figures import MAX_BARS, MAX_SAMPLES, memory_over_time, merged, step_lanes, thinned
+from reports.style import CPU_COLOUR, GPU_COLOURS, ink_on, place_colours
+from reports.time_figures import (
+    MAX_BARS,
+    MAX_SAMPLES,
+    lane_colour,
+    memory_over_time,
+    merged,
+    ordered_lanes,
+    step_lanes,
+    thinned,
+)
 from simulate.timeline import Interval, MemorySample, Timeline
 
 
@@ -145,3 +156,47 @@ def test_each_place_has_one_colour(plan: Plan, timeline: Timeline) -> None:
     assert set(place_colours(Hardware.from_options("64x80GB")).values()) == set(eight.values())
     assert ink_on("#ffffff") != ink_on("#000000")
     assert set(GPU_COLOURS) < set(eight.values())
+
+
+def test_a_machine_of_several_nodes_shows_the_memories_that_hold_something(plan: Plan) -> None:
+    assert plan.prediction is not None
+    hardware = Hardware.from_options("24GB/2x24GB")
+    peaks = {"node0/cuda:0": GB, "node1/cpu": 2 * GB}
+    parts = {name: {"weights": nbytes} for name, nbytes in peaks.items()}
+    prediction = dataclasses.replace(plan.prediction, peak_bytes=peaks, peak_breakdown=parts)
+    spread = dataclasses.replace(plan, hardware=hardware, prediction=prediction)
+    assert {trace.meta for trace in memory_by_device(spread).data} == set(peaks)
+    assert len(memory_by_device(spread).layout.annotations) == len(peaks)
+    assert set(unused(spread)) == {pool.name for pool in hardware.pools} - set(peaks)
+    assert unused(plan) == []
+    assert len(memory_by_device(dataclasses.replace(spread, prediction=None)).layout.annotations) == len(hardware.pools)
+
+
+def test_lanes_that_links_share_stand_by_what_they_lead_to(plan: Plan) -> None:
+    switched = dataclasses.replace(plan, hardware=Hardware.from_options("2x24GB", gpus_per_switch=2))
+    copied = switched.hardware.link("cpu", "cuda:0").lane
+    assert copied is not None
+    lanes = ["cuda:1 compute", "cuda:0 compute", copied, "cpu compute"]
+    assert ordered_lanes(switched, lanes) == ["cpu compute", copied, "cuda:0 compute", "cuda:1 compute"]
+    assert lane_colour(switched, copied) == CPU_COLOUR
+
+
+def test_what_leaves_a_node_has_its_hosts_colour(plan: Plan) -> None:
+    nodes = dataclasses.replace(plan, hardware=Hardware.from_options("24GB/24GB"))
+    sent = nodes.hardware.link("node0/cpu", "node1/cpu").lane
+    assert sent is not None
+    assert lane_colour(nodes, sent) == CPU_COLOUR
+    assert lane_colour(nodes, "node1/cuda:0→node1/cpu copy") == place_colours(nodes.hardware)["node1/cuda:0"]
+
+
+def test_rows_and_cells_say_where_experts_compute_and_in_which_precision(plan: Plan) -> None:
+    placed = tuple(
+        dataclasses.replace(p, cpu_up_to_tokens=4, dtype="int8") if p.memory == "pinned" else p for p in plan.placements
+    )
+    changed = dataclasses.replace(plan, placements=placed)
+    experts = [row for row in placement_rows(changed) if row.memory == "pinned"]
+    assert experts
+    assert all(row.place().endswith("stay, computed there up to 4 tokens, in int8") for row in experts)
+    assert all("computed" not in row.place() for row in placement_rows(changed) if row.memory != "pinned")
+    words = [placement_words(p, 8) for p in placed if p.memory == "pinned"]
+    assert all(text.endswith("wait in cpu (pinned), computed there up to 4 tokens, in int8") for text in words)

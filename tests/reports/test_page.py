@@ -255,3 +255,26 @@ def test_importing_reports_loads_no_plotly() -> None:
     assert found.stdout.strip() == "False"
     with pytest.raises(AttributeError):
         _ = reports.absent
+
+
+def test_what_ended_the_search_and_what_dispatch_does_not_run_are_said(plan: Plan, timeline: Timeline) -> None:
+    solver = Solver(
+        status="feasible", objective_ns=10**6, bound_ns=999_951, cost_model="lanes-1", cut_short="time limit"
+    )
+    placed = tuple(dataclasses.replace(p, dtype="nf4") if p.group == "self_attn" else p for p in plan.placements)
+    visible = Reader(own(page_html(dataclasses.replace(plan, solver=solver, placements=placed), timeline))).visible
+    assert "gap 0.0049%" in visible
+    assert "The time limit ended the search" in visible
+    assert re.search(r"in nf4, the others in bfloat16\. dispatch does not run these yet", visible)
+    assert "dispatch does not" not in Reader(own(page_html(plan, timeline))).visible
+
+
+def test_memory_is_proven_in_bytes(plan: Plan, timeline: Timeline) -> None:
+    solver = Solver(
+        status="optimal", objective_ns=1, bound_ns=0, cost_model="lanes-1", objective_bytes=3 * 10**9,
+        bound_bytes=3 * 10**9,
+    )  # fmt: skip
+    fit = dataclasses.replace(plan, solver=solver, workload=dataclasses.replace(plan.workload, objective="fit"))
+    visible = Reader(own(page_html(fit, timeline))).visible
+    assert "fit: 3.00 GB, bound 3.00 GB" in visible
+    assert "whose bound is" not in visible
