@@ -23,6 +23,8 @@ from planner.workload import Workload
 MOST_NAMED = 4_000
 # A chain's placement that is further than this above its bound is looked for again with every layer named.
 NAMED_ABOVE = 0.01
+# Layers times devices: so few are named wherever something is left unproven.
+FEW_NAMED = 60
 # With more devices than this, what is near the bound of the tables is not searched any further.
 FEW_DEVICES = 4
 
@@ -95,10 +97,11 @@ def _answer(
         return build(graph, hardware, workload, rules, named=True, devices=devices) if names_help else problem
     found = [realise(problem, counts) for counts in counted]
     best = _best(problem, found)
-    if not named and (best is None or best[0] - bound > counting.NEAR * bound):
+    if not named and (best is None or best[0] - bound > (0 if size <= FEW_NAMED else counting.NEAR * bound)):
         found += list(_chains(problem, counted[0], clock))
         best = _best(problem, found)
-    if not named and size <= MOST_NAMED and (best is None or best[0] - bound > NAMED_ABOVE * best[0]):
+    above = 0 if size <= FEW_NAMED else NAMED_ABOVE
+    if not named and size <= MOST_NAMED and (best is None or best[0] - bound > above * best[0]):
         named_problem = build(graph, hardware, workload, rules, named=True, devices=devices)
         again = counting.solve(named_problem, clock)
         if again is not None:
