@@ -331,12 +331,16 @@ class _Model:
         An integer variable for the bytes instead sends CP-SAT into searches that its own clock hardly counts.
         """
         steps: list[tuple[int, Any]] = []
+        literals: dict[int, list[Any]] = {}
+        for nbytes, wanted in needs:
+            literals.setdefault(nbytes, []).append(wanted)
         before = 0
-        for size in sorted({nbytes for nbytes, _ in needs if nbytes}):
+        for size in sorted(size for size in literals if size):
             level = self.model.new_bool_var(f"{what} above {before}")
-            for nbytes, wanted in needs:
-                if nbytes >= size:
-                    self.model.add_implication(wanted, level)
+            for wanted in literals[size]:
+                self.model.add_implication(wanted, level)
+            if steps:
+                self.model.add_implication(level, steps[-1][1])
             steps.append((size - before, level))
             before = size
         return steps
