@@ -32,7 +32,9 @@ from planner.placement.problem import Home, Option, Problem, Tie, Unit, UnitCost
 # place everywhere.
 SEARCHES = ((1, 0.3), (2, 0.3), (1, 10.0))
 # Every layer named: the bound comes from the linear relaxation, and there is much of it.
-NAMED_SEARCHES = ((2, 60.0),)
+NAMED_SEARCHES = ((2, 8.0),)
+# Where every layer runs is given: what waits where is left to find.
+FILLING_SEARCHES = ((1, 0.3), (2, 1.0))
 # After the first two searches an answer this near to its bound is taken.
 NEAR = 1e-3
 # A shortfall need not be proven the least: it is said to a person.
@@ -80,6 +82,10 @@ class Clock:
         """Tell whether the user's time is up."""
         return self.limit_s is not None and time.monotonic() - self.started >= self.limit_s
 
+    def is_half_over(self) -> bool:
+        """Tell whether a first answer has to do, since the proof needs time too."""
+        return self.limit_s is not None and time.monotonic() - self.started >= self.limit_s / 2
+
     def left_s(self, most: float) -> float:
         if self.interrupted:
             return 0.0
@@ -107,6 +113,9 @@ def solve(
     model.minimise()
     if hint is not None:
         model.hint(hint)
+        if problem.named and layers is None:
+            # What is no better is known.
+            model.model.add(model.goal <= hint.objective)
     return model.solve(clock, searches)
 
 
@@ -386,20 +395,19 @@ class _Model:
 
     # [Constraint] of alike devices of a node, an earlier one runs at least as many layers; of alike nodes too
     def _order_alike_devices(self) -> None:
-        nodes: dict[str, list[str]] = {}
-        for name in self.devices:
-            nodes.setdefault(self.hardware.node(name), []).append(name)
         alike = self.problem.alike
         by_device = {
             name: sum(self.layers[unit.name, name] for unit in self.problem.blocks if name in unit.on)
             for name in self.devices
         }
-        for names in nodes.values():
-            last: dict[object, str] = {}
-            for name in names:
-                if alike[name] in last:
-                    self.model.add(by_device[last[alike[name]]] >= by_device[name])
-                last[alike[name]] = name
+        for names in self.problem.interchangeable():
+            for one, other in itertools.pairwise(names):
+                self.model.add(by_device[one] >= by_device[other])
+        if self.problem.named:
+            return
+        nodes: dict[str, list[str]] = {}
+        for name in self.devices:
+            nodes.setdefault(self.hardware.node(name), []).append(name)
         kinds: dict[object, str] = {}
         for node, names in nodes.items():
             disk = self.hardware.pool(self.hardware.disk(names[0])).usable_bytes
@@ -415,6 +423,9 @@ class _Model:
         chain = sorted(
             ((index, unit) for unit in self.problem.blocks for index in unit.layers), key=lambda pair: pair[0]
         )
+        if self.problem.named:
+            self._staircase([unit for _, unit in chain], order)
+            return
         ends = [self.model.new_int_var(0, len(chain), f"end {name}") for name in order]
         self.model.add(ends[-1] == len(chain))
         before: dict[str, Any] = dict.fromkeys((unit.name for unit in self.problem.blocks), 0)
@@ -427,6 +438,17 @@ class _Model:
                 self.model.add_element(end, prefix, so_far)
                 self.model.add(self.layers.get((unit.name, name), 0) == so_far - before[unit.name])
                 before[unit.name] = so_far
+
+    def _staircase(self, chain: Sequence[Unit], order: Sequence[str]) -> None:
+        """Let a layer run on one of the first devices of an order only if the layer before it does."""
+        last: list[Any] = [0] * len(chain)
+        for name in order:
+            among = [self.model.new_bool_var(f"{unit.name} as far as {name}") for unit in chain]
+            for one, other in itertools.pairwise(among):
+                self.model.add_implication(other, one)
+            for unit, here, before in zip(chain, among, last, strict=True):
+                self.model.add(self.layers.get((unit.name, name), 0) == here - before)
+            last = among
 
     def minimise(self) -> None:
         """Make the objective the cost model's time, or bytes of memory.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from planner import cost, memory
 from planner.errors import InfeasibleError, NoSolutionInTimeError
 from planner.graph import LayerGraph
 from planner.hardware import Hardware
+from planner.placement import annealing
 from planner.placement import counts as counting
 from planner.placement.problem import Problem, build, is_chain
 from planner.placement.realise import chain_order, realise
@@ -50,7 +52,7 @@ def find(
         raise _infeasible(problem, clock)
     found = [] if rules.contiguous else [realise(problem, counts)]
     far = not found or _score(problem, *found[0]) - bound > counting.NEAR * bound
-    if not named and (rules.contiguous or (far and len(problem.blocks) > 1)):
+    if rules.contiguous or (not named and far and len(problem.blocks) > 1):
         found += list(_chains(problem, counts, clock))
     best = min((_score(problem, *entry) for entry in found), default=None)
     if not named and size <= MOST_NAMED and (best is None or best - bound > NAMED_ABOVE * best):
@@ -82,6 +84,8 @@ def find(
 
 def _counted(problem: Problem, clock: counting.Clock) -> tuple[counting.Counts | None, int]:
     """Return the best counts and a lower bound: by tables where these prove it, else by search."""
+    if problem.named:
+        return _searched(problem, clock)
     if not applies(problem):
         counts = counting.solve(problem, clock)
         return counts, 0 if counts is None else counts.bound
@@ -98,6 +102,26 @@ def _counted(problem: Problem, clock: counting.Clock) -> tuple[counting.Counts |
     if filled is not None and filled.objective < counts.objective:
         counts = filled
     return counts, min(bound, counts.objective)
+
+
+def _searched(problem: Problem, clock: counting.Clock) -> tuple[counting.Counts | None, int]:
+    """Return counts and a lower bound where layers are named: an annealed answer, and what CP-SAT makes of it."""
+    first = None
+    layers = annealing.share_out(problem, clock)
+    with contextlib.suppress(NoSolutionInTimeError):
+        # The user's time is for the search: to fill in an answer takes little, and there is none without.
+        first = counting.solve(problem, counting.Clock(), layers=layers, searches=counting.FILLING_SEARCHES)
+    try:
+        counts = counting.solve(problem, clock, hint=first)
+    except NoSolutionInTimeError:
+        if first is None:
+            raise
+        return first, 0
+    if counts is None:
+        return first, 0
+    found = [entry for entry in (first, counts) if entry is not None]
+    best = min(found, key=lambda entry: _score(problem, *realise(problem, entry)))
+    return best, min(counts.bound, best.objective)
 
 
 def _by_tables(problem: Problem, share: Share) -> counting.Counts | None:

@@ -54,13 +54,21 @@ class _Load:
         )
 
 
-def layers_of(problem: Problem, clock: Clock) -> dict[tuple[str, str], int]:
+def share_out(problem: Problem, clock: Clock) -> dict[tuple[str, str], int]:
     """Return a good share of the layers as the counting model takes it: (unit, device) → 1."""
     search = _Search(problem)
     search.start()
-    search.anneal(clock)
-    names = [device.name for device in problem.hardware.devices]
-    return {(unit.name, names[search.best[number]]): 1 for number, unit in enumerate(problem.units)}
+    try:
+        search.anneal(clock)
+    except KeyboardInterrupt:
+        clock.interrupted = True
+    names = dict(enumerate(search.names))
+    for alike in problem.interchangeable():
+        # As the counting model orders them: the first has most layers.
+        numbers = [search.names.index(name) for name in alike]
+        numbers.sort(key=lambda d: -search.best.count(d))
+        names.update(zip(numbers, alike, strict=True))
+    return {(unit.name, names[d]): 1 for unit, d in zip(search.units, search.best, strict=True)}
 
 
 class _Search:
@@ -260,10 +268,10 @@ class _Search:
         if len(self.names) == 1:
             return
         moves = min(MOST_MOVES, MOVES_EACH * len(self.clusters) * len(self.names))
-        hottest = self.least / len(self.clusters) / 2
-        coldest = hottest / 3000
+        hottest = self.least / len(self.clusters) / 4
+        coldest = hottest / 300
         for number in range(moves):
-            if number % 256 == 0 and clock.left_s(1.0) <= 0:
+            if number % 256 == 0 and clock.is_half_over():
                 break
             temperature = hottest * (coldest / hottest) ** (number / moves)
             wanted = self._proposal()
