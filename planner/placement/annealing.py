@@ -257,7 +257,8 @@ class _Search:
         if price is None:
             link = self.hardware.link(self.names[origin], self.names[d])
             price = sum(
-                step.weight * ((link.latency_ns if waits else 0) + link_ns(link, prefill if step.is_prefill else decode))
+                step.weight
+                * ((link.latency_ns if waits else 0) + link_ns(link, prefill if step.is_prefill else decode))
                 for step in self.problem.steps
             )
             self.prices[key] = price

@@ -17,7 +17,7 @@ import itertools
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ortools.sat.python import cp_model
@@ -32,7 +32,7 @@ from planner.placement.problem import Home, Option, Problem, Tie, Unit, UnitCost
 # place everywhere.
 SEARCHES = ((1, 0.3), (2, 0.3), (1, 10.0))
 # Every layer named: the bound comes from the linear relaxation, and there is much of it.
-NAMED_SEARCHES = ((2, 8.0),)
+NAMED_SEARCHES = ((2, 20.0),)
 # Where every layer runs is given: what waits where is left to find.
 FILLING_SEARCHES = ((1, 0.3), (2, 1.0))
 # After the first two searches an answer this near to its bound is taken.
@@ -116,7 +116,7 @@ def solve(
         if problem.named and layers is None:
             # What is no better is known.
             model.model.add(model.goal <= hint.objective)
-    return model.solve(clock, searches)
+    return model.solve(clock, searches, known=hint if problem.named else None)
 
 
 def shortfall(problem: Problem, pool: str, clock: Clock) -> Shortfall | None:
@@ -631,11 +631,17 @@ class _Model:
                     self.model.add_hint(variable, solver.value(variable))
         return best, status
 
-    def solve(self, clock: Clock, searches: Sequence[tuple[int, float]] | None = None) -> Counts | None:
+    def solve(
+        self, clock: Clock, searches: Sequence[tuple[int, float]] | None = None, *, known: Counts | None = None
+    ) -> Counts | None:
+        """Return the best counts, None where there are none; `known` where the search found nothing, and its bound."""
         solver, status = self.run(searches or (NAMED_SEARCHES if self.problem.named else SEARCHES), clock)
         assert status != cp_model.MODEL_INVALID, self.model.validate()
         if status == cp_model.INFEASIBLE:
             return None
+        if known is not None and solver is not None and status == cp_model.UNKNOWN:
+            bound = max(0, int(solver.best_objective_bound / self.weight) - 1)
+            return replace(known, is_optimal=False, bound=min(bound, known.objective))
         if solver is None or status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
             raise NoSolutionInTimeError(
                 "the search was cut off before it found a placement; give it more time, fewer kinds of GPUs, or more "

@@ -189,9 +189,7 @@ def _named(model: _Model, *, prefill: bool) -> Any:
         for name in model.devices:
             takers = {edge.target: at[edge.target, name] for edge in edges if (edge.target, name) in at}
             links = {
-                other: hardware.link(other, name)
-                for other in model.devices
-                if other != name and (source, other) in at
+                other: hardware.link(other, name) for other in model.devices if other != name and (source, other) in at
             }
             if not takers or not links:
                 continue

@@ -265,6 +265,9 @@ def is_chain(graph: LayerGraph) -> bool:
     What skips layers besides must come from before the first block, or be small beside what is handed on.
     """
     first, last = _blocks(graph)
+    if first > last:
+        # Nothing may wait elsewhere: there are no blocks to count.
+        return len(graph.layers) == 1
     steps = {
         edge.source: edge.decode_bytes + edge.prefill_bytes for edge in graph.edges if edge.target == edge.source + 1
     }
