@@ -99,6 +99,9 @@ class _Search:
         self.fixed = [sum(memory.fixed_bytes(problem.graph, device)) for device in self.hardware.devices]
         self.is_cpu = [device.kind == "cpu" for device in self.hardware.devices]
         self.hosts = [self.names.index(self.hardware.host(name)) for name in self.names]
+        self.guests: dict[int, list[int]] = {}
+        for d, host in enumerate(self.hosts):
+            self.guests.setdefault(host, []).append(d)
         self.nodes = [self.hardware.node(name) for name in self.names]
         self.numbers = [self._numbers(d) for d in range(len(self.names))]
         rates = [self.hardware.link(self.hardware.disk(name), self.hardware.host(name)) for name in self.names]
@@ -153,18 +156,20 @@ class _Search:
                 self._add(index, d)
         self.costs = [self._device_ns(d) for d in range(len(self.names))]
         self.paid = [self._thing_ns(thing) for thing in self.things]
-        self.total = self._total()
+        self.over = self._over_ns()
+        self.total = sum(entry[0] for entry in self.costs) + sum(self.paid) + self.over
         self.best, self.least = self.at[:], self.total
 
-    def _total(self) -> float:
-        over = 0.0
-        for host in set(self.hosts):
-            held = sum(cost_[1] for d, cost_ in enumerate(self.costs) if self.hosts[d] == host)
-            over += max(0, held - self.capacity[host])
+    def _over_ns(self) -> int:
+        """Return the fine for what the hosts lack, and for more nodes than one where that is forbidden."""
+        over = 0
+        for host, members in self.guests.items():
+            over += max(0, sum(self.costs[d][1] for d in members) - self.capacity[host])
+        fine = int(self.fine * over)
         if self.problem.rules.never_across_nodes:
             used = {self.nodes[d] for d, load in enumerate(self.loads) if load.layers}
-            over += (len(used) - 1) * 1e15
-        return sum(entry[0] for entry in self.costs) + sum(self.paid) + self.fine * over
+            fine += (len(used) - 1) * 10**15
+        return fine
 
     def _add(self, index: int, d: int) -> None:
         entry, load = self.numbers[d][index], self.loads[d]
@@ -198,18 +203,18 @@ class _Search:
         for item in items:
             del load.items[bisect.bisect_left(load.items, item)]
 
-    def _device_ns(self, d: int) -> tuple[float, int]:
+    def _device_ns(self, d: int) -> tuple[int, int]:
         """Return (weighted time and fine, bytes of host memory) of what runs on a device."""
         load = self.loads[d]
         if not load.layers:
-            return 0.0, 0
+            return 0, 0
         held = load.held + self.fixed[d] + load.activations[-1]
         computing = sum(w * ns for w, ns in zip(self.weights, load.computing, strict=True))
         if self.is_cpu[d]:
-            return float(computing), held
+            return computing, held
         missing = held - self.capacity[d]
         if missing <= 0:
-            return float(computing), 0
+            return computing, 0
         freed, copies, count = 0, 0, 0
         for size, ns in load.items:
             freed += size
@@ -230,7 +235,7 @@ class _Search:
                     spare -= size
                     freed -= size
                     copies -= ns
-        total = self.fine * over
+        total = int(self.fine * over)
         for number, step in enumerate(self.problem.steps):
             hidden = 0 if step.is_prefill or not count else memory.SLOT_COUNT * load.items[0][1]
             exposed = max(0, copies - hidden)
@@ -334,10 +339,13 @@ class _Search:
             self.costs[d] = self._device_ns(d)
         for number in paid:
             self.paid[number] = self._thing_ns(self.things[number])
-        total = self._total()
+        over = self._over_ns()
+        total = self.total - self.over + over
+        total += sum(self.costs[d][0] - known[0] for d, known in costs.items())
+        total += sum(self.paid[number] - ns for number, ns in paid.items())
         more = total - self.total
         if more <= 0 or self.rng.random() < math.exp(-more / temperature):
-            self.total = total
+            self.total, self.over = total, over
             if total < self.least:
                 self.least, self.best = total, self.at[:]
             return
