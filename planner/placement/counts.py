@@ -33,6 +33,7 @@ from planner.placement.problem import Home, Option, Problem, Tie, Unit, UnitCost
 SEARCHES = ((1, 0.3), (2, 0.3), (1, 10.0))
 # Every layer named: the bound comes from the linear relaxation, and there is much of it.
 NAMED_SEARCHES = ((2, 20.0),)
+BOUND_SEARCHES = ((2, 2.0),)
 # Where every layer runs is given: what waits where is left to find.
 FILLING_SEARCHES = ((1, 0.3), (2, 1.0))
 # After the first two searches an answer this near to its bound is taken.

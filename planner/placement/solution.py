@@ -112,7 +112,9 @@ def _searched(problem: Problem, clock: counting.Clock) -> tuple[counting.Counts 
         # The user's time is for the search: to fill in an answer takes little, and there is none without.
         first = counting.solve(problem, counting.Clock(), layers=layers, searches=counting.FILLING_SEARCHES)
     try:
-        counts = counting.solve(problem, clock, hint=first)
+        # Chains are searched after this, and need most of the time: here, it is for their bound.
+        searches = counting.BOUND_SEARCHES if problem.rules.contiguous else None
+        counts = counting.solve(problem, clock, hint=first, searches=searches)
     except NoSolutionInTimeError:
         if first is None:
             raise
@@ -175,7 +177,9 @@ def _chains(
     cheapest = chain_order(problem, counts)
     orders += [cheapest] if sorted(cheapest) == sorted(names) and cheapest not in orders else []
     for order in orders:
-        found = counting.solve(problem, clock, order=order)
+        found = None
+        with contextlib.suppress(NoSolutionInTimeError):
+            found = counting.solve(problem, clock, order=order)
         if found is not None:
             yield realise(problem, found, order=order)
 
