@@ -17,7 +17,7 @@ import itertools
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ortools.sat.python import cp_model
@@ -32,7 +32,10 @@ from planner.placement.problem import Home, Option, Problem, Tie, Unit, UnitCost
 # place everywhere.
 SEARCHES = ((1, 0.3), (2, 0.3), (1, 10.0))
 # Every layer named: the bound comes from the linear relaxation, and there is much of it.
-NAMED_SEARCHES = ((2, 60.0),)
+NAMED_SEARCHES = ((2, 20.0),)
+BOUND_SEARCHES = ((2, 2.0),)
+# Where every layer runs is given: what waits where is left to find.
+FILLING_SEARCHES = ((1, 0.3), (2, 1.0))
 # After the first two searches an answer this near to its bound is taken.
 NEAR = 1e-3
 # With more numbers of blocks than this, over all devices, the last one of a stream is left out of the bound.
@@ -84,6 +87,10 @@ class Clock:
         """Tell whether the user's time is up."""
         return self.limit_s is not None and time.monotonic() - self.started >= self.limit_s
 
+    def is_half_over(self) -> bool:
+        """Tell whether a first answer has to do, since the proof needs time too."""
+        return self.limit_s is not None and time.monotonic() - self.started >= self.limit_s / 2
+
     def left_s(self, most: float) -> float:
         if self.interrupted:
             return 0.0
@@ -111,7 +118,10 @@ def solve(
     model.minimise()
     if hint is not None:
         model.hint(hint)
-    return model.solve(clock, searches)
+        if problem.named and layers is None:
+            # What is no better is known.
+            model.model.add(model.goal <= hint.objective)
+    return model.solve(clock, searches, known=hint if problem.named else None)
 
 
 def shortfall(problem: Problem, pool: str, clock: Clock) -> Shortfall | None:
@@ -336,12 +346,16 @@ class _Model:
         An integer variable for the bytes instead sends CP-SAT into searches that its own clock hardly counts.
         """
         steps: list[tuple[int, Any]] = []
+        literals: dict[int, list[Any]] = {}
+        for nbytes, wanted in needs:
+            literals.setdefault(nbytes, []).append(wanted)
         before = 0
-        for size in sorted({nbytes for nbytes, _ in needs if nbytes}):
+        for size in sorted(size for size in literals if size):
             level = self.model.new_bool_var(f"{what} above {before}")
-            for nbytes, wanted in needs:
-                if nbytes >= size:
-                    self.model.add_implication(wanted, level)
+            for wanted in literals[size]:
+                self.model.add_implication(wanted, level)
+            if steps:
+                self.model.add_implication(level, steps[-1][1])
             steps.append((size - before, level))
             before = size
         return steps
@@ -394,22 +408,19 @@ class _Model:
     # [Constraint] of alike devices of a node, an earlier one runs at least as many layers; of alike nodes too
     def _order_alike_devices(self, grow: str | None) -> None:
         """Order them but for the memory that grows, which makes its device and its node like no other."""
-        nodes: dict[str, list[str]] = {}
-        for name in self.devices:
-            nodes.setdefault(self.hardware.node(name), []).append(name)
         alike = self.problem.alike
         by_device = {
             name: sum(self.layers[unit.name, name] for unit in self.problem.blocks if name in unit.on)
             for name in self.devices
         }
-        for names in nodes.values():
-            last: dict[object, str] = {}
-            for name in names:
-                if name == grow:
-                    continue
-                if alike[name] in last:
-                    self.model.add(by_device[last[alike[name]]] >= by_device[name])
-                last[alike[name]] = name
+        for names in self.problem.interchangeable():
+            for one, other in itertools.pairwise(name for name in names if name != grow):
+                self.model.add(by_device[one] >= by_device[other])
+        if self.problem.named:
+            return
+        nodes: dict[str, list[str]] = {}
+        for name in self.devices:
+            nodes.setdefault(self.hardware.node(name), []).append(name)
         kinds: dict[object, str] = {}
         for node, names in nodes.items():
             if grow is not None and node == self.hardware.node(grow):
@@ -427,6 +438,9 @@ class _Model:
         chain = sorted(
             ((index, unit) for unit in self.problem.blocks for index in unit.layers), key=lambda pair: pair[0]
         )
+        if self.problem.named:
+            self._staircase([unit for _, unit in chain], order)
+            return
         ends = [self.model.new_int_var(0, len(chain), f"end {name}") for name in order]
         self.model.add(ends[-1] == len(chain))
         before: dict[str, Any] = dict.fromkeys((unit.name for unit in self.problem.blocks), 0)
@@ -456,6 +470,17 @@ class _Model:
             if front is not None and tail is not None and count:
                 # Both of them elsewhere than all blocks would be two stretches.
                 self.model.add(end - begin >= count).only_enforce_if(front, tail)
+
+    def _staircase(self, chain: Sequence[Unit], order: Sequence[str]) -> None:
+        """Let a layer run on one of the first devices of an order only if the layer before it does."""
+        last: list[Any] = [0] * len(chain)
+        for name in order:
+            among = [self.model.new_bool_var(f"{unit.name} as far as {name}") for unit in chain]
+            for one, other in itertools.pairwise(among):
+                self.model.add_implication(other, one)
+            for unit, here, before in zip(chain, among, last, strict=True):
+                self.model.add(self.layers.get((unit.name, name), 0) == here - before)
+            last = among
 
     def minimise(self) -> None:
         """Make the objective the cost model's time, or bytes of memory.
@@ -673,11 +698,17 @@ class _Model:
                     self.model.add_hint(variable, solver.value(variable))
         return best, status
 
-    def solve(self, clock: Clock, searches: Sequence[tuple[int, float]] | None = None) -> Counts | None:
+    def solve(
+        self, clock: Clock, searches: Sequence[tuple[int, float]] | None = None, *, known: Counts | None = None
+    ) -> Counts | None:
+        """Return the best counts, None where there are none; `known` where the search found nothing, and its bound."""
         solver, status = self.run(searches or (NAMED_SEARCHES if self.problem.named else SEARCHES), clock)
         assert status != cp_model.MODEL_INVALID, self.model.validate()
         if status == cp_model.INFEASIBLE:
             return None
+        if known is not None and solver is not None and status == cp_model.UNKNOWN:
+            bound = max(0, int(solver.best_objective_bound / self.weight) - 1)
+            return replace(known, is_optimal=False, bound=min(bound, known.objective))
         if solver is None or status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
             raise NoSolutionInTimeError(
                 "the search was cut off before it found a placement; give it more time, fewer kinds of GPUs, or more "

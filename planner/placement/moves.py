@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from planner.steps import awaited, link_ns
 
 if TYPE_CHECKING:
+    from planner.graph import Edge
     from planner.placement.counts import _Model
 
 # With more classes than this their subsets are not all forbidden to be visited in circles apart, only whole nodes.
@@ -176,73 +177,82 @@ def _block_literals(model: _Model) -> dict[str, Any]:
 
 def _named(model: _Model, *, prefill: bool) -> Any:
     """Return the time of every thing that moves, where every layer is a unit of its own."""
-    cp, hardware, graph = model.model, model.hardware, model.problem.graph
+    hardware, graph = model.hardware, model.problem.graph
     at = _by_layer(model)
     latest = awaited(graph)
-    things: dict[tuple[int, str], list[Any]] = {}
+    things: dict[tuple[int, str], list[Edge]] = {}
     for edge in graph.edges:
         things.setdefault((edge.source, edge.tensor), []).append(edge)
     terms: list[Any] = []
     for (source, tensor), edges in things.items():
         for name in model.devices:
-            takers = [(edge, at[edge.target, name]) for edge in edges if (edge.target, name) in at]
-            if not takers:
+            takers = {edge.target: at[edge.target, name] for edge in edges if (edge.target, name) in at}
+            links = {
+                other: hardware.link(other, name) for other in model.devices if other != name and (source, other) in at
+            }
+            if not takers or not links:
                 continue
-            origins = {other: at[source, other] for other in model.devices if other != name and (source, other) in at}
-            if not origins:
-                continue
-            sizes = [(edge.prefill_bytes if prefill else edge.decode_bytes, literal) for edge, literal in takers]
-            waits = [literal for edge, literal in takers if latest[edge.target] == (source, tensor)]
-            local = at.get((source, name))
-            for (before, nbytes), moved in _moved(model, (source, tensor, name), sizes, local):
-                links = {origin: hardware.link(origin, name) for origin in origins}
-                prices = {o: link_ns(link, nbytes) - link_ns(link, before) for o, link in links.items()}
-                terms += _by_link(cp, moved, prices, origins)
-            if waits:
-                moved = _literal(model, (source, tensor, name, "waits"), waits, local)
-                terms += _by_link(cp, moved, {o: hardware.link(o, name).latency_ns for o in origins}, origins)
+            # What is taken, as a price for each device it may come from: its bytes, step by step, and its latency.
+            prices: dict[frozenset[int], dict[str, int]] = {}
+            nbytes: dict[int, int] = {}
+            for edge in edges:
+                size = edge.prefill_bytes if prefill else edge.decode_bytes
+                nbytes[edge.target] = max(nbytes.get(edge.target, 0), size)
+            before = 0
+            for size in sorted(set(nbytes.values())):
+                these = frozenset(target for target in takers if nbytes[target] >= size)
+                for origin, link in links.items():
+                    price = prices.setdefault(these, dict.fromkeys(links, 0))
+                    price[origin] += link_ns(link, size) - link_ns(link, before)
+                before = size
+            waiting = frozenset(target for target in takers if latest[target] == (source, tensor))
+            for origin, link in links.items():
+                price = prices.setdefault(waiting, dict.fromkeys(links, 0))
+                price[origin] += link.latency_ns
+            for these, price in prices.items():
+                if these:
+                    key = (source, tensor, name, these)
+                    terms += _priced(model, key, [takers[target] for target in sorted(these)], price)
     return sum(terms)
 
 
-def _moved(
-    model: _Model, key: tuple[Any, ...], sizes: list[tuple[int, Any]], local: Any
-) -> list[tuple[tuple[int, int], Any]]:
-    """Return (from bytes, to bytes) with a literal that holds where so much is taken: a step for each size."""
-    found, before = [], 0
-    for size in sorted({nbytes for nbytes, _ in sizes if nbytes}):
-        takers = [literal for nbytes, literal in sizes if nbytes >= size]
-        which = tuple(number for number, (nbytes, _) in enumerate(sizes) if nbytes >= size)
-        found.append(((before, size), _literal(model, (*key, which), takers, local)))
-        before = size
-    return found
-
-
-def _literal(model: _Model, key: tuple[Any, ...], takers: list[Any], local: Any) -> Any:
-    """Return a literal that holds where any taker is there and the maker is not; the same one in every step."""
+def _priced(model: _Model, key: tuple[Any, ...], takers: list[Any], price: dict[str, int]) -> list[Any]:
+    """Return the price of a move: where any taker is on the device and the maker is not, one literal holds, that of the
+    links with the price of the maker's.
+    """
+    source, _, name, _ = key
+    at = _by_layer(model)
+    kinds: dict[int, list[str]] = {}
+    for origin, ns in price.items():
+        kinds.setdefault(ns, []).append(origin)
     known: dict[Any, Any] = model.__dict__.setdefault("_moves", {})
-    if key not in known:
-        known[key] = model.model.new_bool_var(f"moved {key}")
+    terms = []
+    ways = []
+    for ns, origins in sorted(kinds.items()):
+        # The same literal in every step whose links have the same prices.
+        over = (*key, tuple(origins))
+        if over not in known:
+            known[over] = model.model.new_bool_var(f"moved {over}")
+            model.model.add_bool_or(~known[over], *(at[source, origin] for origin in origins))
+        ways.append(known[over])
+        terms.append(ns * known[over])
+    once = (*key, tuple(sorted(tuple(origins) for origins in kinds.values())))
+    if once not in known:
+        known[once] = True
+        local = [at[source, name]] if (source, name) in at else []
         for taker in takers:
-            model.model.add(known[key] >= taker - (local if local is not None else 0))
-    return known[key]
-
-
-def _by_link(cp: Any, moved: Any, prices: dict[str, int], origins: dict[str, Any]) -> list[Any]:
-    """Return the price of a move: the least of any link, and what the link that it takes costs beyond."""
-    base = min(prices.values())
-    terms = [base * moved] if base else []
-    dearer = [origin for origin, ns in prices.items() if ns > base]
-    for origin in dearer:
-        pays = cp.new_bool_var("")
-        cp.add_bool_or(pays, ~moved, ~origins[origin])
-        terms.append((prices[origin] - base) * pays)
+            model.model.add_bool_or(~taker, *local, *ways)
     return terms
 
 
 def _by_layer(model: _Model) -> dict[tuple[int, str], Any]:
-    return {
-        (index, name): model.layers[unit.name, name]
-        for unit in model.problem.units
-        for name in unit.on
-        for index in unit.layers
-    }
+    known: dict[tuple[int, str], Any] | None = getattr(model, "_at", None)
+    if known is None:
+        known = {
+            (index, name): model.layers[unit.name, name]
+            for unit in model.problem.units
+            for name in unit.on
+            for index in unit.layers
+        }
+        model._at = known  # type: ignore[attr-defined]
+    return known

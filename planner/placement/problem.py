@@ -129,6 +129,34 @@ class Problem:
     _by_name: dict[str, Unit] = field(default_factory=dict)
     _by_layer: dict[int, Unit] = field(default_factory=dict)
 
+    def interchangeable(self) -> list[list[str]]:
+        """Return the devices in sets: to swap any two of one set changes nothing, links to each other device included.
+
+        Layers that are counted are priced by classes of links: there, alike is enough, in one node.
+        """
+        sets: list[list[str]] = []
+        for device in self.hardware.devices:
+            for known in sets:
+                if all(self._may_swap(device.name, other) for other in known):
+                    known.append(device.name)
+                    break
+            else:
+                sets.append([device.name])
+        return sets
+
+    def _may_swap(self, one: str, other: str) -> bool:
+        if self.alike[one] != self.alike[other] or self.hardware.node(one) != self.hardware.node(other):
+            return False
+        if not self.named:
+            return True
+        if any(time.device in (one, other) for time in self.graph.measured):
+            return False
+        others = [device.name for device in self.hardware.devices if device.name not in (one, other)]
+        ways = [((one, other), (other, one))]
+        ways += [((one, name), (other, name)) for name in others] + [((name, one), (name, other)) for name in others]
+        found = [(self.hardware.link(*first), self.hardware.link(*second)) for first, second in ways]
+        return all((a.bytes_per_s, a.latency_ns) == (b.bytes_per_s, b.latency_ns) for a, b in found)
+
     @property
     def blocks(self) -> tuple[Unit, ...]:
         return tuple(unit for unit in self.units if not unit.is_whole)
@@ -249,6 +277,9 @@ def is_chain(graph: LayerGraph) -> bool:
     blocks are tied.
     """
     first, last = _blocks(graph)
+    if first > last:
+        # Nothing may wait elsewhere: there are no blocks to count.
+        return len(graph.layers) == 1
     tied = _tied_layers(graph)
     if len(tied & set(range(first, last + 1))) > 1:
         return False

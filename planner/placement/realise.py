@@ -263,14 +263,10 @@ def _evenly(begins: Sequence[int], count: int) -> set[int]:
 
 
 def _alike_in_order(problem: Problem, run_on: Sequence[str]) -> dict[str, str]:
-    """Return new names for devices, so that alike ones of a node are first met in the order of their names."""
-    hardware, met = problem.hardware, list(dict.fromkeys(run_on))
-    met += [device.name for device in hardware.devices if device.name not in met]
-    sets: dict[object, list[str]] = {}
-    for device in hardware.devices:
-        key = (hardware.node(device.name), problem.alike[device.name])
-        sets.setdefault(key, []).append(device.name)
+    """Return new names for devices, so that interchangeable ones are first met in the order of their names."""
+    met = list(dict.fromkeys(run_on))
+    met += [device.name for device in problem.hardware.devices if device.name not in met]
     names: dict[str, str] = {}
-    for alike in sets.values():
+    for alike in problem.interchangeable():
         names.update(zip(sorted(alike, key=met.index), alike, strict=True))
     return names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from planner import cost, memory
 from planner.errors import InfeasibleError, NoSolutionInTimeError
 from planner.graph import LayerGraph
 from planner.hardware import Hardware
+from planner.placement import annealing
 from planner.placement import counts as counting
 from planner.placement.problem import Problem, build, is_chain
 from planner.placement.realise import chain_order, realise
@@ -128,6 +130,8 @@ def _best(problem: Problem, found: Sequence[tuple[tuple[Placement, ...], tuple[S
 
 def _counted(problem: Problem, clock: counting.Clock) -> tuple[list[counting.Counts], int]:
     """Return counts that may be best, and a lower bound: by tables where these prove it, else by search as well."""
+    if problem.named and len(problem.units) * len(problem.hardware.devices) > FEW_NAMED:
+        return _searched(problem, clock)
     if not applies(problem):
         counts = counting.solve(problem, clock)
         return ([], 0) if counts is None else ([counts], counts.bound)
@@ -144,6 +148,25 @@ def _counted(problem: Problem, clock: counting.Clock) -> tuple[list[counting.Cou
     if counts is None:
         return [], 0
     return [counts, *([] if filled is None else [filled])], max(share.bound_ns, counts.bound)
+
+
+def _searched(problem: Problem, clock: counting.Clock) -> tuple[list[counting.Counts], int]:
+    """Return counts and a lower bound where layers are named: an annealed answer, and what CP-SAT makes of it."""
+    found = []
+    layers = annealing.share_out(problem, clock)
+    with contextlib.suppress(NoSolutionInTimeError):
+        # The user's time is for the search: to fill in an answer takes little, and there is none without.
+        first = counting.solve(problem, counting.Clock(), layers=layers, searches=counting.FILLING_SEARCHES)
+        found += [first] if first is not None else []
+    try:
+        # Chains are searched after this, and need most of the time: here, it is for their bound.
+        searches = counting.BOUND_SEARCHES if problem.rules.contiguous else None
+        counts = counting.solve(problem, clock, hint=found[0] if found else None, searches=searches)
+    except NoSolutionInTimeError:
+        if not found:
+            raise
+        return found, 0
+    return ([*found, counts], counts.bound) if counts is not None else (found, 0)
 
 
 def _by_tables(problem: Problem, share: Share) -> counting.Counts | None:
@@ -197,7 +220,9 @@ def _chains(
     cheapest = chain_order(problem, counts)
     orders += [cheapest] if sorted(cheapest) == sorted(names) and cheapest not in orders else []
     for order in orders:
-        found = counting.solve(problem, clock, order=order, searches=counting.SEARCHES[:2])
+        found = None
+        with contextlib.suppress(NoSolutionInTimeError):
+            found = counting.solve(problem, clock, order=order, searches=counting.SEARCHES[:2])
         if found is not None:
             yield realise(problem, found, order=order)
 
