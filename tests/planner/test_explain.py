@@ -61,10 +61,13 @@ class Table:
 
     def __init__(self, case: Case):
         self.case, self.ledger = case, Ledger(case)
-        self.column = np.arange(len(self.ledger.cost))
-        self.fits = np.ones(len(self.column), dtype=bool)
-        for name in self.ledger.places:
-            self.fits &= self.ledger.held[name] <= self.ledger._usable(name)
+        self.column = np.arange(self.ledger.size)
+        fits = np.array([self.ledger.fits(single) for single in self.ledger.singles])
+        costs = np.array([self.ledger.cost[single] for single in self.ledger.singles])
+        self.fits = fits.any(axis=0)
+        never = np.iinfo(np.int64).max
+        self.costs = np.where(fits, costs, never).min(axis=0)
+        self.single = np.where(fits, costs, never).argmin(axis=0)
 
     def where(self, layer: str, *, device: str, kept: str | None = None) -> Any:
         """Tell of every placement whether a layer runs on a device, with one of its groups whole there."""
@@ -74,8 +77,12 @@ class Table:
         groups = self.case.graph.kind_of(index).groups
         chosen = np.zeros(len(options), dtype=bool)
         for number, option in enumerate(options):
-            homes = dict(zip(groups, option.homes[self.ledger.units[unit].index(index)], strict=True))
-            whole = [homes[entry] == (device, entry.slices) for entry in groups if entry.name == kept]
+            homes = dict(zip(groups, option.kept[self.ledger.units[unit].index(index)], strict=True))
+            whole = [
+                (homes[entry].home, homes[entry].stay) == (device, entry.slices)
+                for entry in groups
+                if entry.name == kept
+            ]
             chosen[number] = option.device == device and all(whole)
         later = math.prod(len(entry) for entry in self.ledger.options[unit + 1 :])
         return chosen[self.column // later % len(options)]
@@ -86,11 +93,11 @@ class Table:
         if not usable.any():
             return None
         columns = self.column[usable]
-        return int(columns[self.ledger.cost[columns].argmin()])
+        return int(columns[self.costs[columns].argmin()])
 
     def cost(self, allowed: Any = True) -> int | None:
         best = self.best(allowed)
-        return None if best is None else int(self.ledger.cost[best])
+        return None if best is None else int(self.costs[best])
 
 
 def enumerated(
@@ -109,9 +116,10 @@ def enumerated(
             device="cpu", needed_bytes=2, available_bytes=1, smallest_fix="", message="nothing fits: cpu; add to it"
         )
     placements = table.ledger.placements(best)
-    cost = int(table.ledger.cost[best])
+    cost = int(table.costs[best])
     solver = Solver(status="optimal", objective_ns=cost, bound_ns=cost, cost_model="enumerated")
-    return placements, memory.needed_slots(graph, hardware, placements), solver
+    single = table.ledger.singles[int(table.single[best])]
+    return placements, memory.needed_slots(graph, hardware, placements, single=single), solver
 
 
 def check_machine(case: Case, plan: Plan, told: Explanation) -> None:

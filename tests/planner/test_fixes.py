@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import planner
-from brute_force import Ledger
+from brute_force import MOST_COLUMNS, Ledger
 from planner import changes, memory
 from planner import fixes as fixing
 from planner.errors import InfeasibleError, NoSolutionInTimeError, TraceError
@@ -116,7 +116,10 @@ def test_more_gpus_are_the_fewest(seed: int) -> None:
         if len(case.hardware.gpus) + count > 3:
             break
         larger = changes.with_more_gpus(case.hardware, "cuda:0", count)
-        best = Ledger(Case(case.graph, larger, case.workload)).best()
+        ledger = Ledger(Case(case.graph, larger, case.workload))
+        if ledger.size > MOST_COLUMNS:
+            break
+        best = ledger.best()
         assert (best is not None) == (fix is not None and count == fewest)
 
 

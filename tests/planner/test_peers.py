@@ -292,7 +292,8 @@ def test_no_peer_costs_less_than_what_is_proven(task: Task) -> None:
             continue
         assert solver is not None, f"{name} has a map where nothing fits"
         placements = peer(task)
-        price = cost.objective_ns(task.graph, task.hardware, task.workload, placements)
+        slots = memory.needed_slots(task.graph, task.hardware, placements)
+        price = cost.objective_ns(task.graph, task.hardware, task.workload, placements, slots)
         assert solver.bound_ns <= price, name
 
 
