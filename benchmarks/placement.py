@@ -26,6 +26,7 @@ from machine import describe
 from planner import verify_plan
 from planner.errors import PlanError
 from planner.given import dtype_of, source_of
+from planner.graph import LayerGraph
 from planner.hardware import Hardware
 from planner.placement.solution import find
 from planner.rules import NO_RULES, Rules
@@ -92,17 +93,16 @@ def traced(name: str, hardware: Hardware, *, batch: int = 1, prompt: int = 512, 
 
 
 def eight_nodes() -> peers.Task:
-    """Return Llama-3.1-405B on 64 GPUs of three kinds in 8 nodes.
-
-    Needs hardware of several nodes: until `Hardware.from_options` reads "a/b", this case is a row with its error.
-    """
+    """Return Llama-3.1-405B on 64 GPUs of three kinds in 8 nodes."""
     nodes = ["8x80GB"] * 2 + ["8x48GB"] * 3 + ["8x24GB"] * 3
     return traced("meta-llama/Llama-3.1-405B", Hardware.from_options("/".join(nodes), ram="512GB"))
 
 
-def graph_task(seed: int, nodes: int) -> Callable[[], peers.Task]:
+def graph_task(
+    seed: int, nodes: int, family: Callable[[int, int], LayerGraph] = random_graphs.random_graph
+) -> Callable[[], peers.Task]:
     def make() -> peers.Task:
-        graph = random_graphs.random_graph(seed, nodes)
+        graph = family(seed, nodes)
         machine = random_graphs.random_machine(seed, graph, GRAPH_GPUS)
         return peers.Task(graph=graph, hardware=machine, workload=random_graphs.WORKLOAD)
 
@@ -167,6 +167,17 @@ CASES = (
             quick=False,
         )
         for seed in range(3)
+    ),
+    *(
+        Case(
+            name=f"towers {seed}: {GRAPH_NODES} nodes, {GRAPH_GPUS} GPUs",
+            task=graph_task(seed, GRAPH_NODES, random_graphs.mild_graph),
+            rules=Rules(time_limit_s=55),
+            within_s=60,
+            most_gap=MOST_GAP_OF_GRAPHS,
+            quick=False,
+        )
+        for seed in range(2)
     ),
     Case(
         name=f"graph 0: {SMALL_GRAPH_NODES} nodes, {GRAPH_GPUS} GPUs",
