@@ -11,7 +11,7 @@ from planner.errors import PlanFormatError
 from planner.graph import Pass, Span
 from planner.memory import Usage, static_usage
 from planner.plan import Plan
-from planner.steps import LayerRun, Part, layer_runs, prefetch_order
+from planner.steps import LayerRun, Part, Transfer, layer_runs, prefetch_order
 from simulate.engine import Engine
 from simulate.timeline import Interval, MemorySample, Timeline
 
@@ -37,6 +37,10 @@ class _Simulation:
         self.runs = layer_runs(plan.graph, plan.placements)
         self.static = static_usage(plan.graph, plan.hardware, plan.placements, plan.slots)
         self.engine = Engine()
+        self.leaves: dict[int, list[Transfer]] = {}
+        for move in (move for run in self.runs for move in run.takes if not move.waits):
+            self.leaves.setdefault(move.source, []).append(move)
+        self.sent: dict[Transfer, int] = {}
         self.samples: list[MemorySample] = []
         self.copied: dict[str, list[int]] = {}
         self.queue: dict[str, list[Part]] = {}
@@ -81,6 +85,7 @@ class _Simulation:
                 span.kv_after_bytes - span.kv_before_bytes, other.kv_after_bytes - other.kv_before_bytes, weight
             )
             self._sample(now, run.device, self.static[run.device], cached[run.device], 0)
+            self._send(run, now, step)
         return now
 
     def _passes(self, step: int) -> tuple[tuple[Span, ...], tuple[Span, ...], float]:
@@ -123,19 +128,29 @@ class _Simulation:
 
     def _take(self, run: LayerRun, now: int, step: int) -> int:
         """Bring what other devices made and this layer is the first here to take; return when it is there."""
+        ready = max([now, *(self.sent.pop(move, now) for move in run.takes)])
         for move in run.takes:
-            duration = move.ns(self.hardware, prefill=step == 0)
-            if duration == 0:
-                continue
-            now = self.engine.issue(
-                "hop",
-                f"→ {run.name}",
-                lanes=(self._lane(move.origin, move.device),),
-                duration_ns=duration,
-                after=now,
-                step=step,
-            )
-        return now
+            if move.waits:
+                now = self._move(move, now, step)
+        return max(now, ready)
+
+    def _send(self, run: LayerRun, now: int, step: int) -> None:
+        """Send what a layer made and nothing waits for: it is under way before it is taken."""
+        for move in self.leaves.get(run.index, ()):
+            self.sent[move] = self._move(move, now, step)
+
+    def _move(self, move: Transfer, after: int, step: int) -> int:
+        duration = move.ns(self.hardware, prefill=step == 0)
+        if duration == 0:
+            return after
+        return self.engine.issue(
+            "hop",
+            f"→ {self.graph.layers[move.target].name}",
+            lanes=(self._lane(move.origin, move.device),),
+            duration_ns=duration,
+            after=after,
+            step=step,
+        )
 
     def _fetch(self, run: LayerRun, part: Part, tokens: int, now: int, step: int) -> int:
         """Copy what the router asked for, or read what the CPU is about to use; return when it is there.

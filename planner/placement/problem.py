@@ -255,7 +255,7 @@ def build(
         ties=tuple(_ties(graph, units)),
         loose_bytes=sum(tensor.nbytes for tensor in graph.loose),
         quality_budget=int(rules.quality_budget * LOSS_UNIT),
-        alike=_alike(hardware, rules),
+        alike=_alike(graph, hardware, rules),
         broadcasts=_broadcasts(graph, front, range(first, last + 1)),
         front_to_tail=_front_to_tail(graph, front, tail),
     )
@@ -337,11 +337,17 @@ def likeness(hardware: Hardware, device: Device, rules: Rules) -> object:
     )  # fmt: skip
 
 
-def _alike(hardware: Hardware, rules: Rules) -> dict[str, int]:
+def _alike(graph: LayerGraph, hardware: Hardware, rules: Rules) -> dict[str, int]:
+    """Number the devices so that exchangeable ones, on which as much was measured, have the same."""
+    measured: dict[str, list[tuple[int, int, int]]] = {}
+    for time in graph.measured:
+        measured.setdefault(time.device, []).append((time.layer, time.prefill_ns, time.decode_ns))
     numbers: dict[object, int] = {}
-    return {
-        device.name: numbers.setdefault(likeness(hardware, device, rules), len(numbers)) for device in hardware.devices
-    }
+    found = {}
+    for device in hardware.devices:
+        key = (likeness(hardware, device, rules), tuple(sorted(measured.get(device.name, ()))))
+        found[device.name] = numbers.setdefault(key, len(numbers))
+    return found
 
 
 def _broadcasts(

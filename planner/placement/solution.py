@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from planner import cost, memory
-from planner.errors import InfeasibleError, NoSolutionInTimeError
+from planner.errors import InfeasibleError, InputError, NoSolutionInTimeError
 from planner.graph import LayerGraph
 from planner.hardware import Hardware
 from planner.placement import annealing
@@ -45,6 +45,9 @@ def find(
         InfeasibleError: nothing fits. NoSolutionInTimeError: cut off before anything was found.
         InputError: a rule cannot be followed on this machine.
     """
+    shared = next((device for device in hardware.devices if device.pool != device.name), None)
+    if shared is not None:
+        raise InputError(f"{shared.name} draws on the memory of {shared.pool}; shared memory is not planned for yet")
     clock = counting.Clock(rules.time_limit_s)
     nodes = hardware.nodes if rules.never_across_nodes else (None,)
     answers, short = [], []
@@ -98,6 +101,8 @@ def _answer(
         names_help = rules.contiguous and not named and size <= MOST_NAMED
         return build(graph, hardware, workload, rules, named=True, devices=devices) if names_help else problem
     found = [realise(problem, counts) for counts in counted]
+    if len(hardware.nodes) > 1:
+        found += [entry for each in list(found) if (entry := _gathered(problem, *each)) is not None]
     best = _best(problem, found)
     if not named and (best is None or best[0] - bound > (0 if size <= FEW_NAMED else counting.NEAR * bound)):
         found += list(_chains(problem, counted[0], clock))
@@ -212,6 +217,51 @@ def _score(problem: Problem, placements: tuple[Placement, ...], slots: tuple[Slo
     return sum(usage.total for name, usage in planned.items() if name != hardware.disk(name))
 
 
+def _gathered(
+    problem: Problem, placements: tuple[Placement, ...], slots: tuple[Slots, ...]
+) -> tuple[tuple[Placement, ...], tuple[Slots, ...]] | None:
+    """Return the placement with alike devices exchanged between nodes, so that the walk stays in a node while it can;
+    None where memory that was there is not.
+    """
+    graph, hardware = problem.graph, problem.hardware
+    run_on = {placement.layer: placement.run_on for placement in placements}
+    met = list(dict.fromkeys(run_on[layer.name] for layer in graph.layers))
+    free = {device.name for device in hardware.devices}
+    names: dict[str, str] = {}
+    node = hardware.node(met[0])
+    for position, name in enumerate(met):
+        alike = [other for other in free if problem.alike[other] == problem.alike[name]]
+        inside = [other for other in alike if hardware.node(other) == node]
+        if not inside:
+            # On to the node that can take most of what is still to come.
+            wanted = [problem.alike[later] for later in met[position:]]
+            room = {
+                other: sum(
+                    problem.alike[each] in wanted for each in free if hardware.node(each) == hardware.node(other)
+                )
+                for other in alike
+            }
+            inside = [max(sorted(alike), key=room.__getitem__)]
+        names[name] = min(inside)
+        node = hardware.node(names[name])
+        free.discard(names[name])
+    moved = []
+    for placement in placements:
+        device = names[placement.run_on]
+        home = {
+            placement.run_on: device,
+            hardware.host(placement.run_on): hardware.host(device),
+            hardware.disk(placement.run_on): hardware.disk(device),
+        }[placement.home]
+        moved.append(replace(placement, run_on=device, home=home))
+    entry = tuple(moved), tuple(replace(slot, device=names[slot.device]) for slot in slots)
+    planned = memory.planned_bytes(graph, hardware, *entry)
+    pinned = memory.pinned_bytes(graph, hardware, *entry)
+    limit = hardware.pinned_limit_bytes
+    fits = all(planned[pool.name].total <= pool.usable_bytes for pool in hardware.pools)
+    return entry if fits and (limit is None or max(pinned.values()) <= limit) else None
+
+
 def _chains(
     problem: Problem, counts: counting.Counts, clock: counting.Clock
 ) -> Iterator[tuple[tuple[Placement, ...], tuple[Slots, ...]]]:
@@ -263,7 +313,6 @@ def _infeasible(problems: Sequence[Problem], clock: counting.Clock) -> Infeasibl
     best = known[0]
     pool = problem.hardware.pool(best.pool)
     needed = pool.capacity_bytes + best.missing_bytes
-    fix = "any one of these would do: " + "; ".join(_addition(entry) for entry in known)
     return InfeasibleError(
         device=best.pool,
         needed_bytes=needed,
@@ -271,7 +320,7 @@ def _infeasible(problems: Sequence[Problem], clock: counting.Clock) -> Infeasibl
         smallest_fix=_addition(best),
         shortfalls={name: entry.missing_bytes for name, entry in short.items() if entry is not None},
         message=f"nothing fits: {best.pool} has {format_bytes(pool.capacity_bytes)} and would need "
-        f"{format_bytes(needed)}; {fix}; or a shorter prompt, or a smaller batch" + _stored_otherwise(problem),
+        f"{format_bytes(needed)}" + _stored_otherwise(problem),
     )
 
 
