@@ -22,19 +22,19 @@ from planner.workload import Workload
 from small_cases import MIB, Case, build_graph, end_kind, gpu, group, machine, plan_of, span, with_nodes
 
 
-@examples(250)
+@examples(150)
 @given(case=chains(rules=constraints()))
 def test_rules_for_chains(case: Case) -> None:
     check_against_brute_force(case, always_optimal=False)
 
 
-@examples(250)
+@examples(150)
 @given(case=networks(rules=constraints()))
 def test_rules_for_graphs(case: Case) -> None:
     check_against_brute_force(case, named=True)
 
 
-@examples(100)
+@examples(60)
 @given(case=networks(gpus=("one",), nodes=2, rules=constraints(names=("node1/cuda:0", "node0/cpu"))))
 def test_rules_for_graphs_over_two_nodes(case: Case) -> None:
     check_against_brute_force(case, named=True)

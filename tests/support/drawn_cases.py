@@ -33,7 +33,9 @@ SIZES = [MIB // 2, 3 * MIB + 77 * 2, 8 * MIB, 11 * MIB, 16 * MIB + 6]
 
 
 def examples(count: int) -> Callable[[Any], Any]:
-    """Return a decorator that tries so many cases, the same ones each time unless LOADPLAN_SEED is set."""
+    """Return a decorator that tries so many cases, the same ones each time unless LOADPLAN_SEED is set; LOADPLAN_FULL=1
+    tries ten times as many.
+    """
     chosen = settings(
         max_examples=count * (10 if FULL else 1), derandomize=SEED is None, deadline=None, database=None,
         # Cases are small as they are drawn: shrinking takes minutes, and says little more.
