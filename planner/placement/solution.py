@@ -320,7 +320,7 @@ def _infeasible(problems: Sequence[Problem], clock: counting.Clock) -> Infeasibl
         smallest_fix=_addition(best),
         shortfalls={name: entry.missing_bytes for name, entry in short.items() if entry is not None},
         message=f"nothing fits: {best.pool} has {format_bytes(pool.capacity_bytes)} and would need "
-        f"{format_bytes(needed)}" + _stored_otherwise(problem),
+        f"{format_bytes(needed)}: {_addition(best)} would do" + _stored_otherwise(problem),
     )
 
 
