@@ -152,16 +152,14 @@ def drawn(seed: int, *, experts: int, gpus: int = 1) -> Case:
 @pytest.mark.parametrize("seed", range(12))
 def test_random_chains_take_what_their_cost_says(seed: int, experts: int) -> None:
     """Within 2 %, but where copying and computing take about as long: then two slots do not hide all of either."""
-    if (seed, experts) == (4, 0):
-        pytest.xfail("5 % slower than its cost; not explained yet")
     plan = plan_of(drawn(seed, experts=experts))
     assert plan.solver is not None
     found = simulate.run(plan).total_ns / plan.solver.objective_ns
     decode = cost.steps_of(plan.graph, plan.workload)[1]
     lanes = cost.lanes_of(plan.graph, plan.hardware, decode, plan.placements, "bfloat16")
     lane = lanes.get("cuda:0", cost.Lane())
-    if plan.slots_on("cuda:0", "groups") and 0.4 < lane.groups / lane.computing < 2.5:
-        assert 0.98 <= found <= 1.25
+    if plan.slots_on("cuda:0", "groups") and 0.8 < lane.groups / lane.computing < 1.25:
+        assert 0.98 <= found <= 1.08
     else:
         assert found == pytest.approx(1, rel=0.02)
 
