@@ -117,13 +117,20 @@ def test_the_same_plan_gives_the_same_timeline(plan: Plan) -> None:
 TOLERANCE = {
     "experts on the cpu": 0.06,
     "from disk": 0.03,
-    "streamed on two": 0.06,
+    "streamed on two": 0.03,
     "one token": 0.15,
     "two tokens": 0.06,
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+HIDDEN = pytest.mark.xfail(
+    strict=True, reason="of two kinds of groups, the cost takes each hidden copy for the smaller"
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[HIDDEN] if name == "streamed on two" else []) for name in CASES]
+)
 def test_it_is_close_to_the_cost_that_was_made_least(name: str, plans: dict[str, Plan]) -> None:
     plan = plans[name]
     assert plan.solver is not None
