@@ -6,13 +6,10 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 from planner.errors import InputError
 from planner.graph import LayerGraph, WeightGroup
 from planner.rules import Sensitivity
-
-Precision = Literal["int8", "nf4"]
 
 # Bits of an element, and (elements, bytes) of what each scale serves; 0 elements: a row. As bitsandbytes stores them:
 # LLM.int8() has one float32 for a row, NF4 one float32 for 64 elements (no double quantisation).

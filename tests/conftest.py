@@ -1,4 +1,4 @@
-"""No test reads or writes the user's own cache of answers."""
+"""No test reads or writes the user's own cache of answers; tests of small models may ask for one thread."""
 
 from __future__ import annotations
 
@@ -14,6 +14,17 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOADPLAN_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute with one thread: more cost more than they give with models as small as the tests'."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
