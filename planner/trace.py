@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,8 @@ from planner.workload import Workload
 _FIRST_STEPS = 3
 # Numbers of a tensor that a module keeps beside its weights are known up to this many elements.
 _SMALL_ELEMENTS = 2**12
+# The path of a module in an error is cut off after so many characters.
+_LONGEST_PATH = 80
 _KNOWN_DTYPES = (
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32, torch.float64,
     torch.float16, torch.bfloat16,
@@ -216,8 +219,11 @@ class Tracing:
         where = self.recorder.where()
         if module is not None:
             path = next((path for path, other in walk(self.skeleton) if other is module), "")
-            where = f" in {path!r}" if path else ""
+            where = f" in {path if len(path) <= _LONGEST_PATH else path[:_LONGEST_PATH] + '...'!r}" if path else ""
         reason = str(exc) if isinstance(exc, TraceError) else f"{operator}{type(exc).__name__}: {exc}"
+        if isinstance(exc, RecursionError):
+            # Where Python stopped says nothing, and depends on who called.
+            reason = f"RecursionError: calls nest deeper than {sys.getrecursionlimit()} (see sys.setrecursionlimit)"
         return TraceError(f"{type(self.model).__name__} could not be traced{where}: {reason}")
 
     def graph(self, *, allocator_bytes: int = 0) -> LayerGraph:

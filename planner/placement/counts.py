@@ -45,6 +45,8 @@ SHORTFALL_SEARCHES = ((1, 0.3), (2, 0.3), (1, 1.0))
 # That clock can all but stand still while a search goes in circles. Only then does a wall clock end it.
 LONGEST_SEARCH_S = 30.0
 LONGEST_SHORTFALL_S = 2.0
+# When the user's time ends before anything is found, a first answer is looked for all the same, for so long.
+LONGEST_FIRST_ANSWER_S = 5.0
 MOST_OBJECTIVE = 2**60
 # More than what moves between devices in one step takes: a quarter of an hour.
 MOST_MOVING_NS = 2**40
@@ -676,13 +678,7 @@ class _Model:
             left = clock.left_s(longest_s)
             if left <= 0 and best is not None:
                 break
-            solver = cp_model.CpSolver()
-            solver.parameters.num_workers = 1
-            solver.parameters.random_seed = 0
-            solver.parameters.linearization_level = level
-            solver.parameters.max_deterministic_time = limit
-            solver.parameters.max_time_in_seconds = max(left, 0.01)
-            solver.parameters.catch_sigint_signal = False
+            solver = _solver(level, limit, max(left, 0.01))
             found = _solve(solver, self.model, clock)
             if found != cp_model.UNKNOWN or best is None:
                 best, status = solver, found
@@ -696,6 +692,10 @@ class _Model:
                 for index in range(len(self.model.proto.variables)):
                     variable = self.model.get_int_var_from_proto_index(index)
                     self.model.add_hint(variable, solver.value(variable))
+        if status == cp_model.UNKNOWN and clock.is_over() and not clock.interrupted:
+            best = _solver(*searches[0], LONGEST_FIRST_ANSWER_S)
+            best.parameters.stop_after_first_solution = True
+            status = _solve(best, self.model, clock)
         return best, status
 
     def solve(
@@ -730,6 +730,17 @@ class _Model:
             at=values(self.at),
             single=frozenset(name for name, two in self.two.items() if not solver.value(two)),
         )
+
+
+def _solver(level: int, limit: float, seconds: float) -> cp_model.CpSolver:
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = 1
+    solver.parameters.random_seed = 0
+    solver.parameters.linearization_level = level
+    solver.parameters.max_deterministic_time = limit
+    solver.parameters.max_time_in_seconds = seconds
+    solver.parameters.catch_sigint_signal = False
+    return solver
 
 
 def _solve(solver: cp_model.CpSolver, model: cp_model.CpModel, clock: Clock) -> Any:

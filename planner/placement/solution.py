@@ -120,7 +120,19 @@ def _answer(
     if best is None:
         raise NoSolutionInTimeError("no contiguous placement was found in time; allow others, or give it more time")
     placements, slots = found[best[1]]
+    bound = max(bound, _computing_ns(problem))
     return _Answer(placements=placements, slots=slots, objective=best[0], bound=min(bound, best[0]))
+
+
+def _computing_ns(problem: Problem) -> int:
+    """Return a bound that is there when a search is cut off before its own: every layer computes somewhere."""
+    if problem.workload.objective == "fit":
+        return 0
+    return sum(
+        step.weight * unit.count * min(costs.compute_ns[step.name] for costs in unit.on.values())
+        for step in problem.steps
+        for unit in problem.units
+    )
 
 
 def _best(problem: Problem, found: Sequence[tuple[tuple[Placement, ...], tuple[Slots, ...]]]) -> tuple[int, int] | None:

@@ -134,8 +134,9 @@ def test_an_interrupt_gives_the_best_that_was_found() -> None:
     assert 0 < found["gap"] < 1
 
 
-def test_a_time_limit_gives_the_best_that_was_found() -> None:
-    done = subprocess.run([sys.executable, "-c", LONG, "3"], capture_output=True, text=True, timeout=60, check=True)
+@pytest.mark.parametrize("limit", ["3", "0.001"])
+def test_a_time_limit_gives_the_best_that_was_found(limit: str) -> None:
+    done = subprocess.run([sys.executable, "-c", LONG, limit], capture_output=True, text=True, timeout=60, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["layers"], found["status"]) == (40, "feasible")
     assert 0 < found["gap"] < 1
