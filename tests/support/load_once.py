@@ -1,5 +1,6 @@
 """Loads checkpoints by plans in a process of its own, and prints the most that the kernel says any load took:
-`python load_once.py CASES.json`, a list of {"folder", "plan", "loaded", "tiny", "repeats"}. Imports nothing that predicts.
+`python load_once.py CASES.json`, a list of {"folder", "plan", "loaded", "tiny", "repeats"}. Imports nothing that
+predicts.
 """
 
 from __future__ import annotations
