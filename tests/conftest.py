@@ -27,12 +27,5 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of one file in one process, since they share what is slow to make, and so those of the GPU."""
-    for item in items:
-        needs_gpu = item.get_closest_marker("gpu") is not None
-        item.add_marker(pytest.mark.xdist_group("gpu" if needs_gpu else str(item.path)))
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files anew")
