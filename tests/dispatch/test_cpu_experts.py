@@ -140,7 +140,8 @@ def test_the_cpu_computes_with_the_waiting_memory_itself() -> None:
     model = model_of("mixtral")
     there = dispatched(model, experts_away(model.plan, limit=1000, kept=1))
     for source in sources(there):
-        for expert, store in enumerate(source._waiting, start=1):
+        assert list(source._waiting) == list(range(1, 1 + len(source._waiting)))
+        for expert, store in source._waiting.items():
             begin = store.slab.data_ptr()  # type: ignore[attr-defined]
             places = [view.data_ptr() - begin for view in source.on_host(expert).values()]
             assert all(0 <= place < store.layout.nbytes for place in places)
