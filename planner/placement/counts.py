@@ -5,7 +5,7 @@ Variables, for a unit u, a device d, a group g in a precision p and a memory m o
     stored[u, d, g, p]      how many of them have the group in that precision
     away[u, d, g, p, m]     how many slices of the group, over those layers, wait in that memory
     at[u, d, g, p, m]       in how many of those layers the waiting slices are in that memory
-    priced[u, d, g, p, m]   of the slices away, how many have each price, where experts are not equally popular
+    dearer[u, d, g, p, m]   of the slices away, how many are above each price, where experts are not equally popular
     used[d], two[d]         whether anything runs there; whether whole groups have two slots and not one
     time[s, d], total[s]    what step s takes on d, and in all
 The model counts and does not name, so alike layers give it no symmetry; alike devices are ordered by their layers. What
@@ -154,7 +154,7 @@ class _Model:
         self.stored: dict[Stored, Any] = {}
         self.away: dict[tuple[Stored, str], Any] = {}
         self.at: dict[tuple[Stored, str], Any] = {}
-        self.priced: dict[tuple[Stored, str], list[tuple[int, Price, Any]]] = {}
+        self.dearer: dict[tuple[Stored, str], list[tuple[int, Price, Any]]] = {}
         self.options: dict[Stored, Option] = {}
         self.held: dict[str, list[Any]] = {pool.name: [] for pool in self.hardware.pools}
         self.pinned: dict[str, list[Any]] = {device.name: [] for device in self.hardware.hosts}
@@ -259,27 +259,28 @@ class _Model:
                 spread.append(layers)
                 # [Constraint] the waiting slices of one layer's group have one home
                 model.add(slices <= group.slices * layers)
-            self._price(unit, key, home, slices, layers)
+            self._dearer(unit, key, home, slices, layers)
             self._copied(unit, key, option, home, slices, most)
         if spread:
             model.add(sum(spread) <= here)
         if total:
             model.add(sum(total) <= group.slices * here)
 
-    def _price(self, unit: Unit, key: Stored, home: Home, slices: Any, layers: Any) -> None:
-        """Say how many of the slices in a home have each price: the cheapest of every layer there wait first."""
-        levels = home.levels()
-        if len(levels) == 1:
-            self.priced[key, home.memory] = [(*levels[0], slices)]
-            return
-        parts = []
-        for number, (count, price) in enumerate(levels):
-            part = self.model.new_int_var(0, unit.count * count, f"priced {key} {home.memory} {number}")
-            # [Constraint] no layer has more slices of a price than there are
-            self.model.add(part <= count * layers)
-            parts.append((count, price, part))
-        self.model.add(sum(part for _, _, part in parts) == slices)
-        self.priced[key, home.memory] = parts
+    def _dearer(self, unit: Unit, key: Stored, home: Home, slices: Any, layers: Any) -> None:
+        """Say how many of the slices in a home are above each price: those beyond the cheaper ones of each layer there.
+
+        What the slices cost is then a sum over the rises in price, convex as it is.
+        """
+        before = 0
+        self.dearer[key, home.memory] = found = []
+        for count, price in home.levels():
+            beyond = slices
+            if before:
+                beyond = self.model.new_int_var(0, unit.count * (home.slices - before), f"{key} {home.memory} {before}")
+                # [Constraint] the slices that are dear are at least those that are not cheap
+                self.model.add(beyond >= slices - before * layers)
+            found.append((before, price, beyond))
+            before += count
 
     def _copied(self, unit: Unit, key: Stored, option: Option, home: Home, slices: Any, most: int) -> None:
         """Note what a home's copies need: slots, staging memory for what is on disk, and time that is not hidden."""
@@ -299,16 +300,16 @@ class _Model:
         if option.prefetched:
             self.streams[name].append((option.smallest_ns, waits))
         else:
-            parts = self.priced[key, home.memory]
             for step in home.lane_ns:
-                copied = [part for _, price, part in parts if price.lane_ns[step]]
+                # Slices that are never used ask for nothing.
+                copied = next((entry for entry in self.dearer[key, home.memory] if entry[1].lane_ns[step]), None)
+                if copied is None:
+                    continue
                 literal = waits
-                if copied and len(copied) < len(parts):
-                    # Those that are never used wait for nothing.
+                if copied[0]:
                     literal = model.new_bool_var(f"copies {key} {home.memory} {step}")
-                    model.add(sum(copied) <= most * literal)
-                if copied:
-                    self.demands.setdefault((step, name), []).append(literal)
+                    model.add(copied[2] <= most * literal)
+                self.demands.setdefault((step, name), []).append(literal)
 
     def _tie(self, tie: Tie) -> None:
         """Take a tied tensor off each memory as often as it waits there beyond once."""
@@ -645,7 +646,9 @@ class _Model:
 
     def _work(self, step: str, name: str) -> tuple[list[Any], list[Any], list[Any]]:
         """Return what a device computes, what it copies on demand, and its copies of whole groups."""
-        computing, demand, groups = [], [], []
+        computing: list[Any] = []
+        demand: list[Any] = []
+        groups: list[Any] = []
         for unit in self.problem.units:
             if name in unit.on:
                 computing.append(unit.on[name].compute_ns[step] * self.layers[unit.name, name])
@@ -653,14 +656,12 @@ class _Model:
                     for option in choices:
                         stored = (unit.name, name, key, option.dtype)
                         for home in option.homes:
-                            for _, price, slices in self.priced[stored, home.memory]:
-                                serial, lane = price.serial_ns[step], price.lane_ns[step]
-                                if option.prefetched:
-                                    groups.append(lane * slices)
-                                elif lane:
-                                    demand.append(serial * slices)
-                                else:
-                                    computing.append(serial * slices)
+                            below = 0
+                            for _, price, slices in self.dearer[stored, home.memory]:
+                                ns = price.lane_ns[step] if option.prefetched else price.serial_ns[step]
+                                kind = groups if option.prefetched else demand if price.lane_ns[step] else computing
+                                kind.append((ns - below) * slices)
+                                below = ns
         return computing, demand, groups
 
     def _longest_ns(self, step: str, name: str) -> int:
@@ -691,13 +692,10 @@ class _Model:
                 if variable.index not in seen:
                     seen.add(variable.index)
                     self.model.add_hint(variable, found.get(key, 0))
-        for at, parts in self.priced.items():
-            left = counts.away.get(at, 0)
-            layers = counts.at.get(at, left) if at in self.at else counts.stored.get(at[0], 0)
-            for count, _, part in parts if len(parts) > 1 else ():
-                taken = min(left, count * layers)
-                self.model.add_hint(part, taken)
-                left -= taken
+        for at, parts in self.dearer.items():
+            layers = counts.at.get(at, 0) if at in self.at else counts.stored.get(at[0], 0)
+            for before, _, beyond in parts[1:]:
+                self.model.add_hint(beyond, max(0, counts.away.get(at, 0) - before * layers))
 
     def run(
         self, searches: Sequence[tuple[int, float]], clock: Clock, *, longest_s: float = LONGEST_SEARCH_S

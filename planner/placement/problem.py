@@ -49,6 +49,10 @@ class Home:
     cpu_up_to_tokens: int = 0
 
     @property
+    def slices(self) -> int:
+        return sum(price.slices for price in self.prices)
+
+    @property
     def lane_ns(self) -> dict[str, int]:
         """Return what the first slice to wait adds to the link's time: of a whole group, all of it."""
         return self.prices[0].lane_ns
