@@ -288,6 +288,7 @@ def test_one_curve_is_the_mean_of_sorted_layers() -> None:
     assert "equally popular where nothing was given: block.2" in popularity.note(graph)
 
 
+@examples(60)
 @given(st.lists(st.integers(0, 10**6), min_size=2, max_size=40), st.integers(1, 40), st.integers(1, 9))
 def test_steps_keep_the_sum_and_the_order(counts: list[int], used: int, times: int) -> None:
     assume(any(counts) and used <= len(counts))
@@ -342,9 +343,10 @@ def test_plans_with_rankings_come_back_and_others_do_not_mention_them() -> None:
     plan = place(case, {"block.1": [1, 2, 3, 4]})
     assert Plan.from_json(plan.to_json()) == plan
     assert '"ranking"' in plan.to_json()
-    plain = place(case).to_json()
-    assert '"ranking"' not in plain
-    assert '"buckets"' not in plain
+    plain = place(case)
+    assert '"ranking"' not in plain.to_json()
+    assert '"buckets"' not in plain.to_json()
+    assert Plan.from_json(plain.to_json()) == plain
 
 
 # What is given
@@ -360,6 +362,18 @@ def test_the_order_of_layers_changes_nothing(tmp_path: Path) -> None:
     plans = {place(case, given).to_json() for given in (SKEWED, turned, path, str(other), Popularity.of(turned))}
     assert len(plans) == 1
     assert Popularity.load(path) == Popularity.load(other) == Popularity.of(SKEWED)
+
+
+def test_the_documented_example_is_read(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "popularity.md").read_text(encoding="utf-8")
+    path = tmp_path / "counts.json"
+    path.write_text(page.split("```json\n")[1].split("```")[0])
+    found = Popularity.load(path)
+    assert [(entry.layer, len(entry.counts)) for entry in found.layers] == [
+        ("model.layers.0", 8),
+        ("model.layers.1", 8),
+    ]
+    assert f"at most {MOST_BUCKETS} steps" in page
 
 
 @pytest.mark.parametrize(
