@@ -95,6 +95,7 @@ class _Dispatch:
         self.placed = [
             (p, g, [f"{p.layer}.{t.name}" for t in g.tensors]) for p, g in with_groups(plan.graph, plan.placements)
         ]
+        self.rankings = plan.graph.rankings()
         self.reads_files = any(self._waits_on_disk(p) and waiting_slices(p, g) for p, g, _ in self.placed)
         self.rings: dict[tuple[str, str], SlotRing] = {}
         self.resident: dict[str, torch.Tensor] = {}
@@ -232,13 +233,14 @@ class _Dispatch:
         module = self.model.get_submodule(path)
         kept = placement.resident_slices or 0
         leaves = {name: name.removeprefix(f"{path}.") for name in names}
-        resident = [
-            {leaves[name]: view for name, view in self.weights.slab(names, device, expert=expert).items()}
-            for expert in range(kept)
-        ]
-        waiting = [
-            self._store(placement, names, device, expert).renamed(leaves) for expert in range(kept, group.slices)
-        ]
+        ranked = self.rankings.get(placement.layer, tuple(range(group.slices)))
+        resident = {
+            expert: {leaves[name]: view for name, view in self.weights.slab(names, device, expert=expert).items()}
+            for expert in sorted(ranked[:kept])
+        }
+        waiting = {
+            expert: self._store(placement, names, device, expert).renamed(leaves) for expert in sorted(ranked[kept:])
+        }
         owners = {leaf: (module, leaf) for leaf in leaves.values()}
         ring = self.rings.get((placement.run_on, "experts"))
         limit = placement.cpu_up_to_tokens

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from planner.graph import LayerGraph
     from planner.hardware import Hardware
     from planner.plan import Plan
+    from planner.popularity import Popularity
     from planner.rules import Pin, Rules, Sensitivity
     from planner.search import FrontierPoint
     from planner.verify import Violation, verify_plan
@@ -40,6 +41,7 @@ _HOMES = {
     "PlanError": "planner.errors",
     "PlanFormatError": "planner.errors",
     "PlanMismatchError": "planner.errors",
+    "Popularity": "planner.popularity",
     "Rules": "planner.rules",
     "Sensitivity": "planner.rules",
     "TraceError": "planner.errors",
@@ -68,6 +70,7 @@ __all__ = [
     "PlanError",
     "PlanFormatError",
     "PlanMismatchError",
+    "Popularity",
     "Rules",
     "Sensitivity",
     "TraceError",

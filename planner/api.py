@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from planner import cache, loading, memory, search
@@ -22,6 +23,7 @@ from planner.graph import LayerGraph
 from planner.hardware import Hardware, products
 from planner.headers import find_headers
 from planner.plan import SCHEMA_VERSION, Execution, ModelInfo, Plan, Prediction
+from planner.popularity import Popularity
 from planner.question import Question
 from planner.rules import NO_RULES, Rules
 from planner.tracer import Report, attention_of, tracing_for
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 _DRAWN_ROUTINGS = 4
 # Objectives that choose the size of the work; what is given of it is the least.
 _SIZED = ("throughput", "max-batch", "max-context")
+PopularityGiven = str | Path | Mapping[str, Sequence[float]] | Popularity | None
 
 
 def plan_model(
@@ -50,6 +53,7 @@ def plan_model(
     hardware: Hardware | None = None,
     workload: Workload | None = None,
     rules: Rules = NO_RULES,
+    popularity: PopularityGiven = None,
     hub: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -63,7 +67,8 @@ def plan_model(
     The machine is `hardware`, or is described by `gpus`, `ram`, `disk` and `max_memory`; the work is `workload`, or is
     described by `batch_size`, `prompt_tokens`, `new_tokens` and other fields of a Workload; `rules` are constraints and
     choices beyond the capacities. With the objectives "throughput", "max-batch" and "max-context" the batch or the
-    prompt is searched for, from the one given upwards. `example_inputs` are what
+    prompt is searched for, from the one given upwards. `popularity` says how often each expert of each layer was routed
+    to (a file, or {layer: counts}; docs/popularity.md); all are alike where it is left out. `example_inputs` are what
     the model is traced with, which modules that are not of transformers need. `report` is told what is being done.
 
     Raises:
@@ -73,8 +78,8 @@ def plan_model(
     asked = _asked(
         model, gpus=gpus, ram=ram, disk=disk, batch_size=batch_size, prompt_tokens=prompt_tokens,
         new_tokens=new_tokens, weight_dtype=weight_dtype, max_memory=max_memory, hardware=hardware, workload=workload,
-        rules=rules, hub=hub, revision=revision, trust_remote_code=trust_remote_code, use_cache=use_cache,
-        example_inputs=example_inputs, report=report, **more_work,
+        rules=rules, popularity=popularity, hub=hub, revision=revision, trust_remote_code=trust_remote_code,
+        use_cache=use_cache, example_inputs=example_inputs, report=report, **more_work,
     )  # fmt: skip
     # What a time limit cuts off depends on the hour.
     keeps = asked.cacheable and rules.time_limit_s is None
@@ -110,11 +115,13 @@ def place(
     workload: Workload,
     rules: Rules = NO_RULES,
     *,
+    popularity: PopularityGiven = None,
     report: Report = lambda text: None,
 ) -> Plan:
     """Return the best plan for any layer graph, also one read from JSON (`LayerGraph.from_json`), with its prediction.
 
     The work is what the graph's passes were made for: its batch, its prompt and whether tokens are generated.
+    `popularity` is as in `plan_model`; where it is left out, experts are as popular as the graph says.
 
     Raises:
         InputError: graph and work contradict each other, or a rule cannot be followed. InfeasibleError: nothing fits.
@@ -132,6 +139,8 @@ def place(
     if graph.batch_size != workload.rows:
         raise InputError(f"the graph is of {graph.batch_size} sequences at a time, and the work of {workload.rows}")
     rules.check(graph, hardware)
+    routed = Popularity.of(popularity)
+    graph = graph if routed is None else routed.on(graph)
     report("placing")
     try:
         placements, slots, solver = find(graph, hardware, workload, rules)
@@ -155,7 +164,7 @@ def place(
         workload=workload,
         rules=rules,
         execution=Execution(attention=None, experts=None),
-        assumptions=hardware.assumptions,
+        assumptions=hardware.assumptions if routed is None else (routed.note(graph), *hardware.assumptions),
         placements=placements,
         slots=slots,
         prediction=None,
@@ -190,6 +199,7 @@ def _asked(
     hardware: Hardware | None = None,
     workload: Workload | None = None,
     rules: Rules = NO_RULES,
+    popularity: PopularityGiven = None,
     hub: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -216,19 +226,21 @@ def _asked(
         on_hub = source.source == "hub"
         stored = find_headers(folder=source.folder, hub=on_hub, name=source.id, revision=source.revision, notes=notes)
     dtype = dtype_of(weight_dtype, source, module, stored, notes)
+    routed = Popularity.of(popularity)
     parts = {
         "model": [source.id, source.source, source.revision, source.config_digest],
         "hardware": hardware,
         "workload": workload,
         "rules": rules,
+        "popularity": routed,
         "dtype": dtype,
         "notes": notes,
         "stored": stored and stored.digest(),
     }
     cacheable = use_cache and module is None
     question = Question(
-        source, module, dtype, notes, stored=stored, trust_remote_code=trust_remote_code, examples=example_inputs,
-        use_cache=cacheable, report=report,
+        source, module, dtype, notes, stored=stored, popularity=routed, trust_remote_code=trust_remote_code,
+        examples=example_inputs, use_cache=cacheable, report=report,
     )  # fmt: skip
     return _Asked(
         question=question, hardware=hardware, workload=workload, name=cache.key("plan", parts), cacheable=cacheable

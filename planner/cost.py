@@ -4,7 +4,8 @@ A layer takes the longest of: its FLOPs at the device's matmul rate, its bytes a
 roofline of Williams, Waterman and Patterson, CACM 2009), and its operators at the host's price of each; or what it was
 measured to take. Weights that must come from elsewhere take their bytes over the narrowest link of the way, and a
 latency. Experts that the CPU computes where they wait take the longer of their bytes at its memory rate and their FLOPs
-at its matmul rate, and two latencies of the link to hand the hidden states over and back.
+at its matmul rate, and two latencies of the link to hand the hidden states over and back. The experts that wait are the
+least popular ones of a layer, and each counts as often as it is expected to be used.
 
 In one pass, layers run one after another, so the times of the devices add up. A device takes
 
@@ -26,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from planner.graph import LayerGraph, LayerKind, Pass, Span, WeightGroup
+from planner.graph import Bucket, LayerGraph, LayerKind, Pass, Span, WeightGroup
 from planner.hardware import Device, Hardware
 from planner.memory import SLOT_COUNT, waiting_slices, with_groups
 from planner.plan import Placement, Slots
@@ -94,26 +95,50 @@ def waiting_bytes(group: WeightGroup, memory: Memory) -> int:
 
 
 def slice_copy_ns(
-    hardware: Hardware, group: WeightGroup, home: str, device: str, memory: Memory, *, tokens: int
+    hardware: Hardware, group: WeightGroup, bucket: Bucket, home: str, device: str, memory: Memory, *, tokens: int
 ) -> int:
-    """Return the expected time per pass that one waiting slice costs: its copy, times the chance that it is used."""
+    """Return the expected time per pass that one waiting slice of a bucket costs: its copy, times the chance that it
+    is used.
+    """
     whole = copy_ns(hardware, home, device, memory, waiting_bytes(group, memory))
-    return int(whole * group.expected_slices(tokens) / group.slices)
+    return int(whole * group.used(bucket, tokens))
 
 
-def slice_cpu_ns(hardware: Hardware, group: WeightGroup, home: str, device: str, *, tokens: int, dtype: str) -> int:
+def waiting_copy_ns(
+    hardware: Hardware, group: WeightGroup, home: str, device: str, memory: Memory, *, waiting: int, tokens: int
+) -> int:
+    """Return the expected time per pass that the waiting slices of a layer's group cost: the least popular ones."""
+    return sum(
+        count * slice_copy_ns(hardware, group, bucket, home, device, memory, tokens=tokens)
+        for count, bucket in group.waiting(waiting)
+    )
+
+
+def slice_cpu_ns(
+    hardware: Hardware, group: WeightGroup, bucket: Bucket, home: str, device: str, *, tokens: int, dtype: str
+) -> int:
     """Return the expected time per pass in which the CPU `home` computes one expert that waits there for `device`.
 
     A multiply-add of each weight for each token that is routed to it; hidden states go there and back.
     """
     host = hardware.device(home)
-    used = group.expected_slices(tokens) / group.slices
+    used = group.used(bucket, tokens)
     elements = sum(tensor.elements for tensor in group.tensors) // group.slices
-    routed = tokens * group.used_slices / group.slices
+    routed = tokens * bucket.chance
     memory = used * group.slice_slab_bytes * 1e9 / host.bytes_per_s
     arithmetic = 2.0 * routed * elements * 1e9 / host.flops_for(dtype)
     latencies = hardware.link(home, device).latency_ns + hardware.link(device, home).latency_ns
     return int(max(memory, arithmetic) + used * latencies)
+
+
+def waiting_cpu_ns(
+    hardware: Hardware, group: WeightGroup, home: str, device: str, *, waiting: int, tokens: int, dtype: str
+) -> int:
+    """Return the expected time per pass in which the CPU computes the waiting experts of a layer's group."""
+    return sum(
+        count * slice_cpu_ns(hardware, group, bucket, home, device, tokens=tokens, dtype=dtype)
+        for count, bucket in group.waiting(waiting)
+    )
 
 
 def is_prefetched(group: WeightGroup, device: Device) -> bool:
@@ -216,15 +241,15 @@ def lanes_of(
         home, name, memory = placement.home, placement.run_on, placement.memory
         lane, device = lanes[name], hardware.device(name)
         if memory != "disk" and tokens <= placement.cpu_up_to_tokens:
-            lane.computing += waiting * slice_cpu_ns(hardware, group, home, name, tokens=tokens, dtype=dtype)
+            lane.computing += waiting_cpu_ns(hardware, group, home, name, waiting=waiting, tokens=tokens, dtype=dtype)
             continue
-        each = slice_copy_ns(hardware, group, home, name, memory, tokens=tokens)
+        copies = waiting_copy_ns(hardware, group, home, name, memory, waiting=waiting, tokens=tokens)
         if is_prefetched(group, device):
-            lane.groups += waiting * each
+            lane.groups += copies
             smallest = smallest_copy_ns(hardware, group, name)
             lane.smallest = min(smallest, lane.smallest) if lane.smallest else smallest
         else:
-            lane.on_demand += waiting * each
+            lane.on_demand += copies
     return lanes
 
 

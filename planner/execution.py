@@ -6,6 +6,7 @@ the router chose need to be on the device. Its arithmetic is that of transformer
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any, Protocol
 
 import torch
@@ -21,10 +22,8 @@ SOURCE_ATTRIBUTE = "_loadplan_experts"
 class ExpertSource(Protocol):
     """Gives the tensors of one expert, on the device where its layer runs or in the host's memory."""
 
-    def host_from(self, tokens: int) -> int:
-        """Return from which expert on the host computes them, in a call of so many tokens: as many as there are where
-        it computes none.
-        """
+    def host_computes(self, tokens: int) -> Set[int]:
+        """Return the experts that the host computes in a call of so many tokens."""
 
     def begin(self, module: torch.nn.Module, experts: list[int]) -> None:
         """Announce which experts this call will fetch, in order."""
@@ -47,8 +46,9 @@ def routed_experts(
     One read of the routed ids by the host; then each routed expert once, in ascending order. Rows of an expert are
     ordered by rank, then token, as transformers' eager experts order them, so that both give the same bits.
 
-    Experts that the host computes come last: the device is given its own work first, and does it meanwhile. Tokens go
-    to the host once, with the routed ids; an expert's products come back as soon as they are there.
+    While the host computes its experts, the device does what it was given before: all of its own, where those that wait
+    have the highest numbers. Tokens go to the host once, with the routed ids; an expert's products come back as soon as
+    they are there.
     """
     final = torch.zeros_like(hidden_states)
     top_k = top_k_index.shape[-1]
@@ -58,20 +58,20 @@ def routed_experts(
     # Counted without `bincount`, which would make the host wait for a GPU once more.
     tally = by_rank.new_zeros(self.num_experts + 1).scatter_add_(0, by_rank, torch.ones_like(by_rank))
     source: ExpertSource | None = getattr(self, SOURCE_ATTRIBUTE, None)
-    host_from = self.num_experts if source is None else source.host_from(tokens)
+    on_host: Set[int] = frozenset() if source is None else source.host_computes(tokens)
     # Sent ahead of the counts, on the same stream: when the host has those, these are there too.
-    sent = (_to_host(hidden_states), _to_host(order)) if host_from < self.num_experts else None
+    sent = (_to_host(hidden_states), _to_host(order)) if on_host else None
     counts = tally[: self.num_experts].tolist()
     routed = [expert for expert, count in enumerate(counts) if count]
     if source is not None:
-        source.begin(self, [expert for expert in routed if expert < host_from])
+        source.begin(self, [expert for expert in routed if expert not in on_host])
     start = 0
     for expert in routed:
         span = slice(start, start + counts[expert])
         start += counts[expert]
         rows = order[span]
         token, rank = rows % tokens, torch.div(rows, tokens, rounding_mode="floor")
-        if source is not None and sent is not None and expert >= host_from:
+        if source is not None and sent is not None and expert in on_host:
             states, places = sent
             product = _one_expert(self, states[places[span] % tokens], source.on_host(expert))
             value = _to_device(product, final.device) * top_k_weights[token, rank, None]

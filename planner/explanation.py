@@ -15,6 +15,7 @@ from planner.errors import InfeasibleError, InputError, NoSolutionInTimeError
 from planner.graph import LayerGraph, WeightGroup
 from planner.hardware import Hardware, Link
 from planner.plan import Placement, Plan, Solver
+from planner.popularity import described
 from planner.rules import Pin, Rules
 from planner.units import GIB
 from planner.workload import Objective
@@ -110,7 +111,10 @@ class LayerReason:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """Why a plan is as it is. All costs are those of the cost model named, for the objective named."""
+    """Why a plan is as it is. All costs are those of the cost model named, for the objective named.
+
+    popularity: how popular experts are, in words, where that was given.
+    """
 
     model: str
     objective: Objective
@@ -121,6 +125,7 @@ class Explanation:
     memories: tuple[MemoryUse, ...]
     changes: tuple[Change, ...]
     layer: LayerReason | None
+    popularity: str | None = None
 
 
 def explain(
@@ -152,6 +157,7 @@ def explain(
         objective_ns=found.objective_ns,
         bound_ns=found.bound_ns,
         cost_model=found.cost_model,
+        popularity=described(plan.graph),
         memories=_memories(plan, solver),
         changes=(*_more_memory(plan, solver), *_faster_links(plan, solver)),
         layer=None if layer is None else _layer(plan, solver, layer),

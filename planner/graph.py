@@ -10,11 +10,11 @@ import functools
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from planner.errors import PlanFormatError
-from planner.serial import canonical, decode
+from planner.serial import OMITTED, canonical, decode
 from planner.units import round_up
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Tensors inside one slab start at multiples of this, so that any kernel may read them where they lie.
 SLAB_ALIGNMENT_BYTES = 256
+# Chances of a group's slices add up to how many one token uses, but for rounding.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,12 +74,21 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """So many slices of a group that are equally popular. chance: that one token uses a certain one of them."""
+
+    slices: int
+    chance: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightGroup:
     """Tensors of one layer that are stored and moved together.
 
     slices: 1, or the number of experts, which are the first dimension of every tensor; each can be placed by itself.
     used_slices: how many slices one token uses (top-k); 1 where slices is 1.
     streamable: whether the group may wait elsewhere than on the device that computes with it.
+    buckets: of all slices, the most popular first; none: each is equally popular.
     """
 
     name: str
@@ -85,6 +96,7 @@ class WeightGroup:
     used_slices: int
     streamable: bool
     tensors: tuple[Tensor, ...]
+    buckets: tuple[Bucket, ...] = field(default=(), metadata=OMITTED)
 
     @property
     def nbytes(self) -> int:
@@ -107,14 +119,34 @@ class WeightGroup:
         """Whether the files hold each tensor as it is computed with, so that it can be used straight from there."""
         return all(t.stored is None or (t.stored.pieces == 1 and not t.is_converted) for t in self.tensors)
 
-    def expected_slices(self, tokens: int) -> float:
-        """Return how many distinct slices `tokens` independent tokens are expected to use: E * (1 - (1 - k/E)^T).
+    @property
+    def from_least(self) -> tuple[Bucket, ...]:
+        """Return all slices, the least popular first: the order in which they are let wait."""
+        if self.buckets:
+            return self.buckets[::-1]
+        return (Bucket(slices=self.slices, chance=self.used_slices / self.slices),)
 
-        Assumes that the router picks each expert equally often.
+    def waiting(self, slices: int) -> Iterator[tuple[int, Bucket]]:
+        """Yield how many of each bucket wait where so many slices do: the least popular ones."""
+        for bucket in self.from_least:
+            taken = min(slices, bucket.slices)
+            if taken:
+                yield taken, bucket
+            slices -= taken
+
+    def used(self, bucket: Bucket, tokens: int) -> float:
+        """Return the chance that any of `tokens` tokens uses a certain slice of a bucket: 1 - (1 - p)^T.
+
+        Exact where tokens choose independently of each other, each using the slice with the bucket's chance p.
         """
-        if self.slices == 1:
-            return 1.0
-        return self.slices * (1.0 - (1.0 - self.used_slices / self.slices) ** tokens)
+        return 1.0 if self.slices == 1 else 1.0 - (1.0 - bucket.chance) ** tokens
+
+    def expected_slices(self, tokens: int) -> float:
+        """Return how many distinct slices `tokens` independent tokens are expected to use, the sum of all chances.
+
+        Where each of E is equally popular and a token uses k of them, that is E * (1 - (1 - k/E)^T).
+        """
+        return sum(bucket.slices * self.used(bucket, tokens) for bucket in self.from_least)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,10 +166,14 @@ class LayerKind:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """One layer in execution order: its module path and the index of its kind."""
+    """One layer in execution order: its module path and the index of its kind.
+
+    ranking: its experts by their numbers, the most popular first; none: in the order of their numbers.
+    """
 
     name: str
     kind: int
+    ranking: tuple[int, ...] = field(default=(), metadata=OMITTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,6 +289,10 @@ class LayerGraph:
     def kind_of(self, index: int) -> LayerKind:
         return self.kinds[self.layers[index].kind]
 
+    def rankings(self) -> dict[str, tuple[int, ...]]:
+        """Return the ranking of every layer that has one."""
+        return {layer.name: layer.ranking for layer in self.layers if layer.ranking}
+
     def tensors(self) -> Iterator[tuple[int, WeightGroup, str, Tensor]]:
         """Yield (layer index, group, full name, tensor) for every tensor of every layer, ties repeated."""
         for index, layer in enumerate(self.layers):
@@ -361,3 +401,29 @@ class LayerGraph:
                     raise PlanFormatError(
                         f"graph group {kind.name}.{group.name} cannot be cut into {group.slices} slices"
                     )
+                _check_buckets(kind, group)
+        for layer in self.layers:
+            sliced = [group.slices for group in self.kinds[layer.kind].groups if group.slices > 1]
+            if layer.ranking and (len(sliced) != 1 or sorted(layer.ranking) != list(range(sliced[0]))):
+                raise PlanFormatError(
+                    f"graph layer {layer.name} has a ranking that does not name each of its experts once"
+                )
+
+
+def _check_buckets(kind: LayerKind, group: WeightGroup) -> None:
+    """Raise PlanFormatError where the popularity of a group's slices cannot be."""
+    if not group.buckets:
+        return
+    chances = [bucket.chance for bucket in group.buckets]
+    used = sum(bucket.slices * bucket.chance for bucket in group.buckets)
+    if (
+        sum(bucket.slices for bucket in group.buckets) != group.slices
+        or min(bucket.slices for bucket in group.buckets) < 1
+        or not all(0 <= chance <= 1 for chance in chances)
+        or chances != sorted(chances, reverse=True)
+        or abs(used - group.used_slices) > _ROUNDING * group.used_slices
+    ):
+        raise PlanFormatError(
+            f"graph group {kind.name}.{group.name}: buckets hold its {group.slices} slices, the most popular first, "
+            f"and their chances add up to the {group.used_slices} that one token uses"
+        )

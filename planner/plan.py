@@ -61,8 +61,8 @@ class Placement:
     home: where it waits; run_on: where its layer computes. Equal: resident. Else it is streamed through a slot.
     memory: what kind of memory the home is.
     nbytes: of the group in the precision it has here.
-    resident_slices: of a group with slices (experts), how many stay on `run_on`, the first ones; the rest wait at
-        `home`. None for a group that is not sliced.
+    resident_slices: of a group with slices (experts), how many stay on `run_on`: the first of its layer's ranking in
+        the graph, or without one those of the lowest numbers; the rest wait at `home`. None without slices.
     cpu_up_to_tokens: slices that wait in host memory are computed there, by the CPU, in passes of at most so many
         tokens over all rows, and copied in longer ones; 0: always copied.
     dtype: the precision that the group is stored in ("int8", "nf4"); None: the model's own.

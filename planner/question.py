@@ -12,6 +12,7 @@ from planner.graph import LayerGraph
 from planner.hardware import Hardware
 from planner.models import ModelSource, load_config
 from planner.plan import SCHEMA_VERSION, Execution, ModelInfo, Placement, Plan
+from planner.popularity import Popularity
 from planner.rules import Rules
 from planner.tracer import ASSUMED_CPU, Report, Tracer
 from planner.workload import Workload
@@ -31,6 +32,7 @@ class Question:
         notes: Sequence[str],
         *,
         stored: Headers | None = None,
+        popularity: Popularity | None = None,
         trust_remote_code: bool = False,
         examples: Mapping[str, Any] | tuple[Any, ...] | None = None,
         use_cache: bool = True,
@@ -39,6 +41,7 @@ class Question:
         self.source, self.dtype, self.notes, self.report = source, dtype, tuple(notes), report
         self._module, self._stored, self._examples = module, stored, examples
         self._trust_remote_code, self._use_cache = trust_remote_code, use_cache
+        self._popularity = popularity
         self._tracers: dict[object, Tracer] = {}
         self._traced: dict[object, tuple[LayerGraph, Execution]] = {}
 
@@ -97,7 +100,8 @@ class Question:
             rules=rules,
             execution=execution,
             assumptions=(
-                *self.notes, *tracer.notes, *_execution_notes(workload, execution, hardware), *hardware.assumptions,
+                *self.notes, *tracer.notes, *_execution_notes(workload, execution, hardware, self._routed(graph)),
+                *hardware.assumptions,
             ),
             placements=placements,
             slots=slots,
@@ -144,16 +148,21 @@ class Question:
     def _trace(self, tracer: Tracer, *, routed: bool) -> tuple[LayerGraph, Execution]:
         key = (id(tracer), routed)
         if key not in self._traced:
-            self._traced[key] = tracer.trace(routed=routed)
+            graph, execution = tracer.trace(routed=routed)
+            self._traced[key] = (graph if self._popularity is None else self._popularity.on(graph)), execution
             self._module = tracer.module
         return self._traced[key]
+
+    def _routed(self, graph: LayerGraph) -> str | None:
+        """Return what is assumed of the experts' popularity where that was given."""
+        return None if self._popularity is None else self._popularity.note(graph)
 
 
 def _experts_stay(placements: Sequence[Placement]) -> bool:
     return all(p.home == p.run_on for p in placements if p.resident_slices is not None)
 
 
-def _execution_notes(workload: Workload, execution: Execution, hardware: Hardware) -> list[str]:
+def _execution_notes(workload: Workload, execution: Execution, hardware: Hardware, routed: str | None) -> list[str]:
     choice = "greedy decoding (assumed)" if workload.sampling == "greedy" else "sampling"
     if workload.num_beams > 1:
         choice = f"{workload.num_beams} beams" + (", sampled" if workload.sampling == "sample" else "")
@@ -164,8 +173,9 @@ def _execution_notes(workload: Workload, execution: Execution, hardware: Hardwar
     if execution.experts is not None:
         notes.append(
             f"experts run as {execution.experts}: memory counts the worst routing, time the expected number of "
-            "distinct experts, each equally popular (assumed)"
+            f"distinct experts{', each equally popular (assumed)' if routed is None else ''}"
         )
+    notes += [] if routed is None else [routed]
     if hardware.gpus:
         notes.append(f"operators and their scratch as torch runs them on {hardware.gpus[0].product}, by its sources")
     else:

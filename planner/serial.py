@@ -18,12 +18,15 @@ from typing import Any, TypeVar
 from planner.errors import InputError, PlanFormatError
 
 T = TypeVar("T")
+# Metadata of a field that is left out of JSON where it holds its default: documents from before it stay as they are.
+OMITTED = {"omitted": True}
 
 
 def encode(value: Any) -> Any:
     """Return `value` (dataclasses, tuples, dicts, scalars) as JSON-ready data; field order is kept."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        held = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {field.name: encode(here) for field, here in held if not (_may_lack(field) and here == field.default)}
     if isinstance(value, (tuple, list)):
         return [encode(item) for item in value]
     if isinstance(value, dict):
@@ -34,6 +37,10 @@ def encode(value: Any) -> Any:
 def canonical(value: Any) -> str:
     """Return the one JSON text of `value`: compact scalars, one space of indent, no NaN, a final newline."""
     return json.dumps(encode(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _may_lack(field: dataclasses.Field[Any]) -> bool:
+    return bool(field.metadata.get("omitted"))
 
 
 @functools.cache
@@ -99,13 +106,14 @@ def _decode_dataclass(kind: type, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise PlanFormatError(f"{where} must be an object, and is {_name(data)}")
     fields = _fields(kind)
-    missing = [name for name in fields if name not in data]
+    may_lack = {field.name for field in dataclasses.fields(kind) if _may_lack(field)}
+    missing = [name for name in fields if name not in data and name not in may_lack]
     unknown = [name for name in data if name not in fields]
     if missing or unknown:
         words = [f"lacks {', '.join(missing)}"] if missing else []
         words += [f"has unknown {', '.join(unknown)}"] if unknown else []
         raise PlanFormatError(f"{where} {' and '.join(words)}")
-    return kind(**{name: _decode(hint, data[name], f"{where}.{name}") for name, hint in fields.items()})
+    return kind(**{name: _decode(hint, data[name], f"{where}.{name}") for name, hint in fields.items() if name in data})
 
 
 def _decode_union(kind: Any, data: Any, where: str) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from planner import loading, memory
+from planner.errors import PlanFormatError
 from planner.plan import Placement, Plan
 from planner.precision import losses, stored_as
 from planner.units import format_bytes
@@ -23,11 +24,15 @@ class Violation:
 def verify_plan(plan: Plan) -> tuple[Violation, ...]:
     """Return every constraint that the plan breaks; empty when it holds.
 
-    Checked: every group of every layer is placed once, on devices and homes that exist and can be reached; a layer
-    runs on one device; groups that must not wait elsewhere do not; the user's rules and the quality budget are kept;
-    slots are large enough; no memory holds more than its usable capacity; the prediction's peaks, those of loading
-    too, are the placement's.
+    Checked: the graph's parts agree, rankings of experts among them; every group of every layer is placed once, on
+    devices and homes that exist and can be reached; a layer runs on one device; groups that must not wait elsewhere do
+    not; the user's rules and the quality budget are kept; slots are large enough; no memory holds more than its usable
+    capacity; the prediction's peaks, those of loading too, are the placement's.
     """
+    try:
+        plan.graph.check()
+    except PlanFormatError as error:
+        return (Violation(rule="graph", message=str(error)),)
     found = _check_placements(plan)
     if found:
         return tuple(found)

@@ -160,15 +160,19 @@ class _Simulation:
         home, kind = part.placement.home, part.placement.memory
         label = f"{run.name} {part.group.name}"
         if kind != "disk" and part.on_cpu(tokens):
-            each = cost.slice_cpu_ns(self.hardware, part.group, home, run.device, tokens=tokens, dtype=self.dtype)
+            taken = cost.waiting_cpu_ns(
+                self.hardware, part.group, home, run.device, waiting=part.waiting, tokens=tokens, dtype=self.dtype
+            )
             lanes: tuple[str, ...] = (f"{home} compute",)
-            return self.engine.issue("run", label, lanes=lanes, duration_ns=each * part.waiting, after=now, step=step)
-        each = cost.slice_copy_ns(self.hardware, part.group, home, run.device, kind, tokens=tokens)
+            return self.engine.issue("run", label, lanes=lanes, duration_ns=taken, after=now, step=step)
+        taken = cost.waiting_copy_ns(
+            self.hardware, part.group, home, run.device, kind, waiting=part.waiting, tokens=tokens
+        )
         return self.engine.issue(
             "read" if kind == "disk" else "copy",
             label,
             lanes=self._lanes(home, run.device, kind),
-            duration_ns=each * part.waiting,
+            duration_ns=taken,
             after=now,
             step=step,
         )

@@ -19,7 +19,7 @@ PACKAGES = ("planner", "simulate", "dispatch", "reports")
 ORDER = (
     ("errors",),
     ("units", "serial"),
-    ("hardware", "gpus", "machines", "machine_file", "workload", "graph", "rules"),
+    ("hardware", "gpus", "machines", "machine_file", "workload", "graph", "rules", "popularity"),
     ("plan", "changes"),
     ("precision",),
     ("lifetimes", "interpolation"),
@@ -236,8 +236,8 @@ def test_importing_dispatch_loads_torch_at_most() -> None:
 PUBLIC = {
     "planner": [
         "Explanation", "FrontierPoint", "Hardware", "InfeasibleError", "InputError", "LayerGraph", "MemoryPrediction",
-        "NoSolutionInTimeError", "Pin", "Plan", "PlanError", "PlanFormatError", "PlanMismatchError", "Rules",
-        "Sensitivity", "TraceError", "Violation", "Workload", "explain", "frontier", "place", "plan_model",
+        "NoSolutionInTimeError", "Pin", "Plan", "PlanError", "PlanFormatError", "PlanMismatchError", "Popularity",
+        "Rules", "Sensitivity", "TraceError", "Violation", "Workload", "explain", "frontier", "place", "plan_model",
         "predict", "predict_memory", "verify_plan",
     ],
     "simulate": ["Interval", "MemorySample", "Timeline", "run"],

@@ -65,6 +65,8 @@ def render(explanation: Explanation, *, color: bool = False) -> str:
     _table(page, [(_words(change), *_bought(explanation, change.answer)) for change in explanation.changes])
     page.line()
     page.paragraph(f"Costs are those of the model {explanation.cost_model}.", style="dim")
+    if explanation.popularity is not None:
+        page.paragraph(f"{explanation.popularity[:1].upper()}{explanation.popularity[1:]}.", style="dim")
     return page.text()
 
 

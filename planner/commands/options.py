@@ -111,6 +111,11 @@ def add_work_options(parser: argparse.ArgumentParser, *, choices: bool = False) 
         f"dynamic{several})",
     )  # fmt: skip
     work.add_argument("--forward", action="store_true", help="plain forward calls instead of generate()")
+    if choices:
+        work.add_argument(
+            "--experts-popularity", metavar="FILE",
+            help="how often each expert of each layer was routed to (docs/popularity.md; default: all alike)",
+        )  # fmt: skip
     several = "; then int8 and nf4 where weights may wait in them, as bfloat16,int8, or choose" if choices else ""
     work.add_argument(
         "--dtype", metavar="NAME", help=f"bfloat16, float16 or float32 (default: the checkpoint's{several})"

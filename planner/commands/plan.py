@@ -66,7 +66,7 @@ def run(argv: Sequence[str]) -> int:
     """Plan, write the files asked for, then print; outputs are checked before the work starts."""
     args = parser().parse_args(options.join_negatives(argv))
     hardware = options.hardware(args)
-    read = [path for path in (args.model, args.hardware) if path is not None]
+    read = [path for path in (args.model, args.hardware, args.experts_popularity) if path is not None]
     out = options.output_path("--out", args.out, inputs=read)
     page = options.output_path("--report", args.report, inputs=read)
     options.different_paths(out, page)
@@ -109,6 +109,7 @@ def _question(args: argparse.Namespace, hardware: Hardware, progress: Progress) 
         "hardware": hardware,
         **options.work(args),
         **rules_options.choices(args),
+        "popularity": args.experts_popularity,
         "hub": args.hub,
         "revision": args.revision,
         "trust_remote_code": args.trust_remote_code,

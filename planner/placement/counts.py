@@ -5,6 +5,7 @@ Variables, for a unit u, a device d, a group g in a precision p and a memory m o
     stored[u, d, g, p]      how many of them have the group in that precision
     away[u, d, g, p, m]     how many slices of the group, over those layers, wait in that memory
     at[u, d, g, p, m]       in how many of those layers the waiting slices are in that memory
+    dearer[u, d, g, p, m]   of the slices away, how many are above each price, where experts are not equally popular
     used[d], two[d]         whether anything runs there; whether whole groups have two slots and not one
     time[s, d], total[s]    what step s takes on d, and in all
 The model counts and does not name, so alike layers give it no symmetry; alike devices are ordered by their layers. What
@@ -25,7 +26,7 @@ from ortools.sat.python import cp_model
 from planner import memory
 from planner.errors import NoSolutionInTimeError
 from planner.placement import moves
-from planner.placement.problem import Home, Option, Problem, Tie, Unit, UnitCost
+from planner.placement.problem import Home, Option, Price, Problem, Tie, Unit, UnitCost
 
 # (linearization level, limit) tried in turn: most instances are proven at once at one level or the other, and which
 # one is not known before. Limits are on CP-SAT's own deterministic clock, so that a search is cut off at the same
@@ -155,6 +156,7 @@ class _Model:
         self.stored: dict[Stored, Any] = {}
         self.away: dict[tuple[Stored, str], Any] = {}
         self.at: dict[tuple[Stored, str], Any] = {}
+        self.dearer: dict[tuple[Stored, str], list[tuple[int, Price, Any]]] = {}
         self.options: dict[Stored, Option] = {}
         self.held: dict[str, list[Any]] = {pool.name: [] for pool in self.hardware.pools}
         self.pinned: dict[str, list[Any]] = {device.name: [] for device in self.hardware.hosts}
@@ -252,17 +254,35 @@ class _Model:
             self.held[name].append(-option.freed_bytes * slices)
             if home.memory == "pinned":
                 self.pinned[home.place].append(home.nbytes * slices)
+            layers = here
             if len(option.homes) > 1 and group.slices > 1:
                 layers = model.new_int_var(0, unit.count, f"at {key} {home.memory}")
                 self.at[key, home.memory] = layers
                 spread.append(layers)
                 # [Constraint] the waiting slices of one layer's group have one home
                 model.add(slices <= group.slices * layers)
+            self._dearer(unit, key, home, slices, layers)
             self._copied(unit, key, option, home, slices, most)
         if spread:
             model.add(sum(spread) <= here)
         if total:
             model.add(sum(total) <= group.slices * here)
+
+    def _dearer(self, unit: Unit, key: Stored, home: Home, slices: Any, layers: Any) -> None:
+        """Say how many of the slices in a home are above each price: those beyond the cheaper ones of each layer there.
+
+        What the slices cost is then a sum over the rises in price, convex as it is.
+        """
+        before = 0
+        self.dearer[key, home.memory] = found = []
+        for count, price in home.levels():
+            beyond = slices
+            if before:
+                beyond = self.model.new_int_var(0, unit.count * (home.slices - before), f"{key} {home.memory} {before}")
+                # [Constraint] the slices that are dear are at least those that are not cheap
+                self.model.add(beyond >= slices - before * layers)
+            found.append((before, price, beyond))
+            before += count
 
     def _copied(self, unit: Unit, key: Stored, option: Option, home: Home, slices: Any, most: int) -> None:
         """Note what a home's copies need: slots, staging memory for what is on disk, and time that is not hidden."""
@@ -282,9 +302,16 @@ class _Model:
         if option.prefetched:
             self.streams[name].append((option.smallest_ns, waits))
         else:
-            for step, lane in home.lane_ns.items():
-                if lane:
-                    self.demands.setdefault((step, name), []).append(waits)
+            for step in home.lane_ns:
+                # Slices that are never used ask for nothing.
+                copied = next((entry for entry in self.dearer[key, home.memory] if entry[1].lane_ns[step]), None)
+                if copied is None:
+                    continue
+                literal = waits
+                if copied[0]:
+                    literal = model.new_bool_var(f"copies {key} {home.memory} {step}")
+                    model.add(copied[2] <= most * literal)
+                self.demands.setdefault((step, name), []).append(literal)
 
     def _tie(self, tie: Tie) -> None:
         """Take a tied tensor off each memory as often as it waits there beyond once."""
@@ -621,7 +648,9 @@ class _Model:
 
     def _work(self, step: str, name: str) -> tuple[list[Any], list[Any], list[Any]]:
         """Return what a device computes, what it copies on demand, and its copies of whole groups."""
-        computing, demand, groups = [], [], []
+        computing: list[Any] = []
+        demand: list[Any] = []
+        groups: list[Any] = []
         for unit in self.problem.units:
             if name in unit.on:
                 computing.append(unit.on[name].compute_ns[step] * self.layers[unit.name, name])
@@ -629,14 +658,12 @@ class _Model:
                     for option in choices:
                         stored = (unit.name, name, key, option.dtype)
                         for home in option.homes:
-                            slices = self.away[stored, home.memory]
-                            serial, lane = home.serial_ns[step], home.lane_ns[step]
-                            if option.prefetched:
-                                groups.append(lane * slices)
-                            elif lane:
-                                demand.append(serial * slices)
-                            else:
-                                computing.append(serial * slices)
+                            below = 0
+                            for _, price, slices in self.dearer[stored, home.memory]:
+                                ns = price.lane_ns[step] if option.prefetched else price.serial_ns[step]
+                                kind = groups if option.prefetched else demand if price.lane_ns[step] else computing
+                                kind.append((ns - below) * slices)
+                                below = ns
         return computing, demand, groups
 
     def _longest_ns(self, step: str, name: str) -> int:
@@ -649,7 +676,7 @@ class _Model:
             total += costs.compute_ns[step] * unit.count
             for choices in costs.options.values():
                 slowest = [
-                    max(home.lane_ns[step], home.serial_ns[step]) * option.group.slices
+                    sum(max(price.lane_ns[step], price.serial_ns[step]) * price.slices for price in home.prices)
                     for option in choices
                     for home in option.homes
                 ]
@@ -667,6 +694,10 @@ class _Model:
                 if variable.index not in seen:
                     seen.add(variable.index)
                     self.model.add_hint(variable, found.get(key, 0))
+        for at, parts in self.dearer.items():
+            layers = counts.at.get(at, 0) if at in self.at else counts.stored.get(at[0], 0)
+            for before, _, beyond in parts[1:]:
+                self.model.add_hint(beyond, max(0, counts.away.get(at, 0) - before * layers))
 
     def run(
         self, searches: Sequence[tuple[int, float]], clock: Clock, *, longest_s: float = LONGEST_SEARCH_S

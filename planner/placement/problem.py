@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from planner import cost, memory, precision
 from planner.errors import InputError
-from planner.graph import SLAB_ALIGNMENT_BYTES, LayerGraph, WeightGroup
+from planner.graph import SLAB_ALIGNMENT_BYTES, Bucket, LayerGraph, WeightGroup
 from planner.hardware import Device, Hardware
 from planner.rules import Rules
 from planner.units import round_up
@@ -22,20 +22,59 @@ from planner.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Price:
+    """What each of so many slices of one layer's group costs where it waits.
+
+    serial_ns, lane_ns: by step, what it adds to the device's own time, and to its link's.
+    """
+
+    slices: int
+    serial_ns: dict[str, int]
+    lane_ns: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Home:
     """One memory that slices of a group may wait in, for one device.
 
-    nbytes: of a slice there. serial_ns, lane_ns: by step, what a waiting slice adds to the device's own time, and to
-    its link's. needs_slot: it is copied, in some step, through a slot. cpu_up_to_tokens: see Placement.
+    nbytes: of a slice there. prices: of all slices, the least popular first, which are the cheapest in every step and
+    wait first. needs_slot: they are copied, in some step, through a slot. cpu_up_to_tokens: see Placement.
     """
 
     place: str
     memory: cost.Memory
     nbytes: int
-    serial_ns: dict[str, int]
-    lane_ns: dict[str, int]
+    prices: tuple[Price, ...]
     needs_slot: bool
     cpu_up_to_tokens: int = 0
+
+    @property
+    def slices(self) -> int:
+        return sum(price.slices for price in self.prices)
+
+    @property
+    def lane_ns(self) -> dict[str, int]:
+        """Return what the first slice to wait adds to the link's time: of a whole group, all of it."""
+        return self.prices[0].lane_ns
+
+    def levels(self) -> list[tuple[int, Price]]:
+        """Return how many slices of one layer have each price, the cheapest first; alike prices are one."""
+        found: list[tuple[int, Price]] = []
+        for price in self.prices:
+            count, last = found[-1] if found else (0, None)
+            if last is not None and (last.serial_ns, last.lane_ns) == (price.serial_ns, price.lane_ns):
+                found[-1] = (count + price.slices, last)
+            else:
+                found.append((price.slices, price))
+        return found
+
+    def serial_ns(self, step: str, waiting: int) -> int:
+        """Return what so many waiting slices of one layer add to the device's own time."""
+        total = 0
+        for price in self.prices:
+            total += min(waiting, price.slices) * price.serial_ns[step]
+            waiting -= min(waiting, price.slices)
+        return total
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -493,42 +532,55 @@ class _Maker:
 
     def _home(self, group: WeightGroup, device: Device, place: str, kind: cost.Memory) -> Home:
         tokens = {step.name: step.tokens * self.graph.batch_size for step in self.steps}
-        copied = {
-            step.name: cost.slice_copy_ns(self.hardware, group, place, device.name, kind, tokens=tokens[step.name])
-            for step in self.steps
-        }
         until = 0
-        computed: dict[str, int] = {}
         if kind != "disk" and group.slices > 1 and self.rules.cpu_experts:
-            computed = {
-                step.name: cost.slice_cpu_ns(
-                    self.hardware, group, place, device.name, tokens=tokens[step.name], dtype=self.dtype
-                )
-                for step in self.steps
-            }
-            until = self._least(copied, computed, tokens)
+            until = self._cpu_up_to(group, device, place, kind, tokens)
         prefetched = cost.is_prefetched(group, device)
-        serial, lane = {}, {}
-        for name in copied:
-            is_computed = bool(computed) and tokens[name] <= until
-            lane[name] = 0 if is_computed else copied[name]
-            serial[name] = computed[name] if is_computed else 0 if prefetched else copied[name]
+        prices = []
+        for bucket in group.from_least:
+            serial, lane = {}, {}
+            for name, now in tokens.items():
+                if now <= until:
+                    lane[name], serial[name] = 0, self._computed(group, bucket, device, place, now)
+                else:
+                    lane[name] = self._copied(group, bucket, device, place, kind, now)
+                    serial[name] = 0 if prefetched else lane[name]
+            prices.append(Price(slices=bucket.slices, serial_ns=serial, lane_ns=lane))
         return Home(
             place=place,
             memory=kind,
             nbytes=cost.waiting_bytes(group, kind),
-            serial_ns=serial,
-            lane_ns=lane,
+            prices=tuple(prices),
             needs_slot=(device.kind != "cpu" or group.slices > 1) and not all(t <= until for t in tokens.values()),
             cpu_up_to_tokens=until,
         )
 
-    def _least(self, copied: dict[str, int], computed: dict[str, int], tokens: dict[str, int]) -> int:
-        """Return the number of tokens up to which computing on the CPU costs least in all, of 0 and each step's."""
+    def _copied(
+        self, group: WeightGroup, bucket: Bucket, device: Device, place: str, kind: cost.Memory, tokens: int
+    ) -> int:
+        return cost.slice_copy_ns(self.hardware, group, bucket, place, device.name, kind, tokens=tokens)
+
+    def _computed(self, group: WeightGroup, bucket: Bucket, device: Device, place: str, tokens: int) -> int:
+        return cost.slice_cpu_ns(self.hardware, group, bucket, place, device.name, tokens=tokens, dtype=self.dtype)
+
+    def _cpu_up_to(
+        self, group: WeightGroup, device: Device, place: str, kind: cost.Memory, tokens: dict[str, int]
+    ) -> int:
+        """Return the number of tokens up to which computing on the CPU costs least, of 0 and each step's, all slices of
+        the group taken together.
+        """
 
         def total(until: int) -> int:
             return sum(
-                step.weight * (computed if tokens[step.name] <= until else copied)[step.name] for step in self.steps
+                step.weight
+                * bucket.slices
+                * (
+                    self._computed(group, bucket, device, place, tokens[step.name])
+                    if tokens[step.name] <= until
+                    else self._copied(group, bucket, device, place, kind, tokens[step.name])
+                )
+                for step in self.steps
+                for bucket in group.from_least
             )
 
         return min(sorted({0, *tokens.values()}), key=total)

@@ -241,7 +241,7 @@ def _lasts_ns(problem: Problem, index: int, name: str, kept: dict[tuple[int, str
     for group in problem.graph.kind_of(index).groups:
         found = kept.get((index, group.name))
         if found is not None and found.home is not None:
-            total += found.waiting * found.home.serial_ns[step]
+            total += found.home.serial_ns(step, found.waiting)
     return total
 
 

@@ -33,7 +33,7 @@ _FAR = np.int64(2**60)
 
 @dataclass(slots=True)
 class _Kind:
-    """Groups of one size and price that a device may stream: (unit, group) → slices of each layer.
+    """Slices of one size and price that a device may stream: (unit, group) → how many of each layer.
 
     memory: of the home that costs least; is_exact: it does so in every step.
     """
@@ -162,7 +162,8 @@ def _filled_in(
             for (unit, key), slices in kind.units.items():
                 taken = min(amount, counts[unit] * slices)
                 if taken:
-                    away[(unit, name, key, None), kind.memory] = taken
+                    at = (unit, name, key, None), kind.memory
+                    away[at] = away.get(at, 0) + taken
                     amount -= taken
     return away, frozenset(single)
 
@@ -275,31 +276,33 @@ def _kinds(problem: Problem, device: Device, units: list[Unit]) -> list[_Kind]:
             if not option.homes:
                 continue
             names = [step.name for step in problem.steps]
-            serial = {name: min(home.serial_ns[name] for home in option.homes) for name in names}
-            lane = {name: min(home.lane_ns[name] for home in option.homes) for name in names}
-            # A home that computes where it waits copies nothing, so no copy holds others up.
-            copied = {name: lane[name] > 0 for name in names}
             needs_slot = all(home.needs_slot for home in option.homes)
             size = memory.allocation_bytes(option.group.slice_slab_bytes, device) if needs_slot else 0
-            kind = _Kind(
-                freed=option.freed_bytes,
-                slot=size,
-                lane=min(lane.values()) if option.prefetched else 0,
-                serial=serial,
-                copied=copied,
-                units={},
-                is_whole=option.prefetched,
-                memory=option.homes[0].memory,
-                is_exact=option.homes[0].serial_ns == serial
-                and option.homes[0].lane_ns == lane
-                and option.homes[0].needs_slot == needs_slot,
-            )
-            key = (
-                kind.freed, kind.slot, kind.lane, tuple(serial.values()), tuple(copied.values()), kind.is_whole,
-                kind.memory, kind.is_exact,
-            )  # fmt: skip
-            kind = found.setdefault(key, kind)
-            kind.units[unit.name, option.key] = option.group.slices
+            for prices in zip(*(home.prices for home in option.homes), strict=True):
+                serial = {name: min(price.serial_ns[name] for price in prices) for name in names}
+                lane = {name: min(price.lane_ns[name] for price in prices) for name in names}
+                # A home that computes where it waits copies nothing, so no copy holds others up.
+                copied = {name: lane[name] > 0 for name in names}
+                kind = _Kind(
+                    freed=option.freed_bytes,
+                    slot=size,
+                    lane=min(lane.values()) if option.prefetched else 0,
+                    serial=serial,
+                    copied=copied,
+                    units={},
+                    is_whole=option.prefetched,
+                    memory=option.homes[0].memory,
+                    is_exact=prices[0].serial_ns == serial
+                    and prices[0].lane_ns == lane
+                    and option.homes[0].needs_slot == needs_slot,
+                )
+                key = (
+                    kind.freed, kind.slot, kind.lane, tuple(serial.values()), tuple(copied.values()), kind.is_whole,
+                    kind.memory, kind.is_exact,
+                )  # fmt: skip
+                kind = found.setdefault(key, kind)
+                here = (unit.name, option.key)
+                kind.units[here] = kind.units.get(here, 0) + prices[0].slices
     return list(found.values())
 
 
@@ -351,7 +354,8 @@ def _stream(
     beside: tuple[int, dict[str, int]],
 ) -> _Choice | None:
     """Return the least weighted time with enough streamed to free what is missing."""
-    is_exact = len(sliced) <= 1 and all(kind.is_exact for kind, _ in (*whole, *sliced))
+    sliced.sort(key=lambda entry: tuple(entry[0].serial.values()))
+    is_exact = _is_ladder(sliced) and all(kind.is_exact for kind, _ in (*whole, *sliced))
     whole.sort(key=lambda entry: -entry[0].freed * entry[1])
     while math.prod(most + 1 for _, most in whole) > MOST_COMBINATIONS * (1 if sliced else whole[0][1] + 1):
         kind, most = whole.pop()
@@ -381,7 +385,7 @@ def _stream(
                 at, experts = found[1:]
                 streamed = [(kind, int(amount[at])) for (kind, _), amount in zip(enumerated, taken, strict=True)]
                 streamed += [(more[0], int(extra[at]))] if more is not None else []
-                streamed += [(sliced[0][0], experts)] if sliced else []
+                streamed += _taken(experts, sliced)
                 best = _Choice(found[0], slots, tuple(entry for entry in streamed if entry[1]), is_exact=is_exact)
     return best
 
@@ -404,6 +408,27 @@ def _filled(
     return rest - amount * kind.freed, lane + amount * kind.lane, np.minimum(smallest, kind.lane), amount
 
 
+def _is_ladder(sliced: list[tuple[_Kind, int]]) -> bool:
+    """Tell whether of two kinds of experts, in order, the first is as large and costs no more in any step: then it is
+    never worse to stream all of the first before any of the next.
+    """
+    return all(
+        (one.freed, one.slot) == (other.freed, other.slot)
+        and all(one.serial[step] <= ns for step, ns in other.serial.items())
+        and all(one.copied[step] <= copied for step, copied in other.copied.items())
+        for (one, _), (other, _) in itertools.pairwise(sliced)
+    )
+
+
+def _taken(experts: int, sliced: list[tuple[_Kind, int]]) -> list[tuple[_Kind, int]]:
+    """Return how many of each kind are streamed where so many experts are, the first kinds first."""
+    found = []
+    for kind, most in sliced:
+        found.append((kind, min(experts, most)))
+        experts -= found[-1][1]
+    return found
+
+
 def _price(
     problem: Problem,
     computing: dict[str, int],
@@ -417,6 +442,7 @@ def _price(
     """Return (least weighted time, combination, slices of experts), experts freeing the bytes still missing."""
     amount = np.zeros(rest.size, np.int64)
     experts = {step.name: np.zeros(rest.size, np.int64) for step in problem.steps}
+    queued = {step.name: np.zeros(rest.size, np.bool_) for step in problem.steps}
     streams = rest > 0
     if sliced:
         # Several kinds of experts: each step at the price of the cheapest, which is no more than any mixture costs.
@@ -424,15 +450,20 @@ def _price(
         room = sum(kind.freed * most for kind, most in sliced)
         wanted = np.where(streams, rest + memory.SLOT_COUNT * slot, 0)
         fits = wanted <= room
-        if len(sliced) == 1:
-            kind = sliced[0][0]
-            amount = -(-wanted // kind.freed)
-            for step in problem.steps:
-                experts[step.name] = amount * kind.serial[step.name]
+        if _is_ladder(sliced):
+            amount = -(-wanted // sliced[0][0].freed)
+            left = amount
+            for kind, most in sliced:
+                taken = np.minimum(left, most)
+                left = left - taken
+                for step in problem.steps:
+                    experts[step.name] += taken * kind.serial[step.name]
+                    queued[step.name] |= (taken > 0) & kind.copied[step.name]
         else:
             for step in problem.steps:
                 each = min(kind.serial[step.name] / kind.freed for kind, _ in sliced)
                 experts[step.name] = np.floor(wanted * each).astype(np.int64)
+                queued[step.name] = streams & all(kind.copied[step.name] for kind, _ in sliced)
     else:
         fits = ~streams
     if not fits.any():
@@ -444,11 +475,10 @@ def _price(
         exposed = np.maximum(lane - hidden, 0)
         apart = serial + exposed
         if slots > 1:
-            queued = streams & any(kind.copied[step.name] for kind, _ in sliced)
             blocks, ends = beside[0], beside[1][step.name]
             outside = ends - (-(serial - ends) // blocks)
             together = np.where(exposed > 0, np.maximum(serial, exposed + outside), serial)
-            apart = np.where(queued & (lane > 0), apart, together)
+            apart = np.where(queued[step.name] & (lane > 0), apart, together)
         total += step.weight * apart
     at = int(np.where(fits, total, _INFINITE).argmin())
     return int(total[at]), at, int(amount[at])

@@ -66,6 +66,23 @@ def test_same_bits_as_the_plain_model(make_case: Any, name: str, mode: str) -> N
     assert torch.equal(case.logits(plain), want)
 
 
+@pytest.mark.parametrize("home", ["cpu", "disk"])
+def test_experts_of_any_ranking_are_read_where_they_belong(make_case: Any, home: str) -> None:
+    case = make_case("mixtral")
+    plan = case.plan(gpus="1x24GB")
+    blocks = [layer.name for layer in plan.graph.layers if ".layers." in layer.name]
+    popularity = planner.Popularity.of(dict.fromkeys(blocks, (3, 1, 4, 2, 9, 0, 8, 8)))
+    assert popularity is not None
+    plan = streamed(dataclasses.replace(plan, graph=popularity.on(plan.graph)), home, resident_slices=3)
+    assert plan.graph.rankings() == dict.fromkeys(blocks, (4, 6, 7, 2, 0, 3, 1, 5))
+    case.run_like(plan)
+    model = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
+    assert torch.equal(case.logits(model), case.logits(case.reference))
+    state = dispatch.remove(model).state_dict()
+    for key, value in case.reference.state_dict().items():
+        assert torch.equal(state[key], value), key
+
+
 @pytest.mark.parametrize("mode", ["gpu from host", "disk"])
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_a_loaded_model_needs_no_checkpoint(make_case: Any, tmp_path: Path, name: str, mode: str) -> None:

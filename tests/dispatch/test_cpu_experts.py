@@ -140,7 +140,8 @@ def test_the_cpu_computes_with_the_waiting_memory_itself() -> None:
     model = model_of("mixtral")
     there = dispatched(model, experts_away(model.plan, limit=1000, kept=1))
     for source in sources(there):
-        for expert, store in enumerate(source._waiting, start=1):
+        assert list(source._waiting) == list(range(1, 1 + len(source._waiting)))
+        for expert, store in source._waiting.items():
             begin = store.slab.data_ptr()  # type: ignore[attr-defined]
             places = [view.data_ptr() - begin for view in source.on_host(expert).values()]
             assert all(0 <= place < store.layout.nbytes for place in places)
@@ -224,3 +225,42 @@ def test_an_exception_in_the_cpus_part_leaves_the_model_usable(monkeypatch: pyte
         with pytest.raises(KeyboardInterrupt):
             model.answer(there)
     assert torch.equal(model.answer(there), model.answer(model.reference))
+
+
+# Experts that are not equally popular
+
+
+@pytest.mark.parametrize("limit", [0, BATCH, 1000])
+@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
+def test_the_popular_experts_stay_and_the_others_wait(name: str, limit: int, rings: list[LateRing]) -> None:
+    model = model_of(name)
+    want, calls = model.answer(model.reference), model.routed()
+    plan = ranked(model.plan, seed=3)
+    rankings = list(plan.graph.rankings().values())
+    assert any(ranking[:3] != (0, 1, 2) for ranking in rankings)
+    there = dispatched(model, experts_away(plan, limit=limit, kept=3))
+    assert [list(source._resident) for source in sources(there)] == [sorted(ranking[:3]) for ranking in rankings]
+    assert [list(source._waiting) for source in sources(there)] == [sorted(ranking[3:]) for ranking in rankings]
+    assert torch.equal(model.answer(there), want)
+    copied = sum(
+        sum(expert not in rankings[number % len(rankings)][:3] for expert in experts)
+        for number, (tokens, experts) in enumerate(calls)
+        if tokens > limit
+    )
+    assert sum(ring.copies for ring in rings) == copied
+    assert torch.equal(model.answer(there), want), "a second call must see the same weights"
+    assert torch.equal(model.answer(dispatch.remove(there)), want)
+
+
+def ranked(plan: Plan, *, seed: int) -> Plan:
+    """Return the plan with experts of every layer popular in an order of its own."""
+    rng = random.Random(seed)
+    counts = {
+        layer.name: tuple(rng.sample(range(1, 1 + group.slices), k=group.slices))
+        for layer in plan.graph.layers
+        for group in plan.graph.kinds[layer.kind].groups
+        if group.slices > 1
+    }
+    popularity = planner.Popularity.of(counts)
+    assert popularity is not None
+    return dataclasses.replace(plan, graph=popularity.on(plan.graph))

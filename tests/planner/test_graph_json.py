@@ -12,14 +12,26 @@ import pytest
 
 from brute_force import Ledger
 from planner.errors import PlanFormatError
-from planner.graph import Edge, Layer, LayerGraph, LayerKind, MeasuredTime, Pass, Span, Stored, Tensor, WeightGroup
+from planner.graph import (
+    Bucket,
+    Edge,
+    Layer,
+    LayerGraph,
+    LayerKind,
+    MeasuredTime,
+    Pass,
+    Span,
+    Stored,
+    Tensor,
+    WeightGroup,
+)
 from planner.verify import verify_plan
 from planner.workload import Workload
 from small_cases import MIB, Case, gpu, machine, plan_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "layer-graph.md").read_text(encoding="utf-8")
 EXAMPLE = re.findall(r"```json\n(.*?)```", PAGE, flags=re.DOTALL)[0]
-VALUES = (LayerGraph, LayerKind, WeightGroup, Tensor, Stored, Layer, Edge, Pass, Span, MeasuredTime)
+VALUES = (LayerGraph, LayerKind, WeightGroup, Bucket, Tensor, Stored, Layer, Edge, Pass, Span, MeasuredTime)
 
 
 def case(graph: LayerGraph, *, gpu_mib: int) -> Case:

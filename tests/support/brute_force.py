@@ -110,8 +110,23 @@ def _sizes(entry: WeightGroup, dtype: str | None) -> list[int]:
     return found
 
 
+def _chances(entry: WeightGroup) -> list[float]:
+    """Return of every slice the chance that one token uses it, the least popular first."""
+    if not entry.buckets:
+        return [entry.used_slices / entry.slices] * entry.slices
+    return sorted(bucket.chance for bucket in entry.buckets for _ in range(bucket.slices))
+
+
+def _used(chance: float, tokens: int) -> float:
+    """Return the chance that any of so many tokens uses a slice, each apart from the others."""
+    return 1.0 - (1.0 - chance) ** tokens
+
+
 def _distinct(entry: WeightGroup, tokens: int) -> float:
-    return entry.slices * (1.0 - (1.0 - entry.used_slices / entry.slices) ** tokens) if entry.slices > 1 else 1.0
+    if not entry.buckets:
+        return entry.slices * _used(entry.used_slices / entry.slices, tokens)
+    # In the order of the buckets, as sums of floats depend on it.
+    return sum(bucket.slices * _used(bucket.chance, tokens) for bucket in reversed(entry.buckets))
 
 
 class Ledger:
@@ -307,20 +322,20 @@ class Ledger:
         for step, _, passes in self.steps:
             tokens = passes[0].tokens * self.graph.batch_size
             if how.memory != "disk" and tokens <= until:
-                add(("C", step, device), away * self._on_cpu(entry, how, device, tokens))
+                add(("C", step, device), sum(self._on_cpu(entry, how, device, tokens)[:away]))
             else:
                 lane = "G" if is_gpu and entry.slices == 1 else "E"
-                add((lane, step, device), away * self._copy(entry, how, device, tokens))
+                add((lane, step, device), sum(self._copy(entry, how, device, tokens)[:away]))
 
     def cpu_up_to(self, entry: WeightGroup, how: Kept, device: str) -> int:
-        """Return up to how many tokens the CPU computes experts that wait: where that makes a slice cost least."""
+        """Return up to how many tokens the CPU computes experts that wait: where that makes all slices cost least."""
         if how.memory not in ("pinned", "pageable") or entry.slices == 1 or not self.rules.cpu_experts:
             return 0
         tokens = [passes[0].tokens * self.graph.batch_size for _, _, passes in self.steps]
         totals = {}
         for until in sorted({0, *tokens}):
             totals[until] = sum(
-                times * (self._on_cpu if now <= until else self._copy)(entry, how, device, now)
+                times * sum((self._on_cpu if now <= until else self._copy)(entry, how, device, now))
                 for (_, times, _), now in zip(self.steps, tokens, strict=True)
             )
         return min(totals, key=lambda until: (totals[until], until))
@@ -345,7 +360,8 @@ class Ledger:
             )
         return total // len(passes)
 
-    def _copy(self, entry: WeightGroup, how: Kept, device: str, tokens: int) -> int:
+    def _copy(self, entry: WeightGroup, how: Kept, device: str, tokens: int) -> list[int]:
+        """Return the expected time of every slice's copy, the least popular first."""
         stops = [how.home, device]
         if how.memory == "disk" and self.machine.is_gpu[device]:
             stops.insert(1, self.machine.beside(device, "cpu"))
@@ -355,18 +371,25 @@ class Ledger:
         nbytes = _slab(entry, _sizes(entry, how.dtype))
         if how.memory == "disk" and any(tensor.stored is not None for tensor in entry.tensors):
             nbytes = sum(t.nbytes if t.stored is None else t.stored.nbytes for t in entry.tensors) // entry.slices
-        return int((latency + nbytes * 10**9 // rate) * _distinct(entry, tokens) / entry.slices)
+        if entry.slices == 1:
+            return [latency + nbytes * 10**9 // rate]
+        return [int((latency + nbytes * 10**9 // rate) * _used(chance, tokens)) for chance in _chances(entry)]
 
-    def _on_cpu(self, entry: WeightGroup, how: Kept, device: str, tokens: int) -> int:
-        """Return the expected time of one slice there: its weights read or multiplied, and two latencies."""
+    def _on_cpu(self, entry: WeightGroup, how: Kept, device: str, tokens: int) -> list[int]:
+        """Return the expected time of every slice there, the least popular first: its weights read or multiplied, and
+        two latencies.
+        """
         host = self.hardware.device(how.home)
-        chance = _distinct(entry, tokens) / entry.slices
         elements = sum(math.prod(tensor.shape) for tensor in entry.tensors) // entry.slices
-        read = chance * _slab(entry, _sizes(entry, how.dtype)) * 1e9 / host.bytes_per_s
+        size = _slab(entry, _sizes(entry, how.dtype))
         rate = host.flops_per_s.get("bfloat16", host.flops_per_s["default"])
-        multiplied = 2.0 * (tokens * entry.used_slices / entry.slices) * elements * 1e9 / rate
         there_and_back = self.machine.way(how.home, device)[1] + self.machine.way(device, how.home)[1]
-        return int(max(read, multiplied) + chance * there_and_back)
+        found = []
+        for chance in _chances(entry):
+            read = _used(chance, tokens) * size * 1e9 / host.bytes_per_s
+            multiplied = 2.0 * (tokens * chance) * elements * 1e9 / rate
+            found.append(int(max(read, multiplied) + _used(chance, tokens) * there_and_back))
+        return found
 
     # All placements
 
