@@ -127,7 +127,7 @@ def place(
         raise InputError("the graph has no pass; a plan needs what at least one forward call takes")
     if workload.objective in _SIZED:
         raise InputError(f"{workload.objective} looks for another size of work, and a graph is of one")
-    if len(graph.passes) == 1 and workload.decode_steps:
+    if not graph.decode_passes and workload.decode_steps:
         raise InputError("the graph has no decode pass; give new_tokens=1, or passes decode_first and decode_last")
     if graph.batch_size != workload.rows:
         raise InputError(f"the graph is of {graph.batch_size} sequences at a time, and the work of {workload.rows}")

@@ -210,6 +210,10 @@ class Pass:
     context_tokens: int
     spans: tuple[Span, ...]
 
+    @property
+    def is_decode(self) -> bool:
+        return self.name.startswith("decode")
+
     def per_layer(self) -> tuple[Span, ...]:
         """Return one span for each layer, in order."""
         return tuple(span for span in self.spans for _ in range(span.count))
@@ -226,7 +230,8 @@ class LayerGraph:
 
     allocator_bytes: what a GPU's caching allocator reserves beyond what is requested of it, besides weights and slots.
     passes: "prefill", and where tokens are generated "decode_first" and "decode_last"; steps between are affine in
-        the context length.
+        the context length. Of a prefill in chunks "prefill" is the first, then come "prefill_next" and "prefill_last",
+        whole chunks that those between are affine in, and "prefill_rest", a shorter one.
     ties: sets of full tensor names that share one storage.
     loose: tensors outside every layer (rotary tables and the like); they live with the first layer.
     measured: computing times that the user has measured.
@@ -249,6 +254,14 @@ class LayerGraph:
             return None
         found = _measured(self.measured).get((layer, device))
         return found if found is None else found[0 if prefill else 1]
+
+    @property
+    def prefill_passes(self) -> tuple[Pass, ...]:
+        return tuple(entry for entry in self.passes if not entry.is_decode)
+
+    @property
+    def decode_passes(self) -> tuple[Pass, ...]:
+        return tuple(entry for entry in self.passes if entry.is_decode)
 
     def kind_of(self, index: int) -> LayerKind:
         return self.kinds[self.layers[index].kind]

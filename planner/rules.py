@@ -59,6 +59,7 @@ class Rules:
     cpu_experts: experts that wait in host memory may be computed there, where that is faster than copying them.
     dtypes: precisions that weight groups may be stored in besides the model's own ("int8", "nf4"); none: no choice.
     caches: KV caches that may be taken instead of the workload's own; none: no choice.
+    prefill_chunks: chunks of the prompt that may be taken instead of the workload's own (None: all at once).
     quality_budget: the most that the chosen precisions may lose, in the unit of the sensitivity table.
     sensitivity: replaces the bundled table, where any is given.
     time_limit_s: the search ends after so long with the best it has; None: only by its own deterministic limits.
@@ -71,6 +72,7 @@ class Rules:
     cpu_experts: bool = True
     dtypes: tuple[str, ...] = ()
     caches: tuple[Literal["dynamic", "static", "fp8"], ...] = ()
+    prefill_chunks: tuple[int | None, ...] = ()
     quality_budget: float = 0.0
     sensitivity: tuple[Sensitivity, ...] = ()
     time_limit_s: float | None = None

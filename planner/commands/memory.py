@@ -109,6 +109,7 @@ def _asked(work: Workload) -> str:
         words.append(f"{work.num_beams} beams")
     if work.num_return_sequences > 1:
         words.append(f"{work.num_return_sequences} answers")
+    words += [f"chunks of {work.prefill_chunk:,}"] * (work.prefill_chunk is not None)
     return ", ".join([*words, f"{work.cache} cache"])
 
 

@@ -110,6 +110,11 @@ def add_work_options(parser: argparse.ArgumentParser, *, choices: bool = False) 
         help="the KV cache: dynamic as long as needed, static as long as it may get, or fp8 in 8 bits (default: "
         f"dynamic{several})",
     )  # fmt: skip
+    several = ", or a list such as none,256,1024 to choose from" if choices else ""
+    work.add_argument(
+        "--prefill-chunk", type=str if choices else count, metavar="N",
+        help=f"take the prompt in chunks of so many tokens (generate's prefill_chunk_size){several}",
+    )  # fmt: skip
     work.add_argument("--forward", action="store_true", help="plain forward calls instead of generate()")
     several = "; then int8 and nf4 where weights may wait in them, as bfloat16,int8, or choose" if choices else ""
     work.add_argument(
@@ -128,6 +133,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         "top_p": args.top_p,
         "sampling": "sample" if args.sample or args.top_p is not None else None,
         "cache": args.cache,
+        "prefill_chunk": args.prefill_chunk,
         "caller": "forward" if args.forward else None,
     }
     return {name: value for name, value in said.items() if value is not None}

@@ -23,6 +23,7 @@ from typing import Any
 from ortools.sat.python import cp_model
 
 from planner import memory
+from planner.cost import Step
 from planner.errors import NoSolutionInTimeError
 from planner.placement import moves
 from planner.placement.problem import Home, Option, Problem, Tie, Unit, UnitCost
@@ -492,7 +493,7 @@ class _Model:
         self._longest = {
             step.name: sum(self._longest_ns(step.name, name) for name in self.devices) for step in problem.steps
         }
-        totals = {step.name: self._total(step.name, prefill=step.is_prefill) for step in problem.steps}
+        totals = {step.name: self._total(step) for step in problem.steps}
         times = sum(step.weight * totals[step.name] for step in problem.steps if step.weight)
         longest = sum(step.weight * (2 * self._longest[step.name] + MOST_MOVING_NS) for step in problem.steps)
         if problem.workload.objective == "fit":
@@ -516,9 +517,10 @@ class _Model:
             self.weight, second = 1, 0
         self.model.minimize(self.weight * self.goal + second)
 
-    def _total(self, step: str, *, prefill: bool) -> Any:
+    def _total(self, priced: Step) -> Any:
         """Return what a step takes: the devices' times and what moves between them, or one link's time if longer."""
         model, problem, parts, floors = self.model, self.problem, [], []
+        step = priced.name
         for name in self.devices:
             computing, demand, groups = self._work(step, name)
             serial = sum(computing) + sum(demand)
@@ -531,7 +533,7 @@ class _Model:
             lane = sum(groups) + sum(demand)
             if groups:
                 exposed = model.new_int_var(0, most, f"exposed {step} {name}")
-                model.add(exposed >= sum(groups) - (0 if prefill else self._hidden(name)))
+                model.add(exposed >= sum(groups) - (0 if priced.is_first else self._hidden(name)))
                 overlaps = self.two[name]
                 if self.demands.get((step, name)):
                     overlaps = model.new_bool_var(f"overlaps {step} {name}")
@@ -555,8 +557,8 @@ class _Model:
             elif demand:
                 floors.append((name, lane, None))
         total = model.new_int_var(0, 2 * self._longest[step] + MOST_MOVING_NS, f"total {step}")
-        model.add(total >= sum(parts) + moves.price(self, step, prefill=prefill))
-        if not prefill:
+        model.add(total >= sum(parts) + moves.price(self, step, prefill=priced.is_prefill))
+        if not priced.is_first:
             for name, lane, computing in floors:
                 model.add(total >= lane)
                 if computing is not None:

@@ -440,7 +440,7 @@ def _price(
     total = np.zeros(rest.size, np.int64)
     for step in problem.steps:
         serial = computing[step.name] + experts[step.name]
-        hidden = 0 if step.is_prefill else np.where(lane > 0, slots * np.where(lane > 0, smallest, 0), 0)
+        hidden = 0 if step.is_first else np.where(lane > 0, slots * np.where(lane > 0, smallest, 0), 0)
         exposed = np.maximum(lane - hidden, 0)
         apart = serial + exposed
         if slots > 1:

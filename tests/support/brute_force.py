@@ -124,11 +124,20 @@ class Ledger:
         self.gpus = [name for name in self.devices if self.machine.is_gpu[name]]
         self.places = [pool.name for pool in self.hardware.pools]
         self.hosts = [name for name in self.devices if not self.machine.is_gpu[name]]
-        steps = case.workload.new_tokens - 1 if len(self.graph.passes) > 1 else 0
+        prompt = [entry for entry in self.graph.passes if entry.name.startswith("prefill")]
+        decode = tuple(entry for entry in self.graph.passes if entry.name.startswith("decode"))
+        steps = case.workload.new_tokens - 1 if decode else 0
         counted = {"ttft": (1, 0), "tpot": (0, 1) if steps else (1, 0)}.get(case.workload.objective, (1, steps))
-        self.steps: list[tuple[str, int, tuple[Pass, ...]]] = [("prefill", counted[0], self.graph.passes[:1])]
+        self.steps: list[tuple[str, int, tuple[Pass, ...]]] = [("prefill", counted[0], tuple(prompt[:1]))]
+        # Of a prompt in chunks: all whole ones but the first at the mean of those traced, then what is left.
+        whole = tuple(entry for entry in prompt if entry.name in ("prefill_next", "prefill_last"))
+        if whole:
+            times = case.workload.prompt_tokens // case.workload.prefill_chunk - 1
+            self.steps.append(("prefill_next", counted[0] * times, whole))
+        if prompt[-1].name == "prefill_rest":
+            self.steps.append(("prefill_rest", counted[0], tuple(prompt[-1:])))
         if steps:
-            self.steps.append(("decode", counted[1], self.graph.passes[1:]))
+            self.steps.append(("decode", counted[1], decode))
         self.tied = {name: number for number, names in enumerate(self.graph.ties) for name in names}
         self.losses = self._losses()
         self.units = units_of(self.graph, named=named)
@@ -331,7 +340,7 @@ class Ledger:
         facts = self.hardware.device(device)
         for given in self.graph.measured:
             if (given.layer, given.device) == (index, device):
-                return given.prefill_ns if step == "prefill" else given.decode_ns
+                return given.prefill_ns if step.startswith("prefill") else given.decode_ns
         total = 0
         for entry in passes:
             work, tokens = entry.per_layer()[index], entry.tokens * self.graph.batch_size
@@ -403,7 +412,7 @@ class Ledger:
             edges = [edge for edge in self.graph.edges if (edge.source, edge.tensor) == (source, tensor)]
             for device in {at[edge.target] for edge in edges} - {at[source]}:
                 taken = [edge for edge in edges if at[edge.target] == device]
-                nbytes = max(edge.prefill_bytes if step == "prefill" else edge.decode_bytes for edge in taken)
+                nbytes = max(edge.prefill_bytes if step.startswith("prefill") else edge.decode_bytes for edge in taken)
                 rate, latency = self.machine.way(at[source], device)
                 waits = any(awaited[edge.target][0::2] == (source, tensor) for edge in taken)
                 total += -(-nbytes * 10**9 // rate) + (latency if waits else 0)
@@ -448,7 +457,7 @@ class Ledger:
                 computing, demand, groups = (self.sums[lane, step, name] for lane in "CEG")
                 slots = 1 if name in single else 2
                 nearness = self.most["nearness", name]
-                hidden = np.where(nearness > 0, slots * (FAR - nearness), 0) if step == "decode" else 0
+                hidden = np.where(nearness > 0, slots * (FAR - nearness), 0) if step != "prefill" else 0
                 exposed = np.maximum(groups - hidden, 0)
                 apart = (demand > 0) & (groups > 0) if slots == 2 else np.ones(self.size, dtype=bool)
                 serial = computing + demand
