@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from planner import cache, loading, memory, search
+from planner.chunks import chunks
 from planner.cost import weight_dtype
 from planner.errors import InfeasibleError, InputError, PlanFormatError
 from planner.fixes import GraphQuestion, with_fixes
@@ -129,6 +130,12 @@ def place(
         raise InputError(f"{workload.objective} looks for another size of work, and a graph is of one")
     if not graph.decode_passes and workload.decode_steps:
         raise InputError("the graph has no decode pass; give new_tokens=1, or passes decode_first and decode_last")
+    count = chunks(workload.prompt_tokens, workload.prefill_chunk).count
+    if min(count, 2) != min(len(graph.prefill_passes), 2):
+        raise InputError(
+            f"the work takes the prompt in {count} calls, and the graph has {len(graph.prefill_passes)} passes of it "
+            "(prefill, and of chunks prefill_next, prefill_last and prefill_rest)"
+        )
     if graph.batch_size != workload.rows:
         raise InputError(f"the graph is of {graph.batch_size} sequences at a time, and the work of {workload.rows}")
     rules.check(graph, hardware)
