@@ -337,6 +337,8 @@ def predict_memory(
     if threads is not None and (device != "cpu" or threads < 1):
         raise InputError(f"threads={threads}: a whole number of at least 1, for the device 'cpu'")
     work, examples = _work(workload, example_inputs, notes)
+    if work.cache == "offloaded":
+        raise InputError("the offloaded cache is predicted with a plan (plan_model, --cache offloaded) only")
     source, module = source_of(model, hub=hub, revision=revision, trust_remote_code=trust_remote_code)
     stored = None
     if source.source in ("local", "hub"):

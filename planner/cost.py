@@ -20,6 +20,9 @@ moves between devices takes its bytes and latency on the link between them, once
 (`planner.steps.transfers`). The price of a decode step is the mean of the first and the last. A prefill in chunks is a
 pass for each, which streams what waits again: the first, the others at the mean of the second and the last whole one,
 and the rest, whose moves between devices are priced as a whole chunk's.
+
+A cache that waits in host memory is copied down by what computes, which is part of C, and up beside it: that is hidden
+behind the copy down of the layer before, but where whole groups come over the same link it adds to X.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from typing import Literal
 from planner.chunks import chunks_of
 from planner.graph import LayerGraph, LayerKind, Pass, Span, WeightGroup
 from planner.hardware import Device, Hardware
+from planner.host_cache import is_on_host, up_ns, waited_ns
 from planner.memory import SLOT_COUNT, waiting_slices, with_groups
 from planner.plan import Placement, Slots
 from planner.steps import transfers
@@ -181,12 +185,21 @@ def step_compute_ns(graph: LayerGraph, step: Step, index: int, device: Device, d
     return sum(times) // len(times)
 
 
+def cache_ns(hardware: Hardware, step: Step, index: int, device: str) -> tuple[int, int]:
+    """Return the mean time over a step's passes of copies of a layer's cache from and to host memory, in ns: what its
+    computing waits for, and what its link is busy with on the way to the device.
+    """
+    spans = [entry.per_layer()[index] for entry in step.passes]
+    waited = sum(waited_ns(hardware, span, device) for span in spans)
+    return waited // len(spans), sum(up_ns(hardware, span, device) for span in spans) // len(spans)
+
+
 @dataclass(slots=True)
 class Lane:
     """What one device does in one step, in ns.
 
     blocks: how many of its layers may have something to stream; apart: what the others compute, of `computing`.
-    smallest: the least copy of a whole group, from host memory.
+    smallest: the least copy of a whole group, from host memory. cache: copies of keys and values from there.
     """
 
     blocks: int = 0
@@ -195,6 +208,7 @@ class Lane:
     on_demand: int = 0
     groups: int = 0
     smallest: int = 0
+    cache: int = 0
 
     def busy_ns(self, slots: int, *, first: bool) -> int:
         """Return how long the pass stands at this device. first: no copy was begun before it."""
@@ -203,12 +217,12 @@ class Lane:
         serial = self.computing + self.on_demand
         if slots > 1 and not (self.on_demand and self.groups):
             beside = self.apart - (-(serial - self.apart) // max(self.blocks, 1))
-            return max(serial, exposed + beside) if exposed else serial
+            return max(serial, exposed + self.cache + beside) if exposed else serial
         return serial + exposed
 
     def least_ns(self, slots: int) -> int:
         """Return what no pass is shorter than because of this device's link."""
-        copies = self.groups + self.on_demand
+        copies = self.groups + self.on_demand + self.cache
         return copies + self.computing if slots == 1 and self.groups else copies
 
 
@@ -221,6 +235,10 @@ def lanes_of(
     for index, layer in enumerate(graph.layers):
         lane = lanes.setdefault(run_on[layer.name], Lane())
         taken = step_compute_ns(graph, step, index, hardware.device(run_on[layer.name]), dtype)
+        if is_on_host(graph):
+            waited, busy = cache_ns(hardware, step, index, run_on[layer.name])
+            taken += waited
+            lane.cache += busy
         lane.computing += taken
         if is_block(graph, index):
             lane.blocks += 1

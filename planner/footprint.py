@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 from planner.cuda_allocator import CachingAllocator
 from planner.lifetimes import Event
+from planner.recorder import Run
 from planner.trace import TracedPass, Tracing
 
 # Decode steps that are traced at most to find where memory does not grow evenly; between them it is interpolated.
@@ -235,7 +236,7 @@ def stream(tracing: Tracing, *, most_events: int = _MOST_EVENTS) -> Iterator[tup
     run, chunks = tracing.first, tracing.inputs.chunks
     last, recorded = chunks.count - 1, len(chunks.sizes()) - 1
     fresh = itertools.count(-1, -1)
-    calls = [run.events[entry.start : entry.end] for entry in run.passes]
+    calls = [_labelled(run, run.events[entry.start : entry.end]) for entry in run.passes]
     for index, events in enumerate(calls):
         number = max(0, index - recorded)
         if index <= recorded and chunks.numbers()[index] is None:
@@ -251,7 +252,8 @@ def stream(tracing: Tracing, *, most_events: int = _MOST_EVENTS) -> Iterator[tup
     before, after = calls[-2:]
     if not _alike(before, after):
         return
-    final = tracing.step(last + count - 1).events
+    end = tracing.step(last + count - 1)
+    final = _labelled(end.run, end.events)
     ahead = count - done
     if _alike(after, final):
         growth = [(late.nbytes - early.nbytes) / ahead for early, late in zip(after, final, strict=True)]
@@ -318,6 +320,15 @@ def _onward(
             events.append(Event(block, -nbytes, event.kind))
         previous = current
         yield events
+
+
+def _labelled(run: Run, events: Sequence[Event]) -> list[Event]:
+    """Return events with those of blocks that were part of a cache called so."""
+    blocks = run.cache_blocks
+    return [
+        event._replace(kind="kv_cache") if event.block in blocks and event.kind == "activations" else event
+        for event in events
+    ]
 
 
 def _alike(one: Sequence[Event], other: Sequence[Event]) -> bool:

@@ -179,6 +179,8 @@ class Span:
     flops: of matrix products, attention and convolutions (a multiply-add is 2).
     moved_bytes: read and written by operators, weights included, experts' weights apart.
     operators: operators called.
+    kv_host_bytes: of host memory that this layer's cache takes where it waits there (planner/host_cache.py).
+    kv_down_bytes, kv_up_bytes: of it that are copied to the host and from there, in this pass.
     """
 
     count: int
@@ -191,6 +193,9 @@ class Span:
     flops: int
     moved_bytes: int
     operators: int
+    kv_host_bytes: int = 0
+    kv_down_bytes: int = 0
+    kv_up_bytes: int = 0
 
     @property
     def requested_bytes(self) -> int:

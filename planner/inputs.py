@@ -212,7 +212,9 @@ def generate_options(work: Workload) -> dict[str, Any]:
         options["num_return_sequences"] = work.num_return_sequences
     if work.top_p is not None:
         options["top_p"] = work.top_p
-    if work.cache == "static":
+    if work.cache == "offloaded":
+        options["cache_implementation"] = "offloaded"
+    elif work.cache == "static":
         options["cache_implementation"] = "static"
     elif work.cache == "fp8":
         options["cache_implementation"] = "quantized"
@@ -220,6 +222,25 @@ def generate_options(work: Workload) -> dict[str, Any]:
     if work.prefill_chunk is not None:
         options["prefill_chunk_size"] = work.prefill_chunk
     return options
+
+
+def check_on_host(model: Any) -> None:
+    """Raise TraceError where a model's cache cannot wait in host memory, or what would be there is not known."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    name = type(model).__name__
+    if _is_encoder_decoder(model):
+        raise TraceError(f"the offloaded cache of encoder-decoders ({name}) is not carried; take another (--cache)")
+    try:
+        layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    except Exception as exc:
+        raise TraceError(f"{name} has no cache that transformers offloads ({exc}); take another (--cache)") from exc
+    other = {type(layer).__name__ for layer in layers} - {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
+    if other or not layers:
+        raise TraceError(
+            f"{name} keeps more than keys and values ({', '.join(sorted(other)) or 'a cache of its own'}), which is "
+            "not carried in host memory; take another (--cache)"
+        )
 
 
 def can_generate(model: Any) -> bool:

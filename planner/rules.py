@@ -71,7 +71,7 @@ class Rules:
     contiguous: bool = False
     cpu_experts: bool = True
     dtypes: tuple[str, ...] = ()
-    caches: tuple[Literal["dynamic", "static", "fp8"], ...] = ()
+    caches: tuple[Literal["dynamic", "static", "fp8", "offloaded"], ...] = ()
     prefill_chunks: tuple[int | None, ...] = ()
     quality_budget: float = 0.0
     sensitivity: tuple[Sensitivity, ...] = ()

@@ -23,7 +23,8 @@ class Workload:
         is one `model(input_ids)` without a cache, with more a plain loop over `model(...)` with the cache it returned.
     sampling, top_p, num_beams, num_return_sequences: as `generate` takes them; top_p needs "sample".
     cache: "dynamic" grows, "static" is as long as the whole answer from the start, "fp8" keeps keys and values in 8
-        bits (transformers' quantised cache); layers with a sliding window keep their window in each.
+        bits (transformers' quantised cache); layers with a sliding window keep their window in each. "offloaded" grows
+        as well, and waits in host memory.
     prefill_chunk: tokens of the prompt in one forward call (generate's prefill_chunk_size); None: all at once.
     objective: what the planner makes least: "latency" (the whole call: prefill and every decode step), "ttft" (the
         prefill), "tpot" (a decode step), "fit" (bytes of memory, those of GPUs and the host together); "throughput"
@@ -38,7 +39,7 @@ class Workload:
     top_p: float | None = None
     num_beams: int = 1
     num_return_sequences: int = 1
-    cache: Literal["dynamic", "static", "fp8"] = "dynamic"
+    cache: Literal["dynamic", "static", "fp8", "offloaded"] = "dynamic"
     kv_dtype: str | None = None
     prefill_chunk: int | None = None
     objective: Objective = "latency"

@@ -7,12 +7,15 @@ their expected number per pass, spread evenly.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from planner import cost
 from planner.chunks import chunks_of
 from planner.errors import PlanFormatError
-from planner.graph import Pass
+from planner.graph import Pass, Span
+from planner.hardware import Hardware
+from planner.host_cache import down_ns, host_layers, is_prefetched, up_ns
 from planner.memory import Usage, static_usage
 from planner.plan import Plan
 from planner.steps import LayerRun, Part, Transfer, layer_runs, prefetch_order
@@ -59,6 +62,10 @@ class _Simulation:
         for move in (move for run in self.runs for move in run.takes if not move.waits):
             self.leaves.setdefault(move.source, []).append(move)
         self.sent: dict[Transfer, int] = {}
+        # Layers with a cache in host memory; when the last of them began; when the next one's is there.
+        self.on_host = sorted(host_layers(plan.graph))
+        self.cached_ns = 0
+        self.ups: dict[int, int] = {}
         self.samples: list[MemorySample] = []
         self.copied: dict[str, list[int]] = {}
         self.queue: dict[str, list[Part]] = {}
@@ -121,6 +128,12 @@ class _Simulation:
         cached: dict[str, int] = dict.fromkeys(self.static, 0)
         for run in self.runs:
             cached[run.device] += _between(first[run.index].kv_before_bytes, last[run.index].kv_before_bytes, weight)
+            if last[run.index].kv_host_bytes:
+                cached[self.hardware.host(run.device)] += _between(
+                    first[run.index].kv_host_bytes, last[run.index].kv_host_bytes, weight
+                )
+        for host in sorted({self.hardware.host(run.device) for run in self.runs if last[run.index].kv_host_bytes}):
+            self._sample(now, host, self.static[host], cached[host])
         for run in self.runs:
             span, other = first[run.index], last[run.index]
             now = self._take(run, now, call.step)
@@ -144,6 +157,7 @@ class _Simulation:
             )
             for entry in (call.first, call.last)
         )  # fmt: skip
+        now = self._bring_cache(run, call, now)
         whole = _between(begun, ended, call.weight)
         pending = 0
         for part in run.parts:
@@ -161,6 +175,43 @@ class _Simulation:
             else:
                 pending += own
         return self._run(run, "", pending, now, step)
+
+    def _bring_cache(self, run: LayerRun, call: _Call, now: int) -> int:
+        """Copy a layer's cache to host memory, and begin to bring the next one's; return when computing goes on.
+
+        Where the next one's device is not one that it is prefetched to, it is brought up when its layer begins.
+        """
+        if run.index not in self.on_host:
+            return now
+        if run.index in self.ups:
+            now = max(now, self.ups.pop(run.index))
+        else:
+            # The first layer's is begun while the last one of the call before runs.
+            begun = self.cached_ns if is_prefetched(self.hardware, run.device) else now
+            now = max(now, self._up(run, call, begun))
+        self.cached_ns = now
+        later = self.on_host[self.on_host.index(run.index) + 1 :]
+        if later and is_prefetched(self.hardware, self.runs[later[0]].device):
+            self.ups[later[0]] = self._up(self.runs[later[0]], call, now)
+        return self._cache_copy(run, call, down_ns, now, up=False)
+
+    def _up(self, run: LayerRun, call: _Call, after: int) -> int:
+        return self._cache_copy(run, call, up_ns, after, up=True)
+
+    def _cache_copy(
+        self, run: LayerRun, call: _Call, priced: Callable[[Hardware, Span, str], int], after: int, *, up: bool
+    ) -> int:
+        first, last = (self.spans[entry.name][run.index] for entry in (call.first, call.last))
+        host, device = self.hardware.host(run.device), run.device
+        duration = _between(priced(self.hardware, first, device), priced(self.hardware, last, device), call.weight)
+        if duration == 0:
+            return after
+        lane = self._lane(host, device) if up else self._lane(device, host)
+        waits = not (up and is_prefetched(self.hardware, device))
+        lanes = (lane, f"{device} compute") if waits else (lane,)
+        return self.engine.issue(
+            "copy", f"{run.name} cache", lanes=lanes, duration_ns=duration, after=after, step=call.step
+        )
 
     def _run(self, run: LayerRun, part: str, duration: int, after: int, step: int) -> int:
         label = f"{run.name} {part}".strip()

@@ -107,8 +107,8 @@ def add_work_options(parser: argparse.ArgumentParser, *, choices: bool = False) 
     several = "; a list of them, or choose for any" if choices else ""
     work.add_argument(
         "--cache", choices=None if choices else ("dynamic", "static", "fp8"), metavar="NAME",
-        help="the KV cache: dynamic as long as needed, static as long as it may get, or fp8 in 8 bits (default: "
-        f"dynamic{several})",
+        help="the KV cache: dynamic as long as needed, static as long as it may get, fp8 in 8 bits"
+        f"{', or offloaded in host memory' if choices else ''} (default: dynamic{several})",
     )  # fmt: skip
     several = ", or a list such as none,256,1024 to choose from" if choices else ""
     work.add_argument(

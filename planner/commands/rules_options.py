@@ -16,7 +16,7 @@ from planner.rules import DEFAULT_QUALITY_BUDGET, DTYPES, Pin, Rules, Sensitivit
 from planner.serial import decode
 from planner.workload import Objective, Workload
 
-CACHES = ("dynamic", "static", "fp8")
+CACHES = ("dynamic", "static", "fp8", "offloaded")
 _AIMS = {
     "latency": "the least time for the whole call",
     "ttft": "the least time to the first token",

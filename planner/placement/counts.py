@@ -220,6 +220,9 @@ class _Model:
         self.activations[name].append((costs.activation_bytes, active))
         loose = self.problem.loose_bytes if unit is self._first() else 0
         self.held[name].append((costs.resident_bytes + costs.kv_bytes + loose) * here)
+        if costs.host_bytes:
+            self.held[self.hardware.host(name)].append(costs.host_bytes * here)
+            self.pinned[self.hardware.host(name)].append(costs.host_bytes * here)
         for key, choices in costs.options.items():
             keys = [(unit.name, name, key, option.dtype) for option in choices]
             if len(choices) == 1:
@@ -530,7 +533,8 @@ class _Model:
             taken = model.new_int_var(0, most, f"time {step} {name}")
             model.add(taken >= serial)
             parts.append(taken)
-            lane = sum(groups) + sum(demand)
+            cache = self._cache(step, name)
+            lane = sum(groups) + sum(demand) + cache
             if groups:
                 exposed = model.new_int_var(0, most, f"exposed {step} {name}")
                 model.add(exposed >= sum(groups) - (0 if priced.is_first else self._hidden(name)))
@@ -543,18 +547,17 @@ class _Model:
                         model.add_bool_or(~overlaps, ~literal, ~some)
                 model.add(taken >= exposed)
                 if self.shared is None:
-                    self._last_block(step, name, taken, exposed, serial)
+                    self._last_block(step, name, taken, exposed, cache, serial)
                 if self.shared is not None and (blocks := problem.blocks_on(name, self.shared)):
                     # What has nothing to stream, and one block, run before the first copy or after the last.
                     apart = problem.apart_ns(name, step, self.shared)
                     streams = model.new_bool_var(f"copies last {step} {name}")
                     model.add(exposed <= 0).only_enforce_if(~streams)
-                    model.add(blocks * taken >= blocks * exposed + serial + (blocks - 1) * apart).only_enforce_if(
-                        streams
-                    )
+                    beside = serial + (blocks - 1) * apart
+                    model.add(blocks * taken >= blocks * (exposed + cache) + beside).only_enforce_if(streams)
                 model.add(taken >= serial + exposed).only_enforce_if(~overlaps)
                 floors.append((name, lane, sum(computing)))
-            elif demand:
+            elif demand or problem.on_host:
                 floors.append((name, lane, None))
         total = model.new_int_var(0, 2 * self._longest[step] + MOST_MOVING_NS, f"total {step}")
         model.add(total >= sum(parts) + moves.price(self, step, prefill=priced.is_prefill))
@@ -565,7 +568,7 @@ class _Model:
                     model.add(total >= lane + computing).only_enforce_if(~self.two[name])
         return total
 
-    def _last_block(self, step: str, name: str, taken: Any, exposed: Any, serial: Any) -> None:
+    def _last_block(self, step: str, name: str, taken: Any, exposed: Any, cache: Any, serial: Any) -> None:
         """[Constraint] what has nothing to stream, and one block, run before the first copy or after the last.
 
         How long one block is depends on how many there are: a literal for each number, where these are few.
@@ -594,9 +597,17 @@ class _Model:
         model.add(exposed <= 0).only_enforce_if(~copies)
         for count, literal in enumerate(known[name]):
             if count:
-                model.add(count * taken >= count * exposed + serial + (count - 1) * apart).only_enforce_if(
+                model.add(count * taken >= count * (exposed + cache) + serial + (count - 1) * apart).only_enforce_if(
                     literal, copies
                 )
+
+    def _cache(self, step: str, name: str) -> Any:
+        """Return what copies of caches from host memory keep a device's link busy with."""
+        return sum(
+            unit.on[name].cache_ns[step] * self.layers[unit.name, name]
+            for unit in self.problem.units
+            if name in unit.on and unit.on[name].cache_ns[step]
+        )
 
     def _some_stream(self, name: str) -> Any:
         """Return a literal that holds where any whole group is streamed to a device."""
@@ -646,7 +657,7 @@ class _Model:
             if name not in unit.on:
                 continue
             costs = unit.on[name]
-            total += costs.compute_ns[step] * unit.count
+            total += (costs.compute_ns[step] + costs.cache_ns[step]) * unit.count
             for choices in costs.options.values():
                 slowest = [
                     max(home.lane_ns[step], home.serial_ns[step]) * option.group.slices

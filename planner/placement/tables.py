@@ -335,7 +335,8 @@ def _least(
     shared = {(name, device.name): count for name, count in counts.items()}
     blocks = max(problem.blocks_on(device.name, shared), 1)
     apart = {step.name: problem.apart_ns(device.name, step.name, shared) for step in problem.steps}
-    return _stream(problem, computing, missing, whole, sliced, (blocks, apart))
+    copied = {step.name: problem.cache_ns(device.name, step.name, shared) for step in problem.steps}
+    return _stream(problem, computing, missing, whole, sliced, (blocks, apart, copied))
 
 
 def _weighted(problem: Problem, taken: dict[str, int]) -> int:
@@ -348,7 +349,7 @@ def _stream(
     missing: int,
     whole: list[tuple[_Kind, int]],
     sliced: list[tuple[_Kind, int]],
-    beside: tuple[int, dict[str, int]],
+    beside: tuple[int, dict[str, int], dict[str, int]],
 ) -> _Choice | None:
     """Return the least weighted time with enough streamed to free what is missing."""
     is_exact = len(sliced) <= 1 and all(kind.is_exact for kind, _ in (*whole, *sliced))
@@ -412,7 +413,7 @@ def _price(
     lane: Any,
     smallest: Any,
     sliced: list[tuple[_Kind, int]],
-    beside: tuple[int, dict[str, int]],
+    beside: tuple[int, dict[str, int], dict[str, int]],
 ) -> tuple[int, int, int] | None:
     """Return (least weighted time, combination, slices of experts), experts freeing the bytes still missing."""
     amount = np.zeros(rest.size, np.int64)
@@ -447,7 +448,7 @@ def _price(
             queued = streams & any(kind.copied[step.name] for kind, _ in sliced)
             blocks, ends = beside[0], beside[1][step.name]
             outside = ends - (-(serial - ends) // blocks)
-            together = np.where(exposed > 0, np.maximum(serial, exposed + outside), serial)
+            together = np.where(exposed > 0, np.maximum(serial, exposed + beside[2][step.name] + outside), serial)
             apart = np.where(queued & (lane > 0), apart, together)
         total += step.weight * apart
     at = int(np.where(fits, total, _INFINITE).argmin())

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from planner.graph import LayerGraph, Pass, WeightGroup
+from planner.graph import LayerGraph, Pass, Span, WeightGroup
 from planner.plan import Placement
 from small_cases import MIB, Case
 
@@ -147,7 +147,7 @@ class Ledger:
             for size in range(len(self.gpus) + 1)
             for chosen in itertools.combinations(self.gpus, size)
         ]
-        lanes = [(lane, step, name) for lane in "ACEG" for step, _, _ in self.steps for name in self.devices]
+        lanes = [(lane, step, name) for lane in "ACEGK" for step, _, _ in self.steps for name in self.devices]
         members = [("tie", name) for name in self.tied]
         self.keys = [
             *(("held", name) for name in self.places), *(("pinned", name) for name in self.hosts), *lanes, *members,
@@ -192,6 +192,8 @@ class Ledger:
         for device in self.devices:
             if pinned and pinned != {device}:
                 continue
+            if not self.machine.is_gpu[device] and any(s.kv_host_bytes for i in unit for s in self._spans(i)):
+                continue
             choices = [
                 self._kept(self.graph.layers[index].kind, entry, device)
                 for index in unit
@@ -202,6 +204,23 @@ class Ledger:
                 kept = tuple(tuple(next(rest) for _ in self.graph.kind_of(index).groups) for index in unit)
                 result.append(Option(device, kept))
         return result
+
+    def _spans(self, index: int) -> list[Span]:
+        return [entry.per_layer()[index] for entry in self.graph.passes]
+
+    def _to_and_from_host(self, index: int, passes: tuple[Pass, ...], device: str) -> tuple[int, int]:
+        """Return the mean time that a layer waits for its cache, and that its copies up take on the link."""
+        host, waited, up = self.machine.beside(device, "cpu"), 0, 0
+        for entry in passes:
+            one = entry.per_layer()[index]
+            times = []
+            for nbytes, way in ((one.kv_down_bytes, (device, host)), (one.kv_up_bytes, (host, device))):
+                rate, latency = self.machine.way(*way)
+                times.append(2 * latency + nbytes * 10**9 // rate if nbytes else 0)
+            # Only the first GPU has copies up beside its computing.
+            waited += times[0] + (0 if device == self.gpus[0] else times[1])
+            up += times[1]
+        return waited // len(passes), up // len(passes)
 
     def _pin(self, index: int) -> str | None:
         found = [pin.device for pin in self.rules.pins if re.fullmatch(pin.layers, self.graph.layers[index].name)]
@@ -282,6 +301,14 @@ class Ledger:
             for step, _, passes in self.steps:
                 add(("C", step, device), self._compute(index, step, passes, device))
                 add(("A", step, device), 0 if is_block else self._compute(index, step, passes, device))
+                if self.machine.is_gpu[device]:
+                    waited, up = self._to_and_from_host(index, passes, device)
+                    add(("C", step, device), waited)
+                    add(("A", step, device), 0 if is_block else waited)
+                    add(("K", step, device), up)
+            if self.machine.is_gpu[device] and (there := max(s.kv_host_bytes for s in spans)):
+                add(("held", self.machine.beside(device, "cpu")), there)
+                add(("pinned", self.machine.beside(device, "cpu")), there)
             for entry, how in zip(self.graph.kind_of(index).groups, kept, strict=True):
                 for tensor in entry.tensors:
                     if (name := f"{self.graph.layers[index].name}.{tensor.name}") in self.tied:
@@ -464,9 +491,10 @@ class Ledger:
                 # Beside the copies run the layers without anything to copy, and the mean of the others.
                 ends = self.sums["A", step, name]
                 beside = ends + np.ceil((serial - ends) / np.maximum(self.sums["blocks", name], 1)).astype(np.int64)
-                together = np.where(exposed > 0, np.maximum(serial, exposed + beside), serial)
+                cache = self.sums["K", step, name]
+                together = np.where(exposed > 0, np.maximum(serial, exposed + cache + beside), serial)
                 taken += np.where(apart, serial + exposed, together)
-                alone = groups + demand + (np.where(groups > 0, computing, 0) if slots == 1 else 0)
+                alone = groups + demand + cache + (np.where(groups > 0, computing, 0) if slots == 1 else 0)
                 floor = np.maximum(floor, alone)
             total += times * np.maximum(taken, floor)
         return total
