@@ -62,6 +62,8 @@ class Workload:
                 raise InputError(
                     "prefill_chunk is an option of generate(); plain forward calls take the prompt at once"
                 )
+        if self.cache == "offloaded" and self.caller == "forward":
+            raise InputError("the offloaded cache is an option of generate(); plain forward calls have their own")
         tokens = self.batch_size * (self.prompt_tokens + self.new_tokens)
         if tokens > MOST_TOKENS:
             raise InputError(

@@ -28,7 +28,7 @@ from simulate import simulator
 from small_cases import MIB, Case, build_graph, end_kind, gpu, group, machine, plan_of, span
 from tiny_models import CONFIGS
 
-LENGTHS = [(prompt, chunk) for prompt in (1, 2, 7, 16, 17, 24, 25, 40) for chunk in (1, 2, 3, 5, 8, 16, 50)]
+LENGTHS = [(prompt, chunk) for prompt in (1, 7, 16, 25, 40) for chunk in (1, 2, 5, 8, 50)]
 
 
 @pytest.mark.parametrize(("prompt", "chunk"), LENGTHS)
@@ -81,7 +81,7 @@ def in_chunks(case: Case, chunk: int, seed: int) -> Case:
     return dataclasses.replace(case, graph=graph, workload=dataclasses.replace(case.workload, prefill_chunk=chunk))
 
 
-@examples(15)
+@examples(10)
 @given(case=chains(alternating=False), chunk=st.sampled_from([1, 2, 3, 4, 5]), seed=st.integers(0, 10**6))
 def test_chains_in_chunks_are_placed_as_well_as_brute_force_does(case: Case, chunk: int, seed: int) -> None:
     check_against_brute_force(in_chunks(case, chunk, seed))
@@ -93,7 +93,7 @@ def test_graphs_in_chunks_are_placed_as_well_as_brute_force_does(case: Case, chu
     check_against_brute_force(in_chunks(case, chunk, seed), named=True)
 
 
-@examples(25)
+@examples(12)
 @given(case=chains(alternating=True, own_links=None), chunk=st.integers(1, 8), seed=st.integers(0, 10**6))
 def test_cost_of_chunks_equals_that_of_independent_formulas(case: Case, chunk: int, seed: int) -> None:
     case = in_chunks(case, chunk, seed)
@@ -141,7 +141,7 @@ def streamed_case(*, prompt: int, chunk: int | None, experts: int = 0, flops: in
 
 
 @pytest.mark.parametrize("flops", [10**8, 10**12])
-@pytest.mark.parametrize(("prompt", "chunk"), [(8, None), (8, 8), (8, 4), (24, 4), (25, 4), (200, 4), (203, 4)])
+@pytest.mark.parametrize(("prompt", "chunk"), [(8, None), (8, 4), (25, 4), (203, 4)])
 def test_the_simulator_takes_what_chunks_cost(prompt: int, chunk: int | None, flops: int) -> None:
     plan = plan_of(streamed_case(prompt=prompt, chunk=chunk, flops=flops))
     assert plan.solver is not None
@@ -250,13 +250,13 @@ def test_the_best_chunk_is_chosen_and_ties_go_to_the_first() -> None:
 
 def test_the_longest_prompt_is_longer_in_chunks() -> None:
     config = CONFIGS["llama"]()
-    config.max_position_embeddings = 4096
+    config.max_position_embeddings = 512
     config.intermediate_size = 4096
     found = []
     for rules in (Rules(), Rules(prefill_chunks=(64,))):
         pinned = dataclasses.replace(rules, pins=(Pin(layers=".*", device="cuda:0"),))
         plan = planner.plan_model(
-            config, gpus="1x24GB", max_memory={"cuda:0": "600MB"}, objective="max-context", new_tokens=4, batch_size=8,
+            config, gpus="1x24GB", max_memory={"cuda:0": "400MB"}, objective="max-context", new_tokens=4, batch_size=8,
             prompt_tokens=64, rules=pinned, use_cache=False,
         )  # fmt: skip
         assert planner.verify_plan(plan) == ()

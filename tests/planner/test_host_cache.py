@@ -63,11 +63,12 @@ def _host_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_host_apart")
-@pytest.mark.parametrize(("name", "batch", "chunk"), [("llama", 1, None), ("mixtral", 3, None), ("llama", 3, 5)])
+@pytest.mark.parametrize(("name", "batch", "chunk"), [("mixtral", 1, None), ("llama", 3, 5)])
 def test_every_layer_holds_what_transformers_own_cache_leaves_there(name: str, batch: int, chunk: int | None) -> None:
     """Never less than is held, and at most one layer's keys and values more: they are freed before the layer ends."""
     torch.manual_seed(0)
     config = CONFIGS[name]()
+    config.eos_token_id = None
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     if name == "mixtral":
         model.set_experts_implementation("grouped_mm")
@@ -84,6 +85,7 @@ def test_every_layer_holds_what_transformers_own_cache_leaves_there(name: str, b
 
     real = live_passes(model, [path for path, _ in tracing.layers], call)
     calls = tracing.inputs.chunks.count
+    assert len(real) == calls + 4
     numbers = {**tracing.inputs.chunks.named(), calls: "decode_first", len(real) - 1: "decode_last"}
     for number, title in numbers.items():
         entry = next(entry for entry in graph.passes if entry.name == title)
@@ -129,19 +131,19 @@ def on_host(case: Case, seed: int) -> Case:
     return dataclasses.replace(case, graph=graph)
 
 
-@examples(20)
+@examples(12)
 @given(case=chains(), seed=st.integers(0, 10**6))
 def test_chains_are_placed_as_well_as_brute_force_does(case: Case, seed: int) -> None:
     check_against_brute_force(on_host(case, seed))
 
 
-@examples(12)
+@examples(8)
 @given(case=networks(gpus=("one", "alike")), seed=st.integers(0, 10**6))
 def test_graphs_are_placed_as_well_as_brute_force_does(case: Case, seed: int) -> None:
     check_against_brute_force(on_host(case, seed), named=True)
 
 
-@examples(30)
+@examples(15)
 @given(case=chains(alternating=True, own_links=None), seed=st.integers(0, 10**6))
 def test_cost_and_memory_equal_those_of_independent_formulas(case: Case, seed: int) -> None:
     case = on_host(case, seed)
@@ -229,11 +231,11 @@ def test_pinned_memory_holds_the_cache_too() -> None:
 
 def test_the_longest_prompt_is_longer_with_a_cache_on_the_host() -> None:
     config = CONFIGS["llama"]()
-    config.max_position_embeddings, config.num_hidden_layers, config.num_key_value_heads = 8192, 40, 4
+    config.max_position_embeddings, config.num_hidden_layers, config.num_key_value_heads = 1024, 24, 4
     found = []
     for caches in ((), ("offloaded",)):
         plan = planner.plan_model(
-            config, gpus="1x24GB", max_memory={"cuda:0": "400MB"}, objective="max-context", new_tokens=3,
+            config, gpus="1x24GB", max_memory={"cuda:0": "360MB"}, objective="max-context", new_tokens=3,
             prompt_tokens=64, batch_size=4, use_cache=False,
             rules=Rules(caches=caches, pins=(Pin(layers=".*", device="cuda:0"),)), # type: ignore[arg-type]
         )  # fmt: skip
