@@ -215,10 +215,6 @@ class Pass:
     context_tokens: int
     spans: tuple[Span, ...]
 
-    @property
-    def is_decode(self) -> bool:
-        return self.name.startswith("decode")
-
     def per_layer(self) -> tuple[Span, ...]:
         """Return one span for each layer, in order."""
         return tuple(span for span in self.spans for _ in range(span.count))
@@ -262,11 +258,12 @@ class LayerGraph:
 
     @property
     def prefill_passes(self) -> tuple[Pass, ...]:
-        return tuple(entry for entry in self.passes if not entry.is_decode)
+        """The first pass, and those of further chunks of the prompt."""
+        return (*self.passes[:1], *(entry for entry in self.passes[1:] if entry.name.startswith("prefill")))
 
     @property
     def decode_passes(self) -> tuple[Pass, ...]:
-        return tuple(entry for entry in self.passes if entry.is_decode)
+        return tuple(entry for entry in self.passes[1:] if not entry.name.startswith("prefill"))
 
     def kind_of(self, index: int) -> LayerKind:
         return self.kinds[self.layers[index].kind]
