@@ -231,11 +231,12 @@ def lanes_of(
 ) -> dict[str, Lane]:
     """Return what every device does in one step."""
     run_on = {placement.layer: placement.run_on for placement in placements}
+    offloads = is_on_host(graph)
     lanes: dict[str, Lane] = {}
     for index, layer in enumerate(graph.layers):
         lane = lanes.setdefault(run_on[layer.name], Lane())
         taken = step_compute_ns(graph, step, index, hardware.device(run_on[layer.name]), dtype)
-        if is_on_host(graph):
+        if offloads:
             waited, busy = cache_ns(hardware, step, index, run_on[layer.name])
             taken += waited
             lane.cache += busy
