@@ -302,7 +302,15 @@ class _Dispatch:
         past = getattr(cache, "get_seq_length", None)
         context = ids.shape[1] + (past() if past is not None else 0)
         longest = work.prompt_tokens + (work.new_tokens if work.caller == "generate" else work.decode_steps)
-        if ids.shape[0] > work.rows or context > longest:
+        most = max((entry.tokens for entry in self.plan.graph.prefill_passes), default=longest)
+        if work.prefill_chunk is not None and ids.shape[1] > most:
+            self.warned = True
+            warnings.warn(
+                f"this call takes {ids.shape[1]} tokens at once, and the plan {most}: it may run out of memory. Call "
+                f"generate with prefill_chunk_size={most}",
+                stacklevel=2,
+            )
+        elif ids.shape[0] > work.rows or context > longest:
             self.warned = True
             warnings.warn(
                 f"this call has a batch of {ids.shape[0]} and {context} tokens of context; the plan is for "

@@ -84,5 +84,10 @@ def find_targets(plan: Plan, devices: Mapping[str, torch.device | str]) -> dict[
                 f"the plan runs layers on {name}, and this machine has no {device}; plan with its own GPUs (--gpus), "
                 "or say which device to use: apply(..., devices={...})"
             )
+        if plan.workload.cache == "offloaded" and device.type != "cuda" and name != hardware.host(name):
+            raise InputError(
+                f"the plan keeps keys and values in host memory, and transformers' offloaded cache copies them with "
+                f"CUDA's streams: it cannot run with {name} played by {device}; plan with another cache (--cache)"
+            )
         targets[name] = device
     return targets

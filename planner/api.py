@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from planner import cache, loading, memory, search
+from planner.chunks import chunks
 from planner.cost import weight_dtype
 from planner.errors import InfeasibleError, InputError, PlanFormatError
 from planner.fixes import GraphQuestion, with_fixes
@@ -134,8 +135,14 @@ def place(
         raise InputError("the graph has no pass; a plan needs what at least one forward call takes")
     if workload.objective in _SIZED:
         raise InputError(f"{workload.objective} looks for another size of work, and a graph is of one")
-    if len(graph.passes) == 1 and workload.decode_steps:
+    if not graph.decode_passes and workload.decode_steps:
         raise InputError("the graph has no decode pass; give new_tokens=1, or passes decode_first and decode_last")
+    count = chunks(workload.prompt_tokens, workload.prefill_chunk).count
+    if min(count, 2) != min(len(graph.prefill_passes), 2):
+        raise InputError(
+            f"the work takes the prompt in {count} calls, and the graph has {len(graph.prefill_passes)} passes of it "
+            "(prefill, and of chunks prefill_next, prefill_last and prefill_rest)"
+        )
     if graph.batch_size != workload.rows:
         raise InputError(f"the graph is of {graph.batch_size} sequences at a time, and the work of {workload.rows}")
     rules.check(graph, hardware)
@@ -342,6 +349,8 @@ def predict_memory(
     if threads is not None and (device != "cpu" or threads < 1):
         raise InputError(f"threads={threads}: a whole number of at least 1, for the device 'cpu'")
     work, examples = _work(workload, example_inputs, notes)
+    if work.cache == "offloaded":
+        raise InputError("the offloaded cache is predicted with a plan (plan_model, --cache offloaded) only")
     source, module = source_of(model, hub=hub, revision=revision, trust_remote_code=trust_remote_code)
     stored = None
     if source.source in ("local", "hub"):

@@ -18,7 +18,12 @@ every pass but the first, each taken to be the smallest. Y runs before the first
 have nothing to stream (embeddings, head), and one of the others, which are taken to be alike; those whose groups are
 streamed are spread from its first layer to its last. No pass is shorter than one link is busy. What
 moves between devices takes its bytes and latency on the link between them, once for each device that takes it
-(`planner.steps.transfers`). The price of a decode step is the mean of the first and the last.
+(`planner.steps.transfers`). The price of a decode step is the mean of the first and the last. A prefill in chunks is a
+pass for each, which streams what waits again: the first, the others at the mean of the second and the last whole one,
+and the rest, whose moves between devices are priced as a whole chunk's.
+
+A cache that waits in host memory is copied down by what computes, which is part of C, and up beside it: that is hidden
+behind the copy down of the layer before, but where whole groups come over the same link it adds to X.
 """
 
 from __future__ import annotations
@@ -27,8 +32,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from planner.chunks import chunks_of
 from planner.graph import Bucket, LayerGraph, LayerKind, Pass, Span, WeightGroup
 from planner.hardware import Device, Hardware
+from planner.host_cache import is_on_host, up_ns, waited_ns
 from planner.memory import SLOT_COUNT, waiting_slices, with_groups
 from planner.plan import Placement, Slots
 from planner.steps import transfers
@@ -161,20 +168,35 @@ class Step:
 
     @property
     def is_prefill(self) -> bool:
+        """Whether it handles tokens of the prompt: the first chunk of it, or a later one."""
+        return self.name.startswith("prefill")
+
+    @property
+    def is_first(self) -> bool:
+        """Whether nothing was copied for it before: the call begins with it."""
         return self.name == "prefill"
 
 
 def steps_of(graph: LayerGraph, workload: Workload) -> tuple[Step, ...]:
-    """Return the prefill and, where there is one, the mean decode step, as much of each as the objective counts."""
-    steps = workload.decode_steps if len(graph.passes) > 1 else 0
+    """Return the prefill and, where there is one, the mean decode step, as much of each as the objective counts.
+
+    Of a prefill in chunks the first is a step, the mean of the other whole ones, and what is left of the prompt.
+    """
+    steps = workload.decode_steps if graph.decode_passes else 0
     prefill, decode = 1, steps
     if workload.objective == "ttft" or (workload.objective == "tpot" and not steps):
         prefill, decode = 1, 0
     elif workload.objective == "tpot":
         prefill, decode = 0, 1
-    found = [Step("prefill", prefill, 1, graph.passes[:1])]
+    found = [Step("prefill", prefill, 1, graph.prefill_passes[:1])]
+    later = graph.prefill_passes[1:]
+    if whole := tuple(entry for entry in later if entry.name != "prefill_rest"):
+        count = max(1, chunks_of(graph, workload).whole - 1)
+        found.append(Step("prefill_next", prefill * count, count, whole))
+    if rest := tuple(entry for entry in later if entry.name == "prefill_rest"):
+        found.append(Step("prefill_rest", prefill, 1, rest))
     if steps:
-        found.append(Step("decode", decode, steps, graph.passes[1:]))
+        found.append(Step("decode", decode, steps, graph.decode_passes))
     return tuple(found)
 
 
@@ -188,12 +210,21 @@ def step_compute_ns(graph: LayerGraph, step: Step, index: int, device: Device, d
     return sum(times) // len(times)
 
 
+def cache_ns(hardware: Hardware, step: Step, index: int, device: str) -> tuple[int, int]:
+    """Return the mean time over a step's passes of copies of a layer's cache from and to host memory, in ns: what its
+    computing waits for, and what its link is busy with on the way to the device.
+    """
+    spans = [entry.per_layer()[index] for entry in step.passes]
+    waited = sum(waited_ns(hardware, span, device) for span in spans)
+    return waited // len(spans), sum(up_ns(hardware, span, device) for span in spans) // len(spans)
+
+
 @dataclass(slots=True)
 class Lane:
     """What one device does in one step, in ns.
 
     blocks: how many of its layers may have something to stream; apart: what the others compute, of `computing`.
-    smallest: the least copy of a whole group, from host memory.
+    smallest: the least copy of a whole group, from host memory. cache: copies of keys and values from there.
     """
 
     blocks: int = 0
@@ -202,20 +233,21 @@ class Lane:
     on_demand: int = 0
     groups: int = 0
     smallest: int = 0
+    cache: int = 0
 
-    def busy_ns(self, slots: int, *, prefill: bool) -> int:
-        """Return how long the pass stands at this device."""
-        hidden = 0 if prefill else slots * self.smallest
+    def busy_ns(self, slots: int, *, first: bool) -> int:
+        """Return how long the pass stands at this device. first: no copy was begun before it."""
+        hidden = 0 if first else slots * self.smallest
         exposed = max(0, self.groups - hidden)
         serial = self.computing + self.on_demand
         if slots > 1 and not (self.on_demand and self.groups):
             beside = self.apart - (-(serial - self.apart) // max(self.blocks, 1))
-            return max(serial, exposed + beside) if exposed else serial
+            return max(serial, exposed + self.cache + beside) if exposed else serial
         return serial + exposed
 
     def least_ns(self, slots: int) -> int:
         """Return what no pass is shorter than because of this device's link."""
-        copies = self.groups + self.on_demand
+        copies = self.groups + self.on_demand + self.cache
         return copies + self.computing if slots == 1 and self.groups else copies
 
 
@@ -224,10 +256,15 @@ def lanes_of(
 ) -> dict[str, Lane]:
     """Return what every device does in one step."""
     run_on = {placement.layer: placement.run_on for placement in placements}
+    offloads = is_on_host(graph)
     lanes: dict[str, Lane] = {}
     for index, layer in enumerate(graph.layers):
         lane = lanes.setdefault(run_on[layer.name], Lane())
         taken = step_compute_ns(graph, step, index, hardware.device(run_on[layer.name]), dtype)
+        if offloads:
+            waited, busy = cache_ns(hardware, step, index, run_on[layer.name])
+            taken += waited
+            lane.cache += busy
         lane.computing += taken
         if is_block(graph, index):
             lane.blocks += 1
@@ -277,7 +314,7 @@ def step_ns(
     run_on = {placement.layer: placement.run_on for placement in placements}
     moves = transfers(graph, [run_on[layer.name] for layer in graph.layers])
     total = sum(move.ns(hardware, prefill=step.is_prefill) for move in moves)
-    total += sum(lane.busy_ns(counts.get(name, SLOT_COUNT), prefill=step.is_prefill) for name, lane in lanes.items())
+    total += sum(lane.busy_ns(counts.get(name, SLOT_COUNT), first=step.is_first) for name, lane in lanes.items())
     return max([total, *(lane.least_ns(counts.get(name, SLOT_COUNT)) for name, lane in lanes.items())])
 
 

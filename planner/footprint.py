@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 from planner.cuda_allocator import CachingAllocator
 from planner.lifetimes import Event
+from planner.recorder import Run
 from planner.trace import TracedPass, Tracing
 
 # Decode steps that are traced at most to find where memory does not grow evenly; between them it is interpolated.
@@ -111,17 +112,22 @@ def phase_of(entry: TracedPass, weight_bytes: int) -> PhaseMemory:
 def phases(tracing: Tracing, weight_bytes: int) -> tuple[list[PhaseMemory], tuple[int, ...]]:
     """Return every phase of a workload, prefill first, and which of them were traced.
 
-    Steps between two traced ones are interpolated once a step traced in their middle lies on the line.
+    Of a prefill in chunks each counter's greatest. Steps between two traced ones are interpolated once a step traced in
+    their middle lies on the line.
     """
-    count = tracing.inputs.steps
-    known = {number: phase_of(tracing.step(number), weight_bytes) for number in range(len(tracing.first.passes))}
+    chunks = tracing.inputs.chunks
+    last = chunks.count - 1
+    count = tracing.inputs.steps - last
+    prefill = [phase_of(tracing.step(n), weight_bytes) for n in chunks.numbers() if n is not None]
+    recorded = range(1, len(tracing.first.passes) - len(chunks.sizes()) + 1)
+    known = {0: peak_of(prefill), **{n: phase_of(tracing.step(last + n), weight_bytes) for n in recorded}}
     budget = _MOST_TRACED_STEPS
 
     def traced(number: int) -> PhaseMemory:
         nonlocal budget
         if number not in known:
             budget -= 1
-            known[number] = phase_of(tracing.step(number), weight_bytes)
+            known[number] = phase_of(tracing.step(last + number), weight_bytes)
         return known[number]
 
     open_spans = []
@@ -208,7 +214,8 @@ def on_cuda(tracing: Tracing, entries: Sequence[PhaseMemory], weights: Iterable[
             elif event.block in addresses:
                 allocator.free(addresses.pop(event.block))
         counters = allocator.counters()
-        last = (counters.peak_allocated_bytes, counters.peak_reserved_bytes)
+        before = last if number == 0 else (0, 0)
+        last = (max(before[0], counters.peak_allocated_bytes), max(before[1], counters.peak_reserved_bytes))
         result[number] = replace(entries[number], allocated_bytes=last[0], reserved_bytes=last[1])
     for number in reversed(range(len(result))):
         # A step that was left out is no larger than the next one that was not.
@@ -221,36 +228,87 @@ def on_cuda(tracing: Tracing, entries: Sequence[PhaseMemory], weights: Iterable[
 
 
 def stream(tracing: Tracing, *, most_events: int = _MOST_EVENTS) -> Iterator[tuple[int, list[Event]]]:
-    """Yield (forward call, its events) of a whole workload, as one stream whose blocks live on from call to call.
+    """Yield (phase, events of a forward call) of a whole workload, as one stream whose blocks live on.
 
-    After the first calls each does what the one before did, with blocks that grow evenly up to the last one traced.
+    Phase 0 is the prefill, of one call or of several chunks; each further one a decode step. After the first calls each
+    does what the one before did, with blocks that grow evenly up to the last one traced; so do chunks in the middle.
     """
-    run, count = tracing.first, tracing.inputs.steps
-    for index, entry in enumerate(run.passes):
-        yield index, run.events[entry.start : entry.end]
-    done = len(run.passes)
+    run, chunks = tracing.first, tracing.inputs.chunks
+    last, recorded = chunks.count - 1, len(chunks.sizes()) - 1
+    fresh = itertools.count(-1, -1)
+    calls = [_labelled(run, run.events[entry.start : entry.end]) for entry in run.passes]
+    for index, events in enumerate(calls):
+        number = max(0, index - recorded)
+        if index <= recorded and chunks.numbers()[index] is None:
+            # One call that stands for many chunks: they come one by one, and the last of them has its blocks.
+            for between in _middle(calls[index - 3 : index + 1], chunks.count - recorded, fresh, most_events):
+                yield number, between
+        else:
+            yield number, events
+    done = len(run.passes) - recorded
+    count = tracing.inputs.steps - last
     if count <= done:
         return
-    before, after = tracing.step(done - 2).events, tracing.step(done - 1).events
+    before, after = calls[-2:]
     if not _alike(before, after):
         return
-    final = tracing.step(count - 1).events
+    end = tracing.step(last + count - 1)
+    final = _labelled(end.run, end.events)
     ahead = count - done
     if _alike(after, final):
         growth = [(late.nbytes - early.nbytes) / ahead for early, late in zip(after, final, strict=True)]
     else:
         growth = [float(two.nbytes - one.nbytes) for one, two in zip(before, after, strict=True)]
+    stride = max(1, ahead * len(after) // most_events)
+    numbers = [*range(done, count - 1, stride), count - 1]
+    onward = _onward(before, after, growth, [number - done + 1 for number in numbers], fresh)
+    yield from zip(numbers, onward, strict=True)
+
+
+def _middle(
+    calls: Sequence[Sequence[Event]], count: int, fresh: Iterator[int], most_events: int
+) -> Iterator[list[Event]]:
+    """Yield the events of `count` chunks that follow three recorded ones; the fourth of `calls` stands for all of them.
+
+    The third hands over to a longer one, so that only its blocks count. Where the fourth does not do what the others
+    do, it is taken for one chunk as it is.
+    """
+    before, after, since, standing = calls
+    if not (_alike(before, after) and _alike(after, since) and _alike(after, standing)):
+        yield list(standing)
+        return
+    growth = [float(two.nbytes - one.nbytes) for one, two in zip(before, after, strict=True)]
+    stride = max(1, count * len(after) // most_events)
+    aheads = [*range(2, count + 1, stride), count + 1]
+    yield from _onward(before, after, growth, aheads, fresh, since=since, into=standing)
+
+
+def _onward(
+    before: Sequence[Event],
+    after: Sequence[Event],
+    growth: Sequence[float],
+    aheads: Sequence[int],
+    fresh: Iterator[int],
+    *,
+    since: Sequence[Event] | None = None,
+    into: Sequence[Event] | None = None,
+) -> Iterator[list[Event]]:
+    """Yield calls that go on as `after` followed `before`, every block grown so many times as `aheads` say.
+
+    since: the call just before them, where that is not `after`. into: whose blocks the last of them has; the others'
+    are `fresh`.
+    """
     place = {event.block: at for at, event in enumerate(after) if event.nbytes > 0}
     place_before = {event.block: at for at, event in enumerate(before) if event.nbytes > 0}
-    previous = {at: (event.block, event.nbytes) for at, event in enumerate(after) if event.nbytes > 0}
-    fresh = itertools.count(-1, -1)
-    stride = max(1, ahead * len(after) // most_events)
-    for number in [*range(done, count - 1, stride), count - 1]:
+    previous = {at: (event.block, event.nbytes) for at, event in enumerate(since or after) if event.nbytes > 0}
+    for number, ahead in enumerate(aheads):
+        named = into if number == len(aheads) - 1 else None
         current: dict[int, tuple[int, int]] = {}
         events = []
         for at, event in enumerate(after):
             if event.nbytes > 0:
-                current[at] = next(fresh), event.nbytes + round(growth[at] * (number - done + 1))
+                block = next(fresh) if named is None else named[at].block
+                current[at] = block, event.nbytes + round(growth[at] * ahead)
                 events.append(Event(*current[at], event.kind))
                 continue
             if event.block in place:
@@ -261,7 +319,16 @@ def stream(tracing: Tracing, *, most_events: int = _MOST_EVENTS) -> Iterator[tup
                 continue
             events.append(Event(block, -nbytes, event.kind))
         previous = current
-        yield number, events
+        yield events
+
+
+def _labelled(run: Run, events: Sequence[Event]) -> list[Event]:
+    """Return events with those of blocks that were part of a cache called so."""
+    blocks = run.cache_blocks
+    return [
+        event._replace(kind="kv_cache") if event.block in blocks and event.kind == "activations" else event
+        for event in events
+    ]
 
 
 def _alike(one: Sequence[Event], other: Sequence[Event]) -> bool:

@@ -215,6 +215,8 @@ class Span:
     flops: of matrix products, attention and convolutions (a multiply-add is 2).
     moved_bytes: read and written by operators, weights included, experts' weights apart.
     operators: operators called.
+    kv_host_bytes: of host memory that this layer's cache takes where it waits there (planner/host_cache.py).
+    kv_down_bytes, kv_up_bytes: of it that are copied to the host and from there, in this pass.
     """
 
     count: int
@@ -227,6 +229,9 @@ class Span:
     flops: int
     moved_bytes: int
     operators: int
+    kv_host_bytes: int = field(default=0, metadata=OMITTED)
+    kv_down_bytes: int = field(default=0, metadata=OMITTED)
+    kv_up_bytes: int = field(default=0, metadata=OMITTED)
 
     @property
     def requested_bytes(self) -> int:
@@ -262,7 +267,8 @@ class LayerGraph:
 
     allocator_bytes: what a GPU's caching allocator reserves beyond what is requested of it, besides weights and slots.
     passes: "prefill", and where tokens are generated "decode_first" and "decode_last"; steps between are affine in
-        the context length.
+        the context length. Of a prefill in chunks "prefill" is the first, then come "prefill_next" and "prefill_last",
+        whole chunks that those between are affine in, and "prefill_rest", a shorter one.
     ties: sets of full tensor names that share one storage.
     loose: tensors outside every layer (rotary tables and the like); they live with the first layer.
     measured: computing times that the user has measured.
@@ -285,6 +291,15 @@ class LayerGraph:
             return None
         found = _measured(self.measured).get((layer, device))
         return found if found is None else found[0 if prefill else 1]
+
+    @property
+    def prefill_passes(self) -> tuple[Pass, ...]:
+        """The first pass, and those of further chunks of the prompt."""
+        return (*self.passes[:1], *(entry for entry in self.passes[1:] if entry.name.startswith("prefill")))
+
+    @property
+    def decode_passes(self) -> tuple[Pass, ...]:
+        return tuple(entry for entry in self.passes[1:] if not entry.name.startswith("prefill"))
 
     def kind_of(self, index: int) -> LayerKind:
         return self.kinds[self.layers[index].kind]

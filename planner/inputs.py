@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from planner.chunks import Chunks, chunks
 from planner.errors import InputError, TraceError
 from planner.workload import Workload
 
@@ -58,9 +59,15 @@ class Inputs:
             self.notes.append(f"{type(model).__name__} does not generate: one forward call")
 
     @property
+    def chunks(self) -> Chunks:
+        """How the prompt is cut; a decoder that begins with one token takes it at once."""
+        is_cut = self.generates and not _is_encoder_decoder(self.model)
+        return chunks(self.workload.prompt_tokens, self.workload.prefill_chunk if is_cut else None)
+
+    @property
     def steps(self) -> int:
-        """Forward calls: a prefill, and one for every further token."""
-        return self.workload.new_tokens if self.generates or self._loops else 1
+        """Forward calls: those of the prefill, and one for every further token."""
+        return self.chunks.count - 1 + (self.workload.new_tokens if self.generates or self._loops else 1)
 
     @property
     def _loops(self) -> bool:
@@ -71,11 +78,16 @@ class Inputs:
         config = getattr(self.model, "generation_config", None)
         if not self.generates or config is None:
             return
-        for name, harmless in (("guidance_scale", (None, 1, 1.0)), ("prefill_chunk_size", (None,))):
-            if getattr(config, name, None) not in harmless:
-                raise TraceError(
-                    f"generation_config.{name} makes further forward calls, which are not carried yet: set it to None"
-                )
+        if getattr(config, "guidance_scale", None) not in (None, 1, 1.0):
+            raise TraceError(
+                "generation_config.guidance_scale makes further forward calls, not carried yet: set it to None"
+            )
+        chunk = getattr(config, "prefill_chunk_size", None)
+        if chunk is not None and self.workload.prefill_chunk is None:
+            raise TraceError(
+                f"generation_config.prefill_chunk_size cuts the prompt into chunks of {chunk} tokens: ask for that "
+                f"(prefill_chunk={chunk}, --prefill-chunk {chunk}), or set it to None"
+            )
         beams = getattr(config, "num_beams", None) or 1
         if beams != self.workload.num_beams:
             self.notes.append(
@@ -90,6 +102,8 @@ class Inputs:
     def call(self, *, longer: int = 0, new_tokens: int | None = None) -> Callable[[], Any]:
         """Return the user's call, its prompt longer by so many tokens, that makes `new_tokens` (the workload's).
 
+        Of a prompt in many chunks those in the middle are one; a longer prompt in chunks is a single one.
+
         With the caller "forward" and several new tokens it is a plain loop: the prompt, then one token at a time with
         the cache that the call before returned.
         """
@@ -98,6 +112,8 @@ class Inputs:
         if self.generates:
             options = generate_options(work)
             options["max_new_tokens"] = work.new_tokens if new_tokens is None else new_tokens
+            if work.prefill_chunk is not None:
+                options["prefill_chunk_size"] = work.prompt_tokens + longer if longer else list(self.chunks.sizes())
             return lambda: self.model.generate(**given, **options)
         if not self._loops:
             extra = {"use_cache": False} if can_generate(self.model) else {}
@@ -196,12 +212,35 @@ def generate_options(work: Workload) -> dict[str, Any]:
         options["num_return_sequences"] = work.num_return_sequences
     if work.top_p is not None:
         options["top_p"] = work.top_p
-    if work.cache == "static":
+    if work.cache == "offloaded":
+        options["cache_implementation"] = "offloaded"
+    elif work.cache == "static":
         options["cache_implementation"] = "static"
     elif work.cache == "fp8":
         options["cache_implementation"] = "quantized"
         options["cache_config"] = {"backend": "fp8"}
+    if work.prefill_chunk is not None:
+        options["prefill_chunk_size"] = work.prefill_chunk
     return options
+
+
+def check_on_host(model: Any) -> None:
+    """Raise TraceError where a model's cache cannot wait in host memory, or what would be there is not known."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    name = type(model).__name__
+    if _is_encoder_decoder(model):
+        raise TraceError(f"the offloaded cache of encoder-decoders ({name}) is not carried; take another (--cache)")
+    try:
+        layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    except Exception as exc:
+        raise TraceError(f"{name} has no cache that transformers offloads ({exc}); take another (--cache)") from exc
+    other = {type(layer).__name__ for layer in layers} - {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
+    if other or not layers:
+        raise TraceError(
+            f"{name} keeps more than keys and values ({', '.join(sorted(other)) or 'a cache of its own'}), which is "
+            "not carried in host memory; take another (--cache)"
+        )
 
 
 def can_generate(model: Any) -> bool:

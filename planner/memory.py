@@ -12,6 +12,7 @@ from typing import Literal
 
 from planner.graph import SLAB_ALIGNMENT_BYTES, LayerGraph, Span, WeightGroup
 from planner.hardware import Device, Hardware
+from planner.host_cache import host_bytes, is_on_host
 from planner.plan import Placement, Slots
 from planner.precision import stored_as
 from planner.units import MIB, round_up
@@ -198,6 +199,10 @@ def pinned_bytes(
             pinned[placement.home] += slices * group.slice_slab_bytes
         elif placement.memory == "disk":
             staged.add((placement.run_on, slot_kind(group)))
+    if is_on_host(graph):
+        spans = zip(*(entry.per_layer() for entry in graph.passes), strict=True)
+        for device, found in zip(_devices(graph, placements), spans, strict=True):
+            pinned[hardware.host(device)] += host_bytes(found)
     for entry in slots:
         if (entry.device, entry.holds) in staged:
             nbytes = entry.count * allocation_bytes(entry.slot_bytes, hardware.device(entry.device))
@@ -222,6 +227,8 @@ def planned_bytes(
             kv_cache=usage.kv_cache + kv_bytes(spans),
             activations=max(usage.activations, held[index]),
         )
+        host = hardware.host(device)
+        result[host] = _with(result[host], kv_cache=result[host].kv_cache + host_bytes(spans))
     return result
 
 
@@ -241,6 +248,10 @@ def peak(
         cached: dict[str, int] = dict.fromkeys(static, 0)
         for device, span in zip(devices, spans, strict=True):
             cached[device] += span.kv_before_bytes
+            cached[hardware.host(device)] += span.kv_host_bytes
+        for host in {hardware.host(device) for device in devices if cached[hardware.host(device)]}:
+            usage = _with(static[host], kv_cache=cached[host])
+            best[host] = max(best[host], usage, key=lambda each: each.total)
         for device, span in zip(devices, spans, strict=True):
             usage = _with(static[device], kv_cache=cached[device], activations=span.requested_bytes)
             if usage.total > best[device].total:

@@ -139,7 +139,9 @@ def cpu_experts(plan: Plan) -> str | None:
     passes = [entry.tokens * plan.graph.batch_size for entry in plan.graph.passes]
     if passes and max(passes) <= least:
         return f"{text}, as every pass of this call is"
-    if len(passes) > 1 and max(passes[1:]) <= least and passes[0] > most:
+    prefill = [entry.tokens * plan.graph.batch_size for entry in plan.graph.prefill_passes]
+    decode = [entry.tokens * plan.graph.batch_size for entry in plan.graph.decode_passes]
+    if decode and max(decode) <= least and min(prefill) > most:
         return f"{text}, as decode steps are; in the longer prefill they are copied"
     return f"{text}, and copied in longer ones"
 

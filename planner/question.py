@@ -60,8 +60,8 @@ class Question:
         )
         may_group = self.dtype == "bfloat16" and fits_whole
         graph, execution = self._trace(tracer, routed=not may_group)
-        if len(graph.passes) == 1 and workload.decode_steps:
-            workload = replace(workload, caller="forward", new_tokens=1)
+        if not graph.decode_passes and workload.decode_steps:
+            workload = replace(workload, caller="forward", new_tokens=1, prefill_chunk=None, cache="dynamic")
         self.report("placing")
         rules.check(graph, hardware)
         # The name is planner.execution.GROUPED_EXPERTS, whose module would load torch on a path that has the trace
@@ -169,7 +169,14 @@ def _execution_notes(workload: Workload, execution: Execution, hardware: Hardwar
     if workload.caller == "forward":
         choice = "plain forward calls"
     attention = f"{execution.attention} attention, " if execution.attention is not None else ""
-    notes = [f"{attention}{workload.cache} cache, {choice}; prompts of equal length"]
+    chunk = workload.prefill_chunk
+    cut = "" if chunk is None else f", in chunks of {chunk:,} tokens: call generate with prefill_chunk_size={chunk}"
+    notes = [f"{attention}{workload.cache} cache, {choice}; prompts of equal length{cut}"]
+    if workload.cache == "offloaded":
+        notes.append(
+            "keys and values wait in pinned host memory, in blocks of powers of two, as transformers' offloaded cache "
+            'leaves them (read in its code, not measured): call generate with cache_implementation="offloaded"'
+        )
     if execution.experts is not None:
         notes.append(
             f"experts run as {execution.experts}: memory counts the worst routing, time the expected number of "

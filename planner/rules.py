@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from planner.errors import InputError
 from planner.graph import LayerGraph
 from planner.hardware import Hardware
+from planner.serial import OMITTED
 
 # Precisions that weights may wait in besides the model's own.
 DTYPES = ("int8", "nf4")
@@ -59,6 +60,7 @@ class Rules:
     cpu_experts: experts that wait in host memory may be computed there, where that is faster than copying them.
     dtypes: precisions that weight groups may be stored in besides the model's own ("int8", "nf4"); none: no choice.
     caches: KV caches that may be taken instead of the workload's own; none: no choice.
+    prefill_chunks: chunks of the prompt that may be taken instead of the workload's own (None: all at once).
     quality_budget: the most that the chosen precisions may lose, in the unit of the sensitivity table.
     sensitivity: replaces the bundled table, where any is given.
     time_limit_s: the search ends after so long with the best it has; None: only by its own deterministic limits.
@@ -70,7 +72,8 @@ class Rules:
     contiguous: bool = False
     cpu_experts: bool = True
     dtypes: tuple[str, ...] = ()
-    caches: tuple[Literal["dynamic", "static", "fp8"], ...] = ()
+    caches: tuple[Literal["dynamic", "static", "fp8", "offloaded"], ...] = ()
+    prefill_chunks: tuple[int | None, ...] = field(default=(), metadata=OMITTED)
     quality_budget: float = 0.0
     sensitivity: tuple[Sensitivity, ...] = ()
     time_limit_s: float | None = None

@@ -1,4 +1,4 @@
-"""Searches around the solver: the batch, the longest prompt, a choice of caches, and memory traded for time.
+"""Searches around the solver: the batch, the longest prompt, a choice of caches and chunks, and memory traded for time.
 
 The solver places one trace under one machine. Here it is asked again and again, and every answer says what was tried.
 """
@@ -129,11 +129,20 @@ class _Search:
         self._finished = True
 
     def best(self, workload: Workload) -> Found:
-        """Return the best plan over the caches that are allowed."""
-        if self.rules.caches and workload.caller == "forward":
-            raise InputError("a choice of KV caches is for generate(); plain forward calls have their own")
-        works = [workload, *(replace(workload, cache=c) for c in dict.fromkeys(self.rules.caches))]
-        works = list(dict.fromkeys(works))
+        """Return the best plan over the caches and the chunks of the prompt that are allowed."""
+        rules = self.rules
+        if (rules.caches or rules.prefill_chunks) and workload.caller == "forward":
+            raise InputError(
+                "a choice of KV caches, or of chunks of the prompt, is for generate(), not for plain forward calls"
+            )
+        caches = dict.fromkeys((workload.cache, *rules.caches))
+        cuts = dict.fromkeys((workload.prefill_chunk, *rules.prefill_chunks))
+        works = [replace(workload, cache=cache, prefill_chunk=cut) for cache in caches for cut in cuts]
+
+        def called(work: Workload) -> str:
+            names = [work.cache] * (len(caches) > 1) + [_cut_words(work.prefill_chunk)] * (len(cuts) > 1)
+            return " and ".join(names)
+
         plans: list[Plan] = []
         told: list[str] = []
         failed: list[PlanError] = []
@@ -141,10 +150,10 @@ class _Search:
             for work in works:
                 try:
                     plans.append(self._sized(work))
-                    told.append(f"{work.cache} ({_achieved(plans[-1])})")
+                    told.append(f"{called(work)} ({_achieved(plans[-1])})")
                 except (InfeasibleError, TraceError) as exc:
                     failed.append(exc)
-                    told.append(f"{work.cache} ({'does not fit' if isinstance(exc, InfeasibleError) else exc})")
+                    told.append(f"{called(work)} ({'does not fit' if isinstance(exc, InfeasibleError) else exc})")
         except (_CutOffError, KeyboardInterrupt):
             self._finished = False
             if not plans:
@@ -152,7 +161,10 @@ class _Search:
         if not plans:
             raise failed[0]
         plan = min(plans, key=_score)
-        if len(works) > 1:
+        if len(cuts) > 1:
+            what = "KV caches and chunks of the prompt" if len(caches) > 1 else "chunks of the prompt"
+            plan = _noted(plan, f"of the {what} allowed, {called(plan.workload)} is best: {', '.join(told)}")
+        elif len(caches) > 1:
             plan = _noted(plan, f"of the KV caches allowed, the {plan.workload.cache} one is best: {', '.join(told)}")
         if not self._finished:
             plan = _noted(plan, "the search was cut off: this is the best that was found until then")
@@ -383,6 +395,11 @@ def _achieved(plan: Plan) -> str:
     if plan.workload.objective == "fit":
         return f"{_held_bytes(plan):,} bytes"
     return format_ns(_time_ns(plan))
+
+
+def _cut_words(chunk_tokens: int | None) -> str:
+    """Return in words how the prompt is cut."""
+    return "the prompt at once" if chunk_tokens is None else f"chunks of {chunk_tokens:,}"
 
 
 def _held_bytes(plan: Plan) -> int:

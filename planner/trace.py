@@ -101,31 +101,48 @@ class Tracing:
     def first(self) -> Run:
         """The run from the start: prefill, and the first decode steps."""
         if self._first is None:
-            self._first = self._record(passes=min(self.inputs.steps, _FIRST_STEPS + 1))
+            left_out = self.inputs.chunks.count - len(self.inputs.chunks.sizes())
+            self._first = self._record(passes=min(self.inputs.steps, self._settled + 1) - left_out)
         return self._first
 
+    @property
+    def _settled(self) -> int:
+        """The last call of the first run: decode steps after it do as it did, or are reached by a longer prompt."""
+        return self.inputs.chunks.count - 1 + _FIRST_STEPS
+
     def step(self, number: int) -> TracedPass:
-        """Return forward call `number` of the workload; 0 is the prefill."""
-        prompt = self.workload.prompt_tokens
-        if number < len(self.first.passes):
-            return cut(self.first, number, prompt if number == 0 else 1, prompt + number)
+        """Return forward call `number` of the workload; 0 is the prefill, or the first chunk of it.
+
+        Of many chunks, those in the middle are not traced one by one: `inputs.chunks.numbers` says which are.
+        """
+        cut_up = self.inputs.chunks
+        if number < cut_up.count:
+            at = cut_up.numbers().index(number)
+            return cut(self.first, at, cut_up.tokens_of(number), cut_up.ends_at(number))
+        if number <= self._settled:
+            at = number - cut_up.count + len(cut_up.sizes())
+            return cut(self.first, at, 1, self._context(number))
         if number not in self._later:
             self._later[number] = self._steady(number) or self._reach(number)
         return self._later[number]
 
+    def _context(self, number: int) -> int:
+        """Return the tokens in the cache when decode step `number` ends."""
+        return self.workload.prompt_tokens + number - self.inputs.chunks.count + 1
+
     def _steady(self, number: int) -> TracedPass | None:
         """Return step `number` where no layer does more from step to step: the cache is full, or never grows."""
-        before, after = self.step(_FIRST_STEPS - 1), self.step(_FIRST_STEPS)
+        before, after = self.step(self._settled - 1), self.step(self._settled)
         if before.cached_bytes != after.cached_bytes or not _same_layers(before, after):
             return None
         return self.continued(number)
 
     def _reach(self, number: int) -> TracedPass:
         """Run step `number` after a longer prompt, and make up for what the caller holds of that."""
-        longer = number - _FIRST_STEPS
+        longer = number - self._settled
         run = self._record(longer=longer, new_tokens=self.workload.new_tokens - longer, passes=_FIRST_STEPS + 1)
-        reached = cut(run, _FIRST_STEPS, 1, self.workload.prompt_tokens + number)
-        before, after = (self.step(index).held_bytes for index in (_FIRST_STEPS - 1, _FIRST_STEPS))
+        reached = cut(run, _FIRST_STEPS, 1, self._context(number))
+        before, after = (self.step(index).held_bytes for index in (self._settled - 1, self._settled))
         reached = dataclasses.replace(reached, held_bytes=after + longer * (after - before))
         if self.workload.num_beams > 1:
             # Beam search holds tensors as long as the answer may get, which is less after a longer prompt.
@@ -139,10 +156,10 @@ class Tracing:
 
         None where those two do not do the same.
         """
-        before, after = self.step(_FIRST_STEPS - 1), self.step(_FIRST_STEPS)
+        before, after = self.step(self._settled - 1), self.step(self._settled)
         if [(e.nbytes > 0, e.kind) for e in before.events] != [(e.nbytes > 0, e.kind) for e in after.events]:
             return None
-        ahead = number - _FIRST_STEPS
+        ahead = number - self._settled
 
         def onward(one: int, two: int) -> int:
             return two + ahead * (two - one)
@@ -151,7 +168,7 @@ class Tracing:
         return dataclasses.replace(
             after,
             events=[Event(b.block, onward(a.nbytes, b.nbytes), b.kind) for a, b in pairs],
-            context_tokens=self.workload.prompt_tokens + number,
+            context_tokens=self._context(number),
             held_bytes=onward(before.held_bytes, after.held_bytes),
             cached_bytes=onward(before.cached_bytes, after.cached_bytes),
         )
@@ -227,13 +244,13 @@ class Tracing:
         return TraceError(f"{type(self.model).__name__} could not be traced{where}: {reason}")
 
     def graph(self, *, allocator_bytes: int = 0) -> LayerGraph:
-        """Return the layer graph, with the prefill, the first decode step and the last."""
-        steps = self.inputs.steps
-        chosen = {"prefill": 0, "decode_first": 1, "decode_last": steps - 1}
-        named = [(name, number) for name, number in chosen.items() if number < steps]
-        if steps == 2:
-            named = named[:2]
-        traced = [(name, self.step(number)) for name, number in named[: min(steps, 3)]]
+        """Return the layer graph, with the prefill (of chunks, those that a LayerGraph names), the first decode step
+        and the last.
+        """
+        steps, prefill = self.inputs.steps, self.inputs.chunks
+        decode = {steps - 1: "decode_last", prefill.count: "decode_first"} if steps > prefill.count else {}
+        names = {**prefill.named(), **decode}
+        traced = [(names[number], self.step(number)) for number in sorted(names)]
         return _graph(self.skeleton, self.recorder, traced, self.workload, allocator_bytes)
 
 
@@ -534,7 +551,7 @@ def _edges(traced: list[tuple[str, TracedPass]], position: dict[int, int]) -> tu
             found[key] = found.get(key, 0) + made[block]
         sizes.append(found)
     prefill, decode = sizes
-    if len(traced) == 1:
+    if not traced[-1][0].startswith("decode"):
         decode = {}
     keys = sorted(prefill.keys() | decode.keys())
     of_source: dict[int, list[tuple[int, ...]]] = {}

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from planner import cache
-from planner.errors import PlanFormatError
+from planner.errors import PlanFormatError, TraceError
 from planner.given import build_on_meta
 from planner.graph import LayerGraph
 from planner.hardware import Hardware, products
+from planner.host_cache import on_host
 from planner.models import ModelSource
 from planner.plan import Execution
 from planner.serial import decode, encode
@@ -109,12 +111,33 @@ class Tracer:
         experts = None
         if implementations.experts_modules(model):
             experts = implementations.ROUTED_EXPERTS if routed else implementations.GROUPED_EXPERTS
-        tracing = tracing_for(model, self.workload, gpu=self.gpu, experts=experts, examples=self.examples)
-        extra = allocator_bytes(tracing) if self.gpu is not None else 0
-        graph = tracing.graph(allocator_bytes=extra)
+        offloads = self.workload.cache == "offloaded" and self.workload.caller == "generate"
+        work = replace(self.workload, cache="dynamic") if offloads else self.workload
+        tracing = tracing_for(model, work, gpu=self.gpu, experts=experts, examples=self.examples)
+        if offloads and tracing.inputs.generates:
+            graph = self._on_host(tracing)
+        else:
+            extra = allocator_bytes(tracing) if self.gpu is not None else 0
+            graph = tracing.graph(allocator_bytes=extra)
         return graph, Execution(
             attention=attention_of(model), experts=experts, unmodelled=tuple(sorted(tracing.first.unmodelled))
         )
+
+    def _on_host(self, tracing: Tracing) -> LayerGraph:
+        """Return the graph with its cache in host memory.
+
+        The allocator keeps what it does without a cache, and twice what is in transit of one layer: sizes that a
+        growing cache went through are not used again.
+        """
+        from planner.inputs import check_on_host
+
+        check_on_host(self.module)
+        if self.gpu is None:
+            raise TraceError("the offloaded cache moves keys and values from GPUs to the host, and there is no GPU")
+        graph = tracing.graph()
+        largest = max((span.kv_after_bytes for entry in graph.passes for span in entry.spans), default=0)
+        extra = allocator_bytes(tracing, with_cache=False) + 2 * largest
+        return replace(on_host(graph), allocator_bytes=extra)
 
 
 def tracing_for(
@@ -150,12 +173,14 @@ def tracing_for(
     )  # fmt: skip
 
 
-def allocator_bytes(tracing: Tracing) -> int:
+def allocator_bytes(tracing: Tracing, *, with_cache: bool = True) -> int:
     """Return what the caching allocator reserves beyond what is requested of it, at their greatest, without weights."""
     from planner.cuda_allocator import replay
     from planner.footprint import stream
 
     events = [event for _, part in stream(tracing, most_events=_REPLAYED_EVENTS) for event in part]
+    if not with_cache:
+        events = [event for event in events if event.kind != "kv_cache"]
     counters = replay(events)
     return counters.peak_reserved_bytes - counters.peak_requested_bytes
 

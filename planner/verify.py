@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from planner import loading, memory
 from planner.errors import PlanFormatError
+from planner.host_cache import host_layers
 from planner.plan import Placement, Plan
 from planner.precision import losses, stored_as
 from planner.units import format_bytes
@@ -155,6 +156,11 @@ def _check_rules(plan: Plan) -> list[Violation]:
         walk = [device for device, _ in itertools.groupby(run_on[layer.name] for layer in graph.layers)]
         if len(walk) != len(set(walk)):
             found.append(Violation(rule="contiguous", message=f"devices follow each other as {' → '.join(walk)}"))
+    for index in sorted(host_layers(graph)):
+        name = graph.layers[index].name
+        if hardware.device(run_on[name]).kind == "cpu":
+            message = f"{name} runs on {run_on[name]}, and its keys and values come from host memory to a GPU"
+            found.append(Violation(rule="offloaded cache", message=message))
     for edge in graph.edges:
         one, other = graph.layers[edge.source].name, graph.layers[edge.target].name
         if not edge.may_cut and run_on[one] != run_on[other]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from planner.errors import InputError
+from planner.serial import OMITTED
 
 DEFAULT_PROMPT_TOKENS = 512
 DEFAULT_NEW_TOKENS = 128
@@ -23,7 +24,9 @@ class Workload:
         is one `model(input_ids)` without a cache, with more a plain loop over `model(...)` with the cache it returned.
     sampling, top_p, num_beams, num_return_sequences: as `generate` takes them; top_p needs "sample".
     cache: "dynamic" grows, "static" is as long as the whole answer from the start, "fp8" keeps keys and values in 8
-        bits (transformers' quantised cache); layers with a sliding window keep their window in each.
+        bits (transformers' quantised cache); layers with a sliding window keep their window in each. "offloaded" grows
+        as well, and waits in host memory.
+    prefill_chunk: tokens of the prompt in one forward call (generate's prefill_chunk_size); None: all at once.
     objective: what the planner makes least: "latency" (the whole call: prefill and every decode step), "ttft" (the
         prefill), "tpot" (a decode step), "fit" (bytes of memory, those of GPUs and the host together); "throughput"
         chooses the batch too, and "max-context" and "max-batch" the longest prompt or largest batch that fits.
@@ -37,8 +40,9 @@ class Workload:
     top_p: float | None = None
     num_beams: int = 1
     num_return_sequences: int = 1
-    cache: Literal["dynamic", "static", "fp8"] = "dynamic"
+    cache: Literal["dynamic", "static", "fp8", "offloaded"] = "dynamic"
     kv_dtype: str | None = None
+    prefill_chunk: int | None = field(default=None, metadata=OMITTED)
     objective: Objective = "latency"
 
     def __post_init__(self) -> None:
@@ -48,6 +52,19 @@ class Workload:
                 raise InputError(f"{name} must be a whole number, not {value!r}")
             if value < 1:
                 raise InputError(f"{name} must be at least 1, and is {value}")
+        if self.prefill_chunk is not None:
+            if (
+                isinstance(self.prefill_chunk, bool)
+                or not isinstance(self.prefill_chunk, int)
+                or self.prefill_chunk < 1
+            ):
+                raise InputError(f"prefill_chunk must be a whole number of at least 1, not {self.prefill_chunk!r}")
+            if self.caller == "forward":
+                raise InputError(
+                    "prefill_chunk is an option of generate(); plain forward calls take the prompt at once"
+                )
+        if self.cache == "offloaded" and self.caller == "forward":
+            raise InputError("the offloaded cache is an option of generate(); plain forward calls have their own")
         tokens = self.batch_size * (self.prompt_tokens + self.new_tokens)
         if tokens > MOST_TOKENS:
             raise InputError(

@@ -1,14 +1,21 @@
 """A Plan → the Timeline of one call: prefill, then decode steps with a growing cache.
 
 The first steps and the last ones are simulated one by one; those between are interpolated, because a step's work is
-affine in the context length. Experts are taken at their expected number per pass, spread evenly.
+affine in the context length. So are the calls of a prefill in chunks, which together are step 0. Experts are taken at
+their expected number per pass, spread evenly.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from planner import cost
+from planner.chunks import chunks_of
 from planner.errors import PlanFormatError
 from planner.graph import Pass, Span
+from planner.hardware import Hardware
+from planner.host_cache import down_ns, host_layers, is_prefetched, up_ns
 from planner.memory import Usage, static_usage
 from planner.plan import Plan
 from planner.steps import LayerRun, Part, Transfer, layer_runs, prefetch_order
@@ -28,6 +35,20 @@ def run(plan: Plan) -> Timeline:
     return _Simulation(plan).run()
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One forward call: `weight` of the way from one traced pass to another."""
+
+    step: int
+    first: Pass
+    last: Pass
+    weight: float = 0.0
+
+    @property
+    def prefill(self) -> bool:
+        return self.step == 0
+
+
 class _Simulation:
     def __init__(self, plan: Plan):
         if not plan.graph.passes:
@@ -41,24 +62,28 @@ class _Simulation:
         for move in (move for run in self.runs for move in run.takes if not move.waits):
             self.leaves.setdefault(move.source, []).append(move)
         self.sent: dict[Transfer, int] = {}
+        # Layers with a cache in host memory; when the last of them began; when the next one's is there.
+        self.on_host = sorted(host_layers(plan.graph))
+        self.cached_ns = 0
+        self.ups: dict[int, int] = {}
         self.samples: list[MemorySample] = []
         self.copied: dict[str, list[int]] = {}
         self.queue: dict[str, list[Part]] = {}
         self.spans = {entry.name: entry.per_layer() for entry in plan.graph.passes}
+        self.passes = {entry.name: entry for entry in plan.graph.passes}
 
     def run(self) -> Timeline:
         steps = self.plan.workload.decode_steps
-        simulated = sorted(
-            {0, *range(1, min(steps, STEPS_AT_EACH_END) + 1), *range(max(1, steps - STEPS_AT_EACH_END + 1), steps + 1)}
-        )
-        now, ends = 0, {}
         for usage_device, usage in self.static.items():
             self._sample(0, usage_device, usage)
-        for step in simulated:
+        self._begin_prefetch()
+        now, prefill_ns = self._prefill()
+        ends = {0: prefill_ns}
+        for step in _at_both_ends(1, steps):
             started = now
-            now = self._step(step, now)
+            now = self._call(self._decode(step), now)
             ends[step] = now - started
-        durations = _interpolate(ends, steps)
+        simulated, durations = sorted(ends), _interpolate(ends, steps)
         intervals = sorted(self.engine.intervals, key=_order)
         memory = sorted(self.samples, key=lambda sample: sample.time_ns)
         return Timeline(
@@ -68,42 +93,72 @@ class _Simulation:
             step_ns=tuple(durations),
         )
 
-    def _step(self, step: int, now: int) -> int:
-        first, last, weight = self._passes(step)
+    def _prefill(self) -> tuple[int, int]:
+        """Return when the prefill ends as simulated, and how long it takes with the chunks that were not."""
+        chunks = chunks_of(self.graph, self.plan.workload)
+        whole = chunks.whole - 1
+        now, ends = 0, {}
+        for number in (0, *_at_both_ends(1, whole)):
+            started = now
+            now = self._call(self._chunk(number, whole), now)
+            ends[number] = now - started
+        prefill_ns = sum(_interpolate(ends, whole))
+        if chunks.rest:
+            started = now
+            now = self._call(_Call(0, self.passes["prefill_rest"], self.passes["prefill_rest"]), now)
+            prefill_ns += now - started
+        return now, prefill_ns
+
+    def _chunk(self, number: int, whole: int) -> _Call:
+        """Return a whole chunk of the prompt; `whole` is the number of the last."""
+        if number == 0:
+            return _Call(0, self.passes["prefill"], self.passes["prefill"])
+        first = self.passes["prefill_next"]
+        last = self.passes.get("prefill_last", first)
+        return _Call(0, first, last, (number - 1) / (whole - 1) if whole > 1 else 0.0)
+
+    def _decode(self, step: int) -> _Call:
+        first = self.passes["decode_first"]
+        last = self.passes.get("decode_last", first)
+        steps = self.plan.workload.decode_steps
+        return _Call(step, first, last, (step - 1) / (steps - 1) if steps > 1 else 0.0)
+
+    def _call(self, call: _Call, now: int) -> int:
+        first, last, weight = self.spans[call.first.name], self.spans[call.last.name], call.weight
         cached: dict[str, int] = dict.fromkeys(self.static, 0)
         for run in self.runs:
             cached[run.device] += _between(first[run.index].kv_before_bytes, last[run.index].kv_before_bytes, weight)
-        if step == 0:
-            self._begin_prefetch()
+            if last[run.index].kv_host_bytes:
+                cached[self.hardware.host(run.device)] += _between(
+                    first[run.index].kv_host_bytes, last[run.index].kv_host_bytes, weight
+                )
+        for host in sorted({self.hardware.host(run.device) for run in self.runs if last[run.index].kv_host_bytes}):
+            self._sample(now, host, self.static[host], cached[host])
         for run in self.runs:
             span, other = first[run.index], last[run.index]
-            now = self._take(run, now, step)
+            now = self._take(run, now, call.step)
             held = _between(span.requested_bytes, other.requested_bytes, weight)
             self._sample(now, run.device, self.static[run.device], cached[run.device], held)
-            now = self._layer(run, span, other, weight, now, step)
+            now = self._layer(run, call, now)
             cached[run.device] += _between(
                 span.kv_after_bytes - span.kv_before_bytes, other.kv_after_bytes - other.kv_before_bytes, weight
             )
             self._sample(now, run.device, self.static[run.device], cached[run.device], 0)
-            self._send(run, now, step)
+            self._send(run, now, call.step)
         return now
 
-    def _passes(self, step: int) -> tuple[tuple[Span, ...], tuple[Span, ...], float]:
-        if step == 0:
-            return self.spans["prefill"], self.spans["prefill"], 0.0
-        first = self.spans["decode_first"]
-        last = self.spans.get("decode_last", first)
-        steps = self.plan.workload.decode_steps
-        return first, last, (step - 1) / (steps - 1) if steps > 1 else 0.0
-
-    def _layer(self, run: LayerRun, span: Span, other: Span, weight: float, now: int, step: int) -> int:
-        device = self.hardware.device(run.device)
-        tokens, prefill = self._tokens(step), step == 0
+    def _layer(self, run: LayerRun, call: _Call, now: int) -> int:
+        device, step = self.hardware.device(run.device), call.step
+        tokens = call.first.tokens * self.graph.batch_size
         begun, ended = (
-            cost.layer_ns(self.graph, run.index, each, device, tokens=tokens, dtype=self.dtype, prefill=prefill)
-            for each in (span, other)
-        )
-        whole = _between(begun, ended, weight)
+            cost.layer_ns(
+                self.graph, run.index, self.spans[entry.name][run.index], device, tokens=tokens, dtype=self.dtype,
+                prefill=call.prefill,
+            )
+            for entry in (call.first, call.last)
+        )  # fmt: skip
+        now = self._bring_cache(run, call, now)
+        whole = _between(begun, ended, call.weight)
         pending = 0
         for part in run.parts:
             own = round(whole * part.share)
@@ -120,6 +175,43 @@ class _Simulation:
             else:
                 pending += own
         return self._run(run, "", pending, now, step)
+
+    def _bring_cache(self, run: LayerRun, call: _Call, now: int) -> int:
+        """Copy a layer's cache to host memory, and begin to bring the next one's; return when computing goes on.
+
+        Where the next one's device is not one that it is prefetched to, it is brought up when its layer begins.
+        """
+        if run.index not in self.on_host:
+            return now
+        if run.index in self.ups:
+            now = max(now, self.ups.pop(run.index))
+        else:
+            # The first layer's is begun while the last one of the call before runs.
+            begun = self.cached_ns if is_prefetched(self.hardware, run.device) else now
+            now = max(now, self._up(run, call, begun))
+        self.cached_ns = now
+        later = self.on_host[self.on_host.index(run.index) + 1 :]
+        if later and is_prefetched(self.hardware, self.runs[later[0]].device):
+            self.ups[later[0]] = self._up(self.runs[later[0]], call, now)
+        return self._cache_copy(run, call, down_ns, now, up=False)
+
+    def _up(self, run: LayerRun, call: _Call, after: int) -> int:
+        return self._cache_copy(run, call, up_ns, after, up=True)
+
+    def _cache_copy(
+        self, run: LayerRun, call: _Call, priced: Callable[[Hardware, Span, str], int], after: int, *, up: bool
+    ) -> int:
+        first, last = (self.spans[entry.name][run.index] for entry in (call.first, call.last))
+        host, device = self.hardware.host(run.device), run.device
+        duration = _between(priced(self.hardware, first, device), priced(self.hardware, last, device), call.weight)
+        if duration == 0:
+            return after
+        lane = self._lane(host, device) if up else self._lane(device, host)
+        waits = not (up and is_prefetched(self.hardware, device))
+        lanes = (lane, f"{device} compute") if waits else (lane,)
+        return self.engine.issue(
+            "copy", f"{run.name} cache", lanes=lanes, duration_ns=duration, after=after, step=call.step
+        )
 
     def _run(self, run: LayerRun, part: str, duration: int, after: int, step: int) -> int:
         label = f"{run.name} {part}".strip()
@@ -177,10 +269,6 @@ class _Simulation:
             step=step,
         )
 
-    def _tokens(self, step: int) -> int:
-        entry: Pass = self.graph.passes[0] if step == 0 else self.graph.passes[1]
-        return entry.tokens * self.graph.batch_size
-
     def _begin_prefetch(self) -> None:
         """Fill every slot: nothing is copied before the call begins."""
         for entry in self.plan.slots:
@@ -235,6 +323,12 @@ class _Simulation:
 
 def _between(first: int, last: int, weight: float) -> int:
     return first + round((last - first) * weight)
+
+
+def _at_both_ends(first: int, last: int) -> list[int]:
+    """Return the numbers from `first` to `last`, of many only those at either end."""
+    near = range(first, min(last, first + STEPS_AT_EACH_END - 1) + 1)
+    return sorted({*near, *range(max(first, last - STEPS_AT_EACH_END + 1), last + 1)})
 
 
 def _interpolate(simulated: dict[int, int], steps: int) -> list[int]:

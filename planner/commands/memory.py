@@ -65,7 +65,7 @@ def render(predicted: MemoryPrediction, name: str, work: Workload, *, color: boo
         said = f"prompt {work.prompt_tokens:,} tokens, {work.new_tokens:,} new, {_asked(work)}"
     else:
         said = "one forward call"
-    page.line(f"batch {work.batch_size}, {said}")
+    page.paragraph(f"batch {work.batch_size}, {said}", first="")
     page.line(f"The most at once, in {word}")
     page.line()
     columns = _COLUMNS if predicted.peak.reserved_bytes is not None else _COLUMNS[:2]
@@ -109,6 +109,8 @@ def _asked(work: Workload) -> str:
         words.append(f"{work.num_beams} beams")
     if work.num_return_sequences > 1:
         words.append(f"{work.num_return_sequences} answers")
+    if work.prefill_chunk is not None:
+        words.append(f"chunks of {work.prefill_chunk:,}")
     return ", ".join([*words, f"{work.cache} cache"])
 
 

@@ -107,8 +107,13 @@ def add_work_options(parser: argparse.ArgumentParser, *, choices: bool = False) 
     several = "; a list of them, or choose for any" if choices else ""
     work.add_argument(
         "--cache", choices=None if choices else ("dynamic", "static", "fp8"), metavar="NAME",
-        help="the KV cache: dynamic as long as needed, static as long as it may get, or fp8 in 8 bits (default: "
-        f"dynamic{several})",
+        help="the KV cache: dynamic as long as needed, static as long as it may get, fp8 in 8 bits"
+        f"{', or offloaded in host memory' if choices else ''} (default: dynamic{several})",
+    )  # fmt: skip
+    several = ", or a list such as none,256,1024 to choose from" if choices else ""
+    work.add_argument(
+        "--prefill-chunk", type=str if choices else count, metavar="N",
+        help=f"take the prompt in chunks of so many tokens (generate's prefill_chunk_size){several}",
     )  # fmt: skip
     work.add_argument("--forward", action="store_true", help="plain forward calls instead of generate()")
     if choices:
@@ -133,6 +138,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         "top_p": args.top_p,
         "sampling": "sample" if args.sample or args.top_p is not None else None,
         "cache": args.cache,
+        "prefill_chunk": args.prefill_chunk,
         "caller": "forward" if args.forward else None,
     }
     return {name: value for name, value in said.items() if value is not None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +16,7 @@ from planner.rules import DEFAULT_QUALITY_BUDGET, DTYPES, Pin, Rules, Sensitivit
 from planner.serial import decode
 from planner.workload import Objective, Workload
 
-CACHES = ("dynamic", "static", "fp8")
+CACHES = ("dynamic", "static", "fp8", "offloaded")
 _AIMS = {
     "latency": "the least time for the whole call",
     "ttft": "the least time to the first token",
@@ -57,11 +58,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def choices(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the keywords of `plan_model` for the rules, the objective, the cache and the dtype; what was not said of
-    the last three is left out.
+    """Return the keywords of `plan_model` for the rules, the objective, the cache, the chunks of the prompt and the
+    dtype; what was not said of the last four is left out.
     """
     dtype, dtypes = _dtypes(args.dtype)
     cache, caches = _caches(args.cache)
+    chunk, chunks = _chunks(args.prefill_chunk)
     if not dtypes and (args.quality_budget is not None or args.sensitivity is not None):
         raise InputError("--quality-budget and --sensitivity are for weights that may wait in int8 or nf4: add --dtype")
     if args.sensitivity is not None and args.quality_budget is None:
@@ -78,12 +80,14 @@ def choices(args: argparse.Namespace) -> dict[str, Any]:
         cpu_experts=not args.no_cpu_experts,
         dtypes=dtypes,
         caches=caches,
+        prefill_chunks=chunks,
         quality_budget=budget,
         sensitivity=sensitivity,
         time_limit_s=args.time_limit,
     )
     said = {"objective": args.objective, "cache": cache, "weight_dtype": dtype}
-    return {"rules": rules, **{name: value for name, value in said.items() if value is not None}}
+    cut = {} if args.prefill_chunk is None else {"prefill_chunk": chunk}
+    return {"rules": rules, **cut, **{name: value for name, value in said.items() if value is not None}}
 
 
 def read_sensitivity(path: str) -> tuple[Sensitivity, ...]:
@@ -124,6 +128,9 @@ def words(plan: Plan) -> str:
         said += ["by a table of losses that was given"] * bool(rules.sensitivity)
     if rules.caches:
         said.append(f"the KV cache may be {join_words(rules.caches, 'or')}")
+    if rules.prefill_chunks:
+        cuts = ["at once" if cut is None else f"in chunks of {cut:,}" for cut in rules.prefill_chunks]
+        said.append(f"the prompt may be taken {join_words(cuts, 'or')}")
     if rules.time_limit_s is not None:
         said.append(f"within {rules.time_limit_s:g} s")
     return ", ".join(said)
@@ -156,6 +163,22 @@ def _caches(text: str | None) -> tuple[str | None, tuple[Any, ...]]:
         if name not in CACHES:
             raise InputError(f"--cache {text}: there are {', '.join(CACHES)}, and choose; not {name!r}")
     return names[0], names if len(names) > 1 else ()
+
+
+def _chunks(text: str | None) -> tuple[int | None, tuple[int | None, ...]]:
+    """Return the chunk of the work (None: the prompt at once), and all that are allowed where there are several."""
+    if text is None:
+        return None, ()
+    found: dict[int | None, None] = {}
+    for name in (part.strip() for part in text.split(",")):
+        if name != "none" and re.fullmatch(r"0*[1-9][0-9]{0,8}", name) is None:
+            raise InputError(
+                f"--prefill-chunk {text}: write tokens of the prompt in one forward call, such as 256, none, or a list "
+                f"to choose from, such as none,256,1024; not {name!r}"
+            )
+        found[None if name == "none" else int(name)] = None
+    cuts = tuple(found)
+    return cuts[0], cuts if len(cuts) > 1 else ()
 
 
 def _pin(text: str) -> Pin:

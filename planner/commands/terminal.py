@@ -229,7 +229,8 @@ def _number(nbytes: int, unit: int) -> str:
 def _time(page: Page, plan: Plan, prediction: Prediction) -> None:
     work = plan.workload
     page.heading("Time, simulated")
-    rows = [("prefill", format_ns(prediction.prefill_ns), f"for {work.prompt_tokens:,} tokens of prompt")]
+    cut = "" if work.prefill_chunk is None else f", in chunks of {work.prefill_chunk:,}"
+    rows = [("prefill", format_ns(prediction.prefill_ns), f"for {work.prompt_tokens:,} tokens of prompt{cut}")]
     if prediction.decode_ns_per_token:
         rows.append(
             (

@@ -237,7 +237,7 @@ class _Search:
                     copies -= ns
         total = int(self.fine * over)
         for number, step in enumerate(self.problem.steps):
-            hidden = 0 if step.is_prefill or not count else memory.SLOT_COUNT * load.items[0][1]
+            hidden = 0 if step.is_first or not count else memory.SLOT_COUNT * load.items[0][1]
             exposed = max(0, copies - hidden)
             serial, apart = load.computing[number], load.apart[number]
             beside = apart - (-(serial - apart) // max(load.blocks, 1))

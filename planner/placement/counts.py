@@ -24,6 +24,7 @@ from typing import Any
 from ortools.sat.python import cp_model
 
 from planner import memory
+from planner.cost import Step
 from planner.errors import NoSolutionInTimeError
 from planner.placement import moves
 from planner.placement.problem import Home, Option, Price, Problem, Tie, Unit, UnitCost
@@ -223,6 +224,9 @@ class _Model:
         self.activations[name].append((costs.activation_bytes, active))
         loose = self.problem.loose_bytes if unit is self._first() else 0
         self.held[name].append((costs.resident_bytes + costs.kv_bytes + loose) * here)
+        if costs.host_bytes:
+            self.held[self.hardware.host(name)].append(costs.host_bytes * here)
+            self.pinned[self.hardware.host(name)].append(costs.host_bytes * here)
         for key, choices in costs.options.items():
             keys = [(unit.name, name, key, option.dtype) for option in choices]
             if len(choices) == 1:
@@ -521,7 +525,7 @@ class _Model:
         self._longest = {
             step.name: sum(self._longest_ns(step.name, name) for name in self.devices) for step in problem.steps
         }
-        totals = {step.name: self._total(step.name, prefill=step.is_prefill) for step in problem.steps}
+        totals = {step.name: self._total(step) for step in problem.steps}
         times = sum(step.weight * totals[step.name] for step in problem.steps if step.weight)
         longest = sum(step.weight * (2 * self._longest[step.name] + MOST_MOVING_NS) for step in problem.steps)
         if problem.workload.objective == "fit":
@@ -545,9 +549,10 @@ class _Model:
             self.weight, second = 1, 0
         self.model.minimize(self.weight * self.goal + second)
 
-    def _total(self, step: str, *, prefill: bool) -> Any:
+    def _total(self, priced: Step) -> Any:
         """Return what a step takes: the devices' times and what moves between them, or one link's time if longer."""
         model, problem, parts, floors = self.model, self.problem, [], []
+        step = priced.name
         for name in self.devices:
             computing, demand, groups = self._work(step, name)
             serial = sum(computing) + sum(demand)
@@ -557,10 +562,11 @@ class _Model:
             taken = model.new_int_var(0, most, f"time {step} {name}")
             model.add(taken >= serial)
             parts.append(taken)
-            lane = sum(groups) + sum(demand)
+            cache = self._cache(step, name)
+            lane = sum(groups) + sum(demand) + cache
             if groups:
                 exposed = model.new_int_var(0, most, f"exposed {step} {name}")
-                model.add(exposed >= sum(groups) - (0 if prefill else self._hidden(name)))
+                model.add(exposed >= sum(groups) - (0 if priced.is_first else self._hidden(name)))
                 overlaps = self.two[name]
                 if self.demands.get((step, name)):
                     overlaps = model.new_bool_var(f"overlaps {step} {name}")
@@ -570,29 +576,28 @@ class _Model:
                         model.add_bool_or(~overlaps, ~literal, ~some)
                 model.add(taken >= exposed)
                 if self.shared is None:
-                    self._last_block(step, name, taken, exposed, serial)
+                    self._last_block(step, name, taken, exposed, cache, serial)
                 if self.shared is not None and (blocks := problem.blocks_on(name, self.shared)):
                     # What has nothing to stream, and one block, run before the first copy or after the last.
                     apart = problem.apart_ns(name, step, self.shared)
                     streams = model.new_bool_var(f"copies last {step} {name}")
                     model.add(exposed <= 0).only_enforce_if(~streams)
-                    model.add(blocks * taken >= blocks * exposed + serial + (blocks - 1) * apart).only_enforce_if(
-                        streams
-                    )
+                    beside = serial + (blocks - 1) * apart
+                    model.add(blocks * taken >= blocks * (exposed + cache) + beside).only_enforce_if(streams)
                 model.add(taken >= serial + exposed).only_enforce_if(~overlaps)
                 floors.append((name, lane, sum(computing)))
-            elif demand:
+            elif demand or problem.on_host:
                 floors.append((name, lane, None))
         total = model.new_int_var(0, 2 * self._longest[step] + MOST_MOVING_NS, f"total {step}")
-        model.add(total >= sum(parts) + moves.price(self, step, prefill=prefill))
-        if not prefill:
+        model.add(total >= sum(parts) + moves.price(self, step, prefill=priced.is_prefill))
+        if not priced.is_first:
             for name, lane, computing in floors:
                 model.add(total >= lane)
                 if computing is not None:
                     model.add(total >= lane + computing).only_enforce_if(~self.two[name])
         return total
 
-    def _last_block(self, step: str, name: str, taken: Any, exposed: Any, serial: Any) -> None:
+    def _last_block(self, step: str, name: str, taken: Any, exposed: Any, cache: Any, serial: Any) -> None:
         """[Constraint] what has nothing to stream, and one block, run before the first copy or after the last.
 
         How long one block is depends on how many there are: a literal for each number, where these are few.
@@ -621,9 +626,17 @@ class _Model:
         model.add(exposed <= 0).only_enforce_if(~copies)
         for count, literal in enumerate(known[name]):
             if count:
-                model.add(count * taken >= count * exposed + serial + (count - 1) * apart).only_enforce_if(
+                model.add(count * taken >= count * (exposed + cache) + serial + (count - 1) * apart).only_enforce_if(
                     literal, copies
                 )
+
+    def _cache(self, step: str, name: str) -> Any:
+        """Return what copies of caches from host memory keep a device's link busy with."""
+        return sum(
+            unit.on[name].cache_ns[step] * self.layers[unit.name, name]
+            for unit in self.problem.units
+            if name in unit.on and unit.on[name].cache_ns[step]
+        )
 
     def _some_stream(self, name: str) -> Any:
         """Return a literal that holds where any whole group is streamed to a device."""
@@ -673,7 +686,7 @@ class _Model:
             if name not in unit.on:
                 continue
             costs = unit.on[name]
-            total += costs.compute_ns[step] * unit.count
+            total += (costs.compute_ns[step] + costs.cache_ns[step]) * unit.count
             for choices in costs.options.values():
                 slowest = [
                     sum(max(price.lane_ns[step], price.serial_ns[step]) * price.slices for price in home.prices)

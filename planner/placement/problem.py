@@ -16,6 +16,7 @@ from planner import cost, memory, precision
 from planner.errors import InputError
 from planner.graph import SLAB_ALIGNMENT_BYTES, Bucket, LayerGraph, WeightGroup
 from planner.hardware import Device, Hardware
+from planner.host_cache import host_bytes, host_layers, is_on_host, is_prefetched
 from planner.rules import Rules
 from planner.units import round_up
 from planner.workload import Workload
@@ -102,7 +103,8 @@ class Option:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitCost:
-    """One layer of a class, or the front or tail, on one device. compute_ns: by step name.
+    """One layer of a class, or the front or tail, on one device. compute_ns: by step name; cache_ns: of the link, by
+    copies of a cache from host memory, where it takes host_bytes.
 
     resident_bytes: of the groups that have no options; options: by group, its precisions.
     """
@@ -112,6 +114,8 @@ class UnitCost:
     activation_bytes: int
     resident_bytes: int
     options: dict[str, tuple[Option, ...]]
+    cache_ns: dict[str, int]
+    host_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,6 +201,11 @@ class Problem:
         return all((a.bytes_per_s, a.latency_ns) == (b.bytes_per_s, b.latency_ns) for a, b in found)
 
     @property
+    def on_host(self) -> bool:
+        """Whether caches wait in host memory."""
+        return is_on_host(self.graph)
+
+    @property
     def blocks(self) -> tuple[Unit, ...]:
         return tuple(unit for unit in self.units if not unit.is_whole)
 
@@ -219,6 +228,14 @@ class Problem:
             unit.on[device].compute_ns[step] * layers.get((unit.name, device), 0)
             for unit in self.units
             if device in unit.on and not self.has_blocks(unit)
+        )
+
+    def cache_ns(self, device: str, step: str, layers: Mapping[tuple[str, str], int]) -> int:
+        """Return how long copies of caches from host memory to a device keep its link busy."""
+        return sum(
+            unit.on[device].cache_ns[step] * layers.get((unit.name, device), 0)
+            for unit in self.units
+            if device in unit.on
         )
 
     def unit_of(self, index: int) -> Unit:
@@ -384,7 +401,9 @@ def _alike(graph: LayerGraph, hardware: Hardware, rules: Rules) -> dict[str, int
     numbers: dict[object, int] = {}
     found = {}
     for device in hardware.devices:
-        key = (likeness(hardware, device, rules), tuple(sorted(measured.get(device.name, ()))))
+        # A cache in host memory comes up to one GPU beside its computing, and to the others in turn.
+        apart = is_on_host(graph) and is_prefetched(hardware, device.name)
+        key = (likeness(hardware, device, rules), tuple(sorted(measured.get(device.name, ()))), apart)
         found[device.name] = numbers.setdefault(key, len(numbers))
     return found
 
@@ -433,6 +452,7 @@ class _Maker:
         self.devices = [device for device in hardware.devices if devices is None or device.name in devices]
         self.steps, self.dtype = cost.steps_of(graph, workload), cost.weight_dtype(graph)
         self.held = memory.activation_bytes(graph)
+        self.on_host = host_layers(graph)
         self.tied = _tied_layers(graph)
         self.spans = list(zip(*(entry.per_layer() for entry in graph.passes), strict=True))
         self.losses = {dtype: precision.losses(graph, dtype, rules.sensitivity) for dtype in rules.dtypes}
@@ -446,7 +466,18 @@ class _Maker:
     def signature(self, index: int) -> object:
         """Return what decides a block's class: its kind, and everything about its spans but what others hold."""
         spans = tuple(
-            (s.peak_bytes, s.scratch_bytes, s.kv_before_bytes, s.kv_after_bytes, s.flops, s.moved_bytes, s.operators)
+            (
+                s.peak_bytes,
+                s.scratch_bytes,
+                s.kv_before_bytes,
+                s.kv_after_bytes,
+                s.flops,
+                s.moved_bytes,
+                s.operators,
+                s.kv_host_bytes,
+                s.kv_down_bytes,
+                s.kv_up_bytes,
+            )
             for s in self.spans[index]
         )
         layer = self.graph.layers[index]
@@ -466,7 +497,7 @@ class _Maker:
         on = {
             device.name: self._cost(counted, members, device, streams=not is_whole or device.kind == "cpu")
             for device in self.devices
-            if not pins or device.name in pins
+            if (not pins or device.name in pins) and (device.kind != "cpu" or not self.on_host.intersection(members))
         }
         return Unit(name=name, layers=members, on=on, is_whole=is_whole)
 
@@ -480,11 +511,20 @@ class _Maker:
                     options[found[0].key] = found
                 else:
                     resident += memory.resident_bytes(group, group.slices, device)
+        copies = {
+            step.name: [
+                cost.cache_ns(self.hardware, step, index, device.name) if self.on_host else (0, 0) for index in counted
+            ]
+            for step in self.steps
+        }
         return UnitCost(
             compute_ns={
                 step.name: sum(cost.step_compute_ns(self.graph, step, index, device, self.dtype) for index in counted)
+                + sum(waited for waited, _ in copies[step.name])
                 for step in self.steps
             },
+            cache_ns={name: sum(busy for _, busy in found) for name, found in copies.items()},
+            host_bytes=sum(host_bytes(self.spans[index]) for index in counted),
             kv_bytes=sum(memory.kv_bytes(self.spans[index]) for index in counted),
             activation_bytes=max(self.held[index] for index in members),
             resident_bytes=resident,

@@ -338,7 +338,8 @@ def _least(
     shared = {(name, device.name): count for name, count in counts.items()}
     blocks = max(problem.blocks_on(device.name, shared), 1)
     apart = {step.name: problem.apart_ns(device.name, step.name, shared) for step in problem.steps}
-    return _stream(problem, computing, missing, whole, sliced, (blocks, apart))
+    copied = {step.name: problem.cache_ns(device.name, step.name, shared) for step in problem.steps}
+    return _stream(problem, computing, missing, whole, sliced, (blocks, apart, copied))
 
 
 def _weighted(problem: Problem, taken: dict[str, int]) -> int:
@@ -351,7 +352,7 @@ def _stream(
     missing: int,
     whole: list[tuple[_Kind, int]],
     sliced: list[tuple[_Kind, int]],
-    beside: tuple[int, dict[str, int]],
+    beside: tuple[int, dict[str, int], dict[str, int]],
 ) -> _Choice | None:
     """Return the least weighted time with enough streamed to free what is missing."""
     sliced.sort(key=lambda entry: tuple(entry[0].serial.values()))
@@ -437,7 +438,7 @@ def _price(
     lane: Any,
     smallest: Any,
     sliced: list[tuple[_Kind, int]],
-    beside: tuple[int, dict[str, int]],
+    beside: tuple[int, dict[str, int], dict[str, int]],
 ) -> tuple[int, int, int] | None:
     """Return (least weighted time, combination, slices of experts), experts freeing the bytes still missing."""
     amount = np.zeros(rest.size, np.int64)
@@ -471,13 +472,13 @@ def _price(
     total = np.zeros(rest.size, np.int64)
     for step in problem.steps:
         serial = computing[step.name] + experts[step.name]
-        hidden = 0 if step.is_prefill else np.where(lane > 0, slots * np.where(lane > 0, smallest, 0), 0)
+        hidden = 0 if step.is_first else np.where(lane > 0, slots * np.where(lane > 0, smallest, 0), 0)
         exposed = np.maximum(lane - hidden, 0)
         apart = serial + exposed
         if slots > 1:
             blocks, ends = beside[0], beside[1][step.name]
             outside = ends - (-(serial - ends) // blocks)
-            together = np.where(exposed > 0, np.maximum(serial, exposed + outside), serial)
+            together = np.where(exposed > 0, np.maximum(serial, exposed + beside[2][step.name] + outside), serial)
             apart = np.where(queued[step.name] & (lane > 0), apart, together)
         total += step.weight * apart
     at = int(np.where(fits, total, _INFINITE).argmin())

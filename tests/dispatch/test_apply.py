@@ -83,6 +83,29 @@ def test_experts_of_any_ranking_are_read_where_they_belong(make_case: Any, home:
         assert torch.equal(state[key], value), key
 
 
+@pytest.mark.parametrize("chunk", [4, 6])
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_prompt_in_chunks_gives_the_bits_of_the_plain_model(make_case: Any, name: str, chunk: int) -> None:
+    case = make_case(name)
+    plan = streamed(case.plan(gpus="1x24GB", prefill_chunk=chunk), "cpu")
+    case.run_like(plan)
+
+    def answer(model: Any, **options: Any) -> Any:
+        mask = torch.ones_like(case.ids)
+        return model.generate(
+            case.ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0, output_logits=True,
+            return_dict_in_generate=True, **options,
+        )  # fmt: skip
+
+    want = answer(case.reference, prefill_chunk_size=chunk)
+    model = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
+    found = answer(model, prefill_chunk_size=chunk)
+    assert torch.equal(found.sequences, want.sequences)
+    assert all(torch.equal(one, other) for one, other in zip(found.logits, want.logits, strict=True))
+    with pytest.warns(UserWarning, match=f"prefill_chunk_size={chunk}"):
+        answer(model)
+
+
 @pytest.mark.parametrize("mode", ["gpu from host", "disk"])
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_a_loaded_model_needs_no_checkpoint(make_case: Any, tmp_path: Path, name: str, mode: str) -> None:

@@ -55,6 +55,13 @@ def refused(case: Case, plan: Plan, match: str, **options: Any) -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_an_offloaded_cache_needs_cuda(make_case: Any) -> None:
+    case = make_case("llama")
+    plan = case.plan(gpus="1x24GB", cache="offloaded")
+    with pytest.raises(InputError, match="offloaded cache copies them with CUDA's streams"):
+        dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices={"cuda:0": "cpu"})
+
+
 def test_quantised_groups_are_refused(make_case: Any) -> None:
     case = make_case("llama")
     plan = changed(case.plan(gpus=0), lambda p: p.group == "mlp", dtype="nf4")

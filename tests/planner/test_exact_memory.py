@@ -308,6 +308,75 @@ def test_layers_played_for_each_other_hold_as_much_as_layers_run(name: str) -> N
             assert predicted_spans(played, number) == predicted_spans(ran, number), f"{case} call {number}"
 
 
+# Prompts in chunks
+
+
+@dataclass(frozen=True)
+class Chunked(Case):
+    """A prompt of `length` tokens by `chunk`; of many chunks, those in the middle are not traced one by one."""
+
+    sequences: int = 1
+    length: int = 16
+    chunk: int = 4
+
+    @property
+    def batch(self) -> int:
+        return self.sequences
+
+    @property
+    def prompt(self) -> int:
+        return self.length
+
+
+def chunked(name: str, sequences: int, length: int, chunk: int, cache: str = "dynamic") -> Chunked:
+    dtype = random.Random(f"{SEED} chunk {name} {chunk}").choice((FLOAT, BRAIN))
+    options, work = OPTIONS[cache] if cache != "dynamic" else ({}, {})
+    return Chunked(
+        name, dtype, "generate", 6 if length == 17 else 3, f"chunks of {chunk} {cache}",
+        {**options, "prefill_chunk_size": chunk}, {**work, "prefill_chunk": chunk}, sequences, length, chunk,
+    )  # fmt: skip
+
+
+# Chunks that divide the prompt, that do not, one that is longer than it, and so many that most are left out.
+CUTS = ((16, 4), (17, 5), (9, 20), (21, 2))
+
+
+CHUNKED = [
+    (name, sequences, *cut)
+    for row, name in enumerate(("llama", "mixtral"))
+    for column, sequences in enumerate((1, 3))
+    for turn, cut in enumerate(CUTS)
+    if FULL or (row + column + turn // 2) % 2 == 0
+]
+
+
+@pytest.mark.parametrize(("name", "sequences", "length", "chunk"), CHUNKED)
+def test_chunks_of_a_prompt_hold_what_is_predicted(name: str, sequences: int, length: int, chunk: int) -> None:
+    check_chunks(chunked(name, sequences, length, chunk))
+
+
+@pytest.mark.parametrize(("name", "cache"), [("gemma3", "dynamic"), ("llama", "static"), ("llama", "fp8")])
+def test_chunks_in_other_caches_hold_what_is_predicted(name: str, cache: str) -> None:
+    check_chunks(chunked(name, 3, 17, 5, cache))
+
+
+def check_chunks(case: Chunked) -> None:
+    """Hold every call that is traced against the real one, and the whole prediction against the real peaks."""
+    tracing = case.tracing()
+    chunks = tracing.inputs.chunks
+    real = live_passes(case.model(), [path for path, _ in tracing.layers], case.call())
+    assert len(real) == -(-case.length // case.chunk) + case.new_tokens - 1
+    traced = [n for n in chunks.numbers() if n is not None]
+    # What the call before the one that stands for many prepares for it is longer than in truth.
+    ready = [n for n in traced if n + 1 in traced or n == chunks.count - 1]
+    found = differences(tracing, real, [*ready, *range(chunks.count, len(real))])
+    assert not found, f"LOADPLAN_SEED={SEED} {case.workload()}\n" + "\n".join(found[:20])
+    predicted = planner.predict_memory(case.model(), case.workload(), device="cpu", experts=case.architecture.experts)
+    most = [max(span.most_bytes for span in spans) for spans in real]
+    said = [entry.operator_output_bytes for entry in (predicted.prefill, *predicted.decode)]
+    assert said == [max(most[: chunks.count]), *most[chunks.count :]]
+
+
 # Experts
 
 MOE = tuple(architecture.name for architecture in ARCHITECTURES if architecture.experts is not None)

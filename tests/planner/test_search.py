@@ -489,7 +489,7 @@ def test_options_make_rules(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     words = (
         "--gpus", "1x24GB", "--pin", r"transformer\.h\.\d=0", "--pin", "lm_head=cpu", "--never-disk", "--one-node",
         "--contiguous", "--no-cpu-experts", "--dtype", "bf16,int8", "--quality-budget", "2", "--sensitivity",
-        str(losses), "--cache", "dynamic,fp8", "--objective", "ttft",
+        str(losses), "--cache", "dynamic,fp8", "--prefill-chunk", "none,256", "--objective", "ttft",
     )  # fmt: skip
     code, out, err = ask(capsys, *words, "--json")
     assert (code, err) == (0, "")
@@ -503,17 +503,27 @@ def test_options_make_rules(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
         cpu_experts=False,
         dtypes=("int8",),
         caches=("dynamic", "fp8"),
+        prefill_chunks=(None, 256),
         quality_budget=2.0,
         sensitivity=(Sensitivity(groups=".*mlp", dtype="int8", loss=0.25),),
     )
     code, out, _ = ask(capsys, *words)
     flat = " ".join(out.split())
     assert max(map(len, out.splitlines())) <= 80
-    for said in ("least time to the first token", r"transformer\.h\.\d on cuda:0", "nothing on disk", "int8, losing"):
+    for said in (
+        "least time to the first token",
+        r"transformer\.h\.\d on cuda:0",
+        "nothing on disk",
+        "int8, losing",
+        "at once or in chunks of 256",
+    ):
         assert said in flat
 
 
 NOT_USABLE = [
+    (("--prefill-chunk", "0"), "none,256,1024"),
+    (("--prefill-chunk", "256,some"), "not 'some'"),
+    (("--prefill-chunk", "256", "--forward"), "generate()"),
     (("--pin", "lm_head"), "REGEX=DEVICE"),
     (("--pin", "lm_head=cuda:3"), "there are cpu"),
     (("--pin", "h.0=cpu"), "no layer's whole name matches"),

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from planner.graph import LayerGraph, Pass, WeightGroup
+from planner.graph import LayerGraph, Pass, Span, WeightGroup
 from planner.plan import Placement
 from small_cases import MIB, Case
 
@@ -139,11 +139,20 @@ class Ledger:
         self.gpus = [name for name in self.devices if self.machine.is_gpu[name]]
         self.places = [pool.name for pool in self.hardware.pools]
         self.hosts = [name for name in self.devices if not self.machine.is_gpu[name]]
-        steps = case.workload.new_tokens - 1 if len(self.graph.passes) > 1 else 0
+        prompt = [entry for entry in self.graph.passes if entry.name.startswith("prefill")]
+        decode = tuple(entry for entry in self.graph.passes if entry.name.startswith("decode"))
+        steps = case.workload.new_tokens - 1 if decode else 0
         counted = {"ttft": (1, 0), "tpot": (0, 1) if steps else (1, 0)}.get(case.workload.objective, (1, steps))
-        self.steps: list[tuple[str, int, tuple[Pass, ...]]] = [("prefill", counted[0], self.graph.passes[:1])]
+        self.steps: list[tuple[str, int, tuple[Pass, ...]]] = [("prefill", counted[0], tuple(prompt[:1]))]
+        # Of a prompt in chunks: all whole ones but the first at the mean of those traced, then what is left.
+        whole = tuple(entry for entry in prompt if entry.name in ("prefill_next", "prefill_last"))
+        if whole:
+            times = case.workload.prompt_tokens // case.workload.prefill_chunk - 1
+            self.steps.append(("prefill_next", counted[0] * times, whole))
+        if prompt[-1].name == "prefill_rest":
+            self.steps.append(("prefill_rest", counted[0], tuple(prompt[-1:])))
         if steps:
-            self.steps.append(("decode", counted[1], self.graph.passes[1:]))
+            self.steps.append(("decode", counted[1], decode))
         self.tied = {name: number for number, names in enumerate(self.graph.ties) for name in names}
         self.losses = self._losses()
         self.units = units_of(self.graph, named=named)
@@ -153,7 +162,7 @@ class Ledger:
             for size in range(len(self.gpus) + 1)
             for chosen in itertools.combinations(self.gpus, size)
         ]
-        lanes = [(lane, step, name) for lane in "ACEG" for step, _, _ in self.steps for name in self.devices]
+        lanes = [(lane, step, name) for lane in "ACEGK" for step, _, _ in self.steps for name in self.devices]
         members = [("tie", name) for name in self.tied]
         self.keys = [
             *(("held", name) for name in self.places), *(("pinned", name) for name in self.hosts), *lanes, *members,
@@ -198,6 +207,8 @@ class Ledger:
         for device in self.devices:
             if pinned and pinned != {device}:
                 continue
+            if not self.machine.is_gpu[device] and any(s.kv_host_bytes for i in unit for s in self._spans(i)):
+                continue
             choices = [
                 self._kept(self.graph.layers[index].kind, entry, device)
                 for index in unit
@@ -208,6 +219,23 @@ class Ledger:
                 kept = tuple(tuple(next(rest) for _ in self.graph.kind_of(index).groups) for index in unit)
                 result.append(Option(device, kept))
         return result
+
+    def _spans(self, index: int) -> list[Span]:
+        return [entry.per_layer()[index] for entry in self.graph.passes]
+
+    def _to_and_from_host(self, index: int, passes: tuple[Pass, ...], device: str) -> tuple[int, int]:
+        """Return the mean time that a layer waits for its cache, and that its copies up take on the link."""
+        host, waited, up = self.machine.beside(device, "cpu"), 0, 0
+        for entry in passes:
+            one = entry.per_layer()[index]
+            times = []
+            for nbytes, way in ((one.kv_down_bytes, (device, host)), (one.kv_up_bytes, (host, device))):
+                rate, latency = self.machine.way(*way)
+                times.append(2 * latency + nbytes * 10**9 // rate if nbytes else 0)
+            # Only the first GPU has copies up beside its computing.
+            waited += times[0] + (0 if device == self.gpus[0] else times[1])
+            up += times[1]
+        return waited // len(passes), up // len(passes)
 
     def _pin(self, index: int) -> str | None:
         found = [pin.device for pin in self.rules.pins if re.fullmatch(pin.layers, self.graph.layers[index].name)]
@@ -288,6 +316,14 @@ class Ledger:
             for step, _, passes in self.steps:
                 add(("C", step, device), self._compute(index, step, passes, device))
                 add(("A", step, device), 0 if is_block else self._compute(index, step, passes, device))
+                if self.machine.is_gpu[device]:
+                    waited, up = self._to_and_from_host(index, passes, device)
+                    add(("C", step, device), waited)
+                    add(("A", step, device), 0 if is_block else waited)
+                    add(("K", step, device), up)
+            if self.machine.is_gpu[device] and (there := max(s.kv_host_bytes for s in spans)):
+                add(("held", self.machine.beside(device, "cpu")), there)
+                add(("pinned", self.machine.beside(device, "cpu")), there)
             for entry, how in zip(self.graph.kind_of(index).groups, kept, strict=True):
                 for tensor in entry.tensors:
                     if (name := f"{self.graph.layers[index].name}.{tensor.name}") in self.tied:
@@ -346,7 +382,7 @@ class Ledger:
         facts = self.hardware.device(device)
         for given in self.graph.measured:
             if (given.layer, given.device) == (index, device):
-                return given.prefill_ns if step == "prefill" else given.decode_ns
+                return given.prefill_ns if step.startswith("prefill") else given.decode_ns
         total = 0
         for entry in passes:
             work, tokens = entry.per_layer()[index], entry.tokens * self.graph.batch_size
@@ -426,7 +462,7 @@ class Ledger:
             edges = [edge for edge in self.graph.edges if (edge.source, edge.tensor) == (source, tensor)]
             for device in {at[edge.target] for edge in edges} - {at[source]}:
                 taken = [edge for edge in edges if at[edge.target] == device]
-                nbytes = max(edge.prefill_bytes if step == "prefill" else edge.decode_bytes for edge in taken)
+                nbytes = max(edge.prefill_bytes if step.startswith("prefill") else edge.decode_bytes for edge in taken)
                 rate, latency = self.machine.way(at[source], device)
                 waits = any(awaited[edge.target][0::2] == (source, tensor) for edge in taken)
                 total += -(-nbytes * 10**9 // rate) + (latency if waits else 0)
@@ -471,16 +507,17 @@ class Ledger:
                 computing, demand, groups = (self.sums[lane, step, name] for lane in "CEG")
                 slots = 1 if name in single else 2
                 nearness = self.most["nearness", name]
-                hidden = np.where(nearness > 0, slots * (FAR - nearness), 0) if step == "decode" else 0
+                hidden = np.where(nearness > 0, slots * (FAR - nearness), 0) if step != "prefill" else 0
                 exposed = np.maximum(groups - hidden, 0)
                 apart = (demand > 0) & (groups > 0) if slots == 2 else np.ones(self.size, dtype=bool)
                 serial = computing + demand
                 # Beside the copies run the layers without anything to copy, and the mean of the others.
                 ends = self.sums["A", step, name]
                 beside = ends + np.ceil((serial - ends) / np.maximum(self.sums["blocks", name], 1)).astype(np.int64)
-                together = np.where(exposed > 0, np.maximum(serial, exposed + beside), serial)
+                cache = self.sums["K", step, name]
+                together = np.where(exposed > 0, np.maximum(serial, exposed + cache + beside), serial)
                 taken += np.where(apart, serial + exposed, together)
-                alone = groups + demand + (np.where(groups > 0, computing, 0) if slots == 1 else 0)
+                alone = groups + demand + cache + (np.where(groups > 0, computing, 0) if slots == 1 else 0)
                 floor = np.maximum(floor, alone)
             total += times * np.maximum(taken, floor)
         return total
