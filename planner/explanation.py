@@ -77,8 +77,9 @@ class Change:
 class GroupReason:
     """Where one weight group of a layer waits.
 
-    waiting_bytes: of it, away from the device that computes. kept: the answer if all of it had to stay on a device that
-        computes with it; None where nothing of it waits, or it waits for the host to compute with.
+    waiting_bytes: of it, away from the device that computes. cpu_up_to_tokens: as in `Placement`. kept: the answer if
+        all of it had to stay on a device that computes with it; None where nothing of it waits, or it waits for the
+        host to compute with.
     """
 
     group: str
@@ -86,6 +87,7 @@ class GroupReason:
     run_on: str
     nbytes: int
     waiting_bytes: int
+    cpu_up_to_tokens: int
     kept: Answer | None
 
 
@@ -283,7 +285,7 @@ def _layer(plan: Plan, solver: _Solver, layer: str) -> LayerReason:
         groups.append(
             GroupReason(
                 group=placement.group, home=placement.home, run_on=run_on, nbytes=placement.nbytes,
-                waiting_bytes=waiting_bytes, kept=kept,
+                waiting_bytes=waiting_bytes, cpu_up_to_tokens=placement.cpu_up_to_tokens, kept=kept,
             )
         )  # fmt: skip
     return LayerReason(

@@ -177,3 +177,8 @@ def unused(plan: Plan) -> list[str]:
     if plan.prediction is None or len(plan.hardware.nodes) == 1:
         return []
     return [pool.name for pool in plan.hardware.pools if not plan.prediction.peak_bytes.get(pool.name)]
+
+
+def cpu_words(up_to_tokens: int) -> str:
+    """Return what follows a place whose experts the CPU computes: ", computed there up to 4 tokens"."""
+    return f", computed there up to {up_to_tokens:,} token{'s' if up_to_tokens > 1 else ''}" if up_to_tokens else ""

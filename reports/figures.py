@@ -18,10 +18,9 @@ from plotly.subplots import make_subplots
 
 from planner.hardware import MemoryPool
 from planner.memory import waiting_slices, with_groups
-from planner.phrases import home, unused
+from planner.phrases import cpu_words, home, unused
 from planner.plan import KINDS_OF_MEMORY, Placement, Plan
 from planner.units import format_bytes
-from reports.placement_rows import cpu_words
 from reports.style import LIMIT_COLOUR, NEUTRAL_COLOUR, ink_on, kind_colour, kind_words, place_colours
 
 FONT_FAMILY = 'system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif'

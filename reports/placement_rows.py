@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from planner.memory import waiting_slices, with_groups
+from planner.phrases import cpu_words
 from planner.plan import Plan
 
 
@@ -80,11 +81,6 @@ def placement_rows(plan: Plan) -> list[PlacementRow]:
             )
         )
     return sorted(rows, key=lambda row: row.positions[0])
-
-
-def cpu_words(up_to_tokens: int) -> str:
-    """Return what follows a place whose experts the CPU computes: ", computed there up to 4 tokens"."""
-    return f", computed there up to {up_to_tokens:,} token{'s' if up_to_tokens > 1 else ''}" if up_to_tokens else ""
 
 
 def layer_ranges(names: Sequence[str]) -> list[str]:

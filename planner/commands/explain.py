@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from planner.commands import options
 from planner.commands.layout import WIDTH, Page, column_widths, fold
 from planner.commands.progress import Progress
-from planner.phrases import device_list
+from planner.phrases import cpu_words, device_list
 from planner.plan import Plan
 from planner.serial import encode
 from planner.units import format_bytes, format_ns
@@ -122,7 +122,9 @@ def _group(explanation: Explanation, group: GroupReason) -> tuple[str, str]:
     if group.waiting_bytes == 0:
         return size, f"stays on {group.run_on}"
     part = "" if group.waiting_bytes == group.nbytes else f"{format_bytes(group.waiting_bytes)} "
-    waits = f"{part}waits {'in' if group.home.endswith('cpu') else 'on'} {group.home}"
+    waits = (
+        f"{part}waits {'in' if group.home.endswith('cpu') else 'on'} {group.home}{cpu_words(group.cpu_up_to_tokens)}"
+    )
     if group.kept is None:
         return size, f"{waits}, where the host reads it"
     if group.kept.saved_ns is None:

@@ -308,6 +308,18 @@ def test_the_command_tells_it_in_80_columns_and_in_json(tmp_path: Path, capsys: 
     assert "no layer 'nowhere'" in capsys.readouterr().err
 
 
+def test_experts_that_the_cpu_computes_are_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "plan.json"
+    plan = plan_of(case_of("one"))
+    group = next(p for p in plan.placements if p.group == "experts" and p.home != p.run_on)
+    for tokens in (0, 1):
+        placements = (dataclasses.replace(p, cpu_up_to_tokens=tokens) if p is group else p for p in plan.placements)
+        dataclasses.replace(plan, placements=tuple(placements)).save(path)
+        assert main(["explain", str(path), group.layer]) == 0
+        told = " ".join(capsys.readouterr().out.split())
+        assert ("computed there up to 1 token" in told) == bool(tokens)
+
+
 def test_figures_are_said_with_their_proof() -> None:
     told = explain(plan_of(case_of("one")))
     first = told.changes[0]
