@@ -8,10 +8,11 @@ from typing import Any
 
 from planner.errors import InputError, PlanFormatError
 from planner.gpus import Gpu, parse_gpus, parse_nodes, taken_for
-from planner.hardware import MAX_GPUS, MAX_NODES, Hardware, products
+from planner.hardware import MAX_GPUS, MAX_NODES, Hardware
 from planner.machines import WAYS, Machine, Node, parse_ram
+from planner.products import product as product_of
 from planner.serial import decode
-from planner.units import GIB, format_bytes, parse_bytes, parse_flops, parse_rate
+from planner.units import format_bytes, parse_bytes, parse_flops, parse_rate
 
 
 def load(path: str | Path) -> Hardware:
@@ -198,18 +199,21 @@ def _gpus_of(reader: _Reader) -> tuple[list[Gpu], list[str]]:
 
 
 def _described_gpu(reader: _Reader, notes: list[str]) -> Gpu:
-    product, memory = reader.raw("product"), reader.size("memory")
-    if product is not None and not (isinstance(product, str) and product in products()["products"]):
-        raise InputError(
-            f"{reader.where}.product {product!r} is not known; there are {', '.join(products()['products'])}"
-        )
-    if memory == 0 or (memory is None and product is None):
+    name, memory = reader.raw("product"), reader.size("memory")
+    if name is not None and not isinstance(name, str):
+        raise InputError(f"{reader.where}.product {name!r} is not known; write a name of plan gpus")
+    if memory == 0 or (memory is None and name is None):
         raise InputError(f"{reader.where} must have a product, or a memory of more than nothing, such as 24GB")
-    usable = None if product is None else int(products()["products"][product]["usable_gib"] * GIB)
-    if product is None:
+    usable = None
+    if name is None:
         product = taken_for(memory or 0, notes)
     else:
-        notes.append(f"GPU {products()['products'][product]['name']}: {format_bytes(memory or usable or 0)} usable")
+        try:
+            facts = product_of(name)
+        except InputError as exc:
+            raise InputError(f"{reader.where}: {exc}") from exc
+        product, usable = facts.key, facts.usable_bytes
+        notes += [f"GPU {facts.name}: {format_bytes(memory or usable)} usable", *facts.notes()]
     gpu = Gpu(
         capacity_bytes=memory or usable or 0,
         product=product,

@@ -13,7 +13,6 @@ from typing import Literal
 from planner.errors import InputError
 from planner.gpus import Gpu, parse_nodes
 from planner.hardware import (
-    BANDWIDTH_FRACTION,
     COPY_LATENCY_NS,
     CPU_BYTES_PER_S,
     CPU_FLOPS_PER_S,
@@ -25,7 +24,6 @@ from planner.hardware import (
     DISK_BYTES_PER_S,
     DISK_LATENCY_NS,
     HOST_RESERVED_BYTES,
-    MATMUL_FRACTION,
     MAX_GPUS,
     MAX_NODES,
     NETWORK_BYTES_PER_S,
@@ -37,8 +35,8 @@ from planner.hardware import (
     Hardware,
     Link,
     MemoryPool,
-    products,
 )
+from planner.products import catalogue
 from planner.units import GB, format_bytes, format_ns, parse_bytes, parse_flops, parse_rate
 
 Ways = Literal["host", "p2p", "nvlink"]
@@ -229,7 +227,7 @@ class _Parts:
         way = "through the host"
         if node.ways == "p2p":
             way = "peer to peer over PCIe"
-            if any("GeForce" in gpu.facts["name"] for gpu in gpus):
+            if any("GeForce" in gpu.facts.name for gpu in gpus):
                 way += ", which NVIDIA's driver refuses on GeForce (see nvidia-smi topo -p2p r)"
         elif nvlinks:
             rates = ", ".join(sorted({f"{rate / GB:.1f} GB/s" for rate in nvlinks.values()}))
@@ -250,8 +248,8 @@ def _check_nvlink(nodes: Sequence[Node]) -> None:
     """Raise InputError where NVLink is asked for and joins nothing."""
     asked = [node.gpus for node in nodes if node.ways == "nvlink" and len(node.gpus) > 1]
     if asked and not any(_nvlinks(gpus) for gpus in asked):
-        names = ", ".join(dict.fromkeys(gpu.facts["name"] for gpus in asked for gpu in gpus))
-        having = ", ".join(key for key, facts in products()["products"].items() if "nvlink" in facts)
+        names = ", ".join(dict.fromkeys(gpu.facts.name for gpus in asked for gpu in gpus))
+        having = ", ".join(key for key, facts in catalogue().items() if facts.nvlink is not None)
         raise InputError(
             f"--links nvlink: no two of {names} can be joined by NVLink; name products that have it ({having}), or "
             "say --links p2p or host"
@@ -263,14 +261,14 @@ def _nvlinks(gpus: Sequence[Gpu]) -> dict[tuple[int, int], int]:
     result: dict[tuple[int, int], int] = {}
     paired: set[int] = set()
     for i, j in itertools.combinations(range(len(gpus)), 2):
-        facts = gpus[i].facts.get("nvlink")
+        facts = gpus[i].facts.nvlink
         if facts is None or gpus[i].product != gpus[j].product:
             continue
-        if facts["joins"] == "pairs":
+        if facts.joins == "pairs":
             if {i, j} & paired:
                 continue
             paired |= {i, j}
-        result[i, j] = int(facts["gb_per_s"] * GB * NVLINK_FRACTION)
+        result[i, j] = int(facts.gb_per_s * GB * NVLINK_FRACTION)
     return result
 
 
@@ -289,18 +287,19 @@ def _assumed(said: object) -> str:
 
 def _gpu(gpu: Gpu, name: str) -> Device:
     facts = gpu.facts
-    half = gpu.half_flops_per_s or int(facts["half_tflops"] * 1e12 * MATMUL_FRACTION)
-    single = int(facts["fp32_tflops"] * 1e12 * MATMUL_FRACTION)
+    flops = facts.flops_per_s()
+    if gpu.half_flops_per_s is not None:
+        flops |= {"bfloat16": gpu.half_flops_per_s, "float16": gpu.half_flops_per_s}
     return Device(
         name=name,
         kind="cuda",
-        product=facts["name"],
+        product=facts.name,
         pool=name,
-        flops_per_s={"bfloat16": half, "float16": half, "default": single},
-        bytes_per_s=gpu.bytes_per_s or int(facts["memory_gb_per_s"] * GB * BANDWIDTH_FRACTION),
+        flops_per_s=flops,
+        bytes_per_s=gpu.bytes_per_s or facts.bytes_per_s,
         operator_ns=OPERATOR_NS,
         context_bytes=CUDA_CONTEXT_BYTES,
-        workspace_bytes=CUBLAS_WORKSPACE_BYTES[facts["workspace"]],
+        workspace_bytes=CUBLAS_WORKSPACE_BYTES[facts.workspace],
     )
 
 
