@@ -237,6 +237,13 @@ class Hardware:
 
         return load(path)
 
+    @classmethod
+    def local(cls) -> Hardware:
+        """Return the machine at hand: its GPUs, what is free of its memories now, and what is assumed of its rates."""
+        from planner.local import machine
+
+        return machine().hardware()
+
     def save(self, path: str | Path) -> None:
         """Write all of this machine as JSON, as plans hold it.
 

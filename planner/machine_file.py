@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from planner.errors import InputError, PlanFormatError
 from planner.gpus import Gpu, parse_gpus, parse_nodes, taken_for
 from planner.hardware import MAX_GPUS, MAX_NODES, Hardware
+from planner.hosts import behind, disk_rate, host, memory_rate
 from planner.machines import WAYS, Machine, Node, parse_ram
 from planner.products import product as product_of
 from planner.serial import decode
@@ -70,6 +72,11 @@ class _Reader:
     def rate(self, key: str) -> int | None:
         value = self._said(key)
         return None if value is None else parse_rate(value, what=f"{self.where}.{key}")
+
+    def rate_of(self, key: str, parse: Callable[..., int]) -> int | None:
+        """Take a rate that may have a name, as `parse` reads it."""
+        value = self._said(key)
+        return None if value is None else parse(value, what=f"{self.where}.{key}")
 
     def flops(self, key: str) -> int | None:
         value = self._said(key)
@@ -152,17 +159,22 @@ def _node(reader: _Reader) -> Node:
     members = [gpu for switch in switches for gpu in switch]
     if twice := [gpu for gpu in members if members.count(gpu) > 1]:
         raise InputError(f"{reader.where}.switches: GPU {twice[0]} is behind two of them; keep one")
+    kind = reader.raw("host")
+    if kind is not None and not isinstance(kind, str):
+        raise InputError(f"{reader.where}.host must be a name such as epyc-9004, and is {_kind(kind)}")
+    where = None if kind is None else host(kind, what=f"{reader.where}.host")
     node = Node(
-        gpus=tuple(gpus),
+        gpus=behind(gpus, where),
         gpu_notes=tuple(notes),
         ways=ways or "host",
         wires=tuple(wires),
         switches=tuple(switches),
         ram_bytes=parse_ram(f"{reader.where}.ram", reader.size("ram")),
         disk_bytes=reader.size("disk"),
-        disk_bytes_per_s=reader.rate("disk_speed"),
+        disk_bytes_per_s=reader.rate_of("disk_speed", disk_rate),
         cpu_flops_per_s=reader.flops("cpu_flops"),
-        cpu_bytes_per_s=reader.rate("cpu_bandwidth"),
+        cpu_bytes_per_s=reader.rate_of("cpu_bandwidth", memory_rate),
+        host=where,
     )
     reader.done()
     return node

@@ -101,9 +101,13 @@ class Product:
     @property
     def host_bytes_per_s(self) -> int:
         """The achieved rate of large pinned copies to it or from it."""
+        return self.host_bytes_at(max(PCIE_BYTES_PER_S))
+
+    def host_bytes_at(self, slot: int) -> int:
+        """Return the achieved rate of large pinned copies in a slot of a PCIe generation, in bytes a second."""
         if self.host_link is not None:
             return int(self.host_link.achieved_gb_per_s * GB)
-        return PCIE_BYTES_PER_S[self.pcie or max(PCIE_BYTES_PER_S)] * self.pcie_lanes // PCIE_LANES
+        return PCIE_BYTES_PER_S[min(slot, self.pcie or slot)] * self.pcie_lanes // PCIE_LANES
 
     def flops_per_s(self) -> dict[str, int]:
         """Return achieved matmul rates by torch dtype name, "default" for others.

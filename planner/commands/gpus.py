@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
@@ -10,7 +11,8 @@ from typing import Any
 from planner.commands import options
 from planner.commands.layout import Page
 from planner.errors import InputError
-from planner.hardware import NVLINK_FRACTION, products
+from planner.hardware import NVLINK_FRACTION, PCIE_BYTES_PER_S, products
+from planner.hosts import disk_rate, hosts
 from planner.products import Product, catalogue, find, unknown
 from planner.units import GB
 
@@ -21,8 +23,11 @@ def run(argv: Sequence[str]) -> int:
     """Print the known products with the facts that plans use, or one of them with where each figure comes from."""
     parser = options.Parser(prog="plan gpus", description="List the GPU products that --gpus knows.")
     parser.add_argument("text", nargs="?", default="", help="a product, or a text in the names of some")
+    parser.add_argument("--hosts", action="store_true", help="list hosts, links and disks instead of GPUs")
     options.add_output_options(parser)
     args = parser.parse_args(argv)
+    if args.hosts:
+        return _hosts(args)
     one = find(args.text)
     found = [one] if one is not None else [each for each in catalogue().values() if _matches(each, args.text)]
     if not found:
@@ -79,8 +84,52 @@ def _table(page: Page, found: Iterable[Product]) -> None:
     page.line()
     page.paragraph(
         "TFLOP/s (dense, 16 bit) and GB/s of memory are peaks of datasheets, of which plans take a part; "
-        "plan gpus NAME prints it, every other figure, and the sources."
+        "plan gpus NAME prints it, every other figure, and the sources. plan gpus --hosts lists hosts, links and disks."
     )
+
+
+def _hosts(args: argparse.Namespace) -> int:
+    """Print hosts, links and disks: peaks, and what is achieved of them."""
+    data = products()
+    if args.text:
+        raise InputError("--hosts lists all hosts; leave the name out")
+    if args.json:
+        sections = ("hosts", "links", "disks", "host_achieved")
+        options.say_json(json.dumps({name: data[name] for name in sections}, indent=1))
+        return 0
+    page = Page(color=False)
+    page.line("--host                 memory                   GB/s  achieved  PCIe")
+    for each in hosts().values():
+        memory = f"{each.channels}x{each.memory}-{each.mega_transfers_per_s}"
+        rates = f"{each.peak_bytes_per_s / GB:7.1f}  {each.bytes_per_s / GB:8.1f}"
+        page.line(f"{each.key:21}  {memory:20}  {rates}  {each.pcie:4}")
+    page.line()
+    page.line("--disk-speed                                    GB/s  achieved")
+    for key, disk in data["disks"].items():
+        achieved = disk_rate(key, what="--disk-speed") / GB
+        page.line(f"{key:21}  {'':20}  {disk['peak_gb_per_s']:7.2f}  {achieved:8.2f}")
+    page.line()
+    page.line("links, each way                                 GB/s  achieved")
+    for key, link in data["links"].items():
+        peak = link["peak_gb_per_s"]
+        pcie = PCIE_BYTES_PER_S.get(int(key[-1])) if key.startswith("pcie") else None
+        achieved = peak * NVLINK_FRACTION if pcie is None else pcie / GB
+        page.line(f"{key:21}  {'one link' if pcie is None else '16 lanes':20}  {peak:7.2f}  {achieved:8.2f}")
+    page.heading("Sources")
+    for key, source in _host_sources(data):
+        _say(page, key, source)
+    options.say(page.text().lstrip("\n"))
+    return 0
+
+
+def _host_sources(data: dict[str, Any]) -> list[tuple[str, str]]:
+    told: dict[str, list[str]] = {}
+    for section in ("hosts", "disks", "links"):
+        for key, entry in data[section].items():
+            told.setdefault(entry["source"], []).append(key if section == "hosts" else section)
+    for key, entry in data["host_achieved"].items():
+        told.setdefault(entry["source"], []).append(f"of {key}")
+    return [("", f"{', '.join(dict.fromkeys(keys))}: {source}") for source, keys in told.items()]
 
 
 def _bare(each: Product) -> str:
@@ -134,4 +183,4 @@ def _planned(page: Page, each: Product) -> None:
 
 
 def _say(page: Page, label: str, text: str) -> None:
-    page.paragraph(text, first=f"  {label:{_LABEL}}")
+    page.paragraph(text, first=f"  {label:{_LABEL}}" if label else "  - ")
