@@ -189,6 +189,12 @@ def called_by_torch(name: str, total_bytes: int) -> Product | None:
     return best
 
 
+def kernels_of(name: str) -> str:
+    """Return whose kernels are modelled where a plan names a product: its own, for AMD's an RTX 4090's."""
+    foreign = any(each.name == name and each.maker == "rocm" for each in catalogue().values())
+    return f"{catalogue()['rtx4090'].name} (assumed: {name} has other kernels)" if foreign else name
+
+
 def _product(key: str, maker: str, data: dict[str, Any]) -> Product:
     entry = data[maker][key]
     bare = entry["name"].removesuffix(f" {entry['label_gb']}GB")

@@ -13,7 +13,7 @@ from planner.commands.main import main
 from planner.errors import InputError
 from planner.hardware import Hardware, products
 from planner.kernels import cuda
-from planner.products import Product, called_by_torch, catalogue, find, nearest, product
+from planner.products import Product, called_by_torch, catalogue, find, kernels_of, nearest, product
 
 ROOT = Path(__file__).parents[2]
 DATA = products()
@@ -138,6 +138,12 @@ def test_what_is_taken_for_granted_of_a_product_is_told() -> None:
     assert any("no bfloat16" in note for note in Hardware.from_options("1xt4").assumptions)
     assert not any("no bfloat16" in note for note in Hardware.from_options("1xl4").assumptions)
     assert any("scratch" in note and "MI300X" in note for note in Hardware.from_options("8xmi300x").assumptions)
+
+
+def test_amd_is_not_said_to_run_kernels_that_are_modelled() -> None:
+    assert kernels_of(ALL["l4"].name) == ALL["l4"].name
+    assert kernels_of("an abacus") == "an abacus"
+    assert "RTX 4090 24GB (assumed" in kernels_of(ALL["mi300x"].name)
 
 
 @pytest.mark.parametrize(
