@@ -348,7 +348,7 @@ def predict_memory(
     if gpu is not None:
         facts = product(gpu)
         if facts.maker != "products":
-            raise InputError(f"{facts.name}: kernels are modelled for NVIDIA's GPUs; name one of these")
+            raise InputError(f"{facts.name}: kernels are modelled for NVIDIA's GPUs only; plan gpus lists them")
         gpu = facts.key
     if threads is not None and (device != "cpu" or threads < 1):
         raise InputError(f"threads={threads}: a whole number of at least 1, for the device 'cpu'")
