@@ -21,10 +21,11 @@ from planner.errors import InfeasibleError, InputError, PlanFormatError
 from planner.fixes import GraphQuestion, with_fixes
 from planner.given import build_on_meta, dtype_of, source_of
 from planner.graph import LayerGraph
-from planner.hardware import Hardware, products
+from planner.hardware import Hardware
 from planner.headers import find_headers
 from planner.plan import SCHEMA_VERSION, Execution, ModelInfo, Plan, Prediction
 from planner.popularity import Popularity
+from planner.products import product
 from planner.question import Question
 from planner.rules import NO_RULES, Rules
 from planner.tracer import Report, attention_of, tracing_for
@@ -344,8 +345,11 @@ def predict_memory(
         raise InputError(f"device is {device!r}; memory is predicted for 'cpu' and 'cuda'")
     if gpu is not None and device == "cpu":
         raise InputError(f"device 'cpu' and the GPU {gpu!r} exclude each other; leave one out")
-    if gpu is not None and gpu not in products()["products"]:
-        raise InputError(f"no GPU product is called {gpu!r}; there are {', '.join(products()['products'])}")
+    if gpu is not None:
+        facts = product(gpu)
+        if facts.maker != "products":
+            raise InputError(f"{facts.name}: kernels are modelled for NVIDIA's GPUs only; plan gpus lists them")
+        gpu = facts.key
     if threads is not None and (device != "cpu" or threads < 1):
         raise InputError(f"threads={threads}: a whole number of at least 1, for the device 'cpu'")
     work, examples = _work(workload, example_inputs, notes)

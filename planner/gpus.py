@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from planner.errors import InputError
-from planner.hardware import BANDWIDTH_FRACTION, MATMUL_FRACTION, MAX_GPUS, MAX_NODES, PCIE_BYTES_PER_S, products
-from planner.units import GB, GIB, format_bytes, parse_bytes
+from planner.hardware import MAX_GPUS, MAX_NODES, products
+from planner.products import Product, catalogue, find, product, unknown
+from planner.units import GB, format_bytes, parse_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """One GPU of a node. product: a key of `products()`; rates that are None are the product's."""
+    """One GPU of a node. product: a key of the catalogue; rates that are None are the product's."""
 
     capacity_bytes: int
     product: str
@@ -22,12 +22,12 @@ class Gpu:
     host_bytes_per_s: int | None = None
 
     @property
-    def facts(self) -> dict[str, Any]:
-        return dict(products()["products"][self.product])
+    def facts(self) -> Product:
+        return catalogue()[self.product]
 
     @property
     def pcie_bytes_per_s(self) -> int:
-        return self.host_bytes_per_s or PCIE_BYTES_PER_S[self.facts["pcie"]]
+        return self.host_bytes_per_s or self.facts.host_bytes_per_s
 
 
 def parse_nodes(text: str | int) -> list[tuple[tuple[Gpu, ...], tuple[str, ...]]]:
@@ -69,14 +69,15 @@ def parse_gpus(part_of: str, text: str | int, notes: list[str]) -> list[Gpu]:
 
 
 def _one_gpu(word: str, text: str | int, notes: list[str]) -> Gpu:
-    catalogue = products()["products"]
-    key = word.lower().replace("_", "-")
-    if key in catalogue:
-        facts = catalogue[key]
-        notes.append(f"GPU {facts['name']}: {facts['usable_gib']} GiB usable")
-        return Gpu(capacity_bytes=int(facts["usable_gib"] * GIB), product=key)
+    if find(word) is not None:
+        try:
+            facts = product(word)
+        except InputError as exc:
+            raise InputError(f"--gpus {text}: {exc}") from exc
+        notes += [f"GPU {facts.name}: {facts.usable_gib} GiB usable", *facts.notes()]
+        return Gpu(capacity_bytes=facts.usable_bytes, product=facts.key)
     if not re.match(r"[\d.]", word):
-        raise InputError(_gpus_help(text))
+        raise InputError(f"--gpus {text}: {unknown(word)}; or write a size such as 24GB")
     try:
         capacity = parse_bytes(word if re.search(r"[a-zA-Z]", word) else "", what="--gpus")
     except InputError as exc:
@@ -90,19 +91,18 @@ def taken_for(capacity_bytes: int, notes: list[str]) -> str:
     """Return the product that a GPU of a size is taken for."""
     table = products()["assumed_for_gb"]
     size = min(table, key=lambda gb: (abs(int(gb) * GB - capacity_bytes), int(gb)))
-    facts = products()["products"][table[size]]
+    facts = catalogue()[table[size]]
     notes.append(
-        f"GPU of {format_bytes(capacity_bytes)} taken as {facts['name']} (assumed; usable there "
-        f"{format_bytes(int(facts['usable_gib'] * GIB))}): {facts['half_tflops']:.0f} TFLOP/s and "
-        f"{facts['memory_gb_per_s']:.0f} GB/s on its datasheet, "
-        f"{MATMUL_FRACTION:.0%} and {BANDWIDTH_FRACTION:.0%} achieved"
+        f"GPU of {format_bytes(capacity_bytes)} taken as {facts.name} (assumed; usable there "
+        f"{format_bytes(facts.usable_bytes)}): {facts.half_tflops:.0f} TFLOP/s and "
+        f"{facts.memory_gb_per_s:.0f} GB/s on its datasheet, "
+        f"{facts.achieved.matmul:.0%} and {facts.achieved.bandwidth:.0%} achieved"
     )
-    return str(table[size])
+    return facts.key
 
 
 def _gpus_help(text: str | int) -> str:
-    known = ", ".join(products()["products"])
     return (
         f"--gpus {text}: write COUNTxSIZE such as 2x24GB, COUNTxPRODUCT such as 2xrtx4090, or 0; several nodes as "
-        f"4x80GB/4x80GB or 8*(4x80GB); products: {known}"
+        "4x80GB/4x80GB or 8*(4x80GB); plan gpus lists the products"
     )

@@ -21,10 +21,6 @@ from planner.errors import InputError
 from planner.serial import canonical, write_text
 from planner.units import GB, MB, TB, format_bytes, parse_bytes
 
-# Achieved / datasheet: a large bf16 matmul 788 of 989 TFLOP/s and a device copy 4.3 of 4.8 TB/s, both measured on
-# an H200. Taken for every GPU until this machine is calibrated.
-MATMUL_FRACTION = 0.80
-BANDWIDTH_FRACTION = 0.90
 # Achieved host-to-device rate of large pinned copies over 16 lanes, by PCIe generation (published measurements:
 # 12.4, 22.5 to 24, and 51 to 55 GB/s).
 PCIE_BYTES_PER_S = {3: 12_400 * MB, 4: 22_500 * MB, 5: 51_000 * MB}
@@ -240,6 +236,13 @@ class Hardware:
         from planner.machine_file import load
 
         return load(path)
+
+    @classmethod
+    def local(cls) -> Hardware:
+        """Return the machine at hand: its GPUs, what is free of its memories now, and what is assumed of its rates."""
+        from planner.local import machine
+
+        return machine().hardware()
 
     def save(self, path: str | Path) -> None:
         """Write all of this machine as JSON, as plans hold it.

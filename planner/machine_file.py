@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from planner.errors import InputError, PlanFormatError
 from planner.gpus import Gpu, parse_gpus, parse_nodes, taken_for
-from planner.hardware import MAX_GPUS, MAX_NODES, Hardware, products
+from planner.hardware import MAX_GPUS, MAX_NODES, Hardware
+from planner.hosts import behind, disk_rate, host, memory_rate
 from planner.machines import WAYS, Machine, Node, parse_ram
+from planner.products import product as product_of
 from planner.serial import decode
-from planner.units import GIB, format_bytes, parse_bytes, parse_flops, parse_rate
+from planner.units import format_bytes, parse_bytes, parse_flops, parse_rate
 
 
 def load(path: str | Path) -> Hardware:
@@ -69,6 +72,11 @@ class _Reader:
     def rate(self, key: str) -> int | None:
         value = self._said(key)
         return None if value is None else parse_rate(value, what=f"{self.where}.{key}")
+
+    def rate_of(self, key: str, parse: Callable[..., int]) -> int | None:
+        """Take a rate that may have a name, as `parse` reads it."""
+        value = self._said(key)
+        return None if value is None else parse(value, what=f"{self.where}.{key}")
 
     def flops(self, key: str) -> int | None:
         value = self._said(key)
@@ -151,17 +159,22 @@ def _node(reader: _Reader) -> Node:
     members = [gpu for switch in switches for gpu in switch]
     if twice := [gpu for gpu in members if members.count(gpu) > 1]:
         raise InputError(f"{reader.where}.switches: GPU {twice[0]} is behind two of them; keep one")
+    kind = reader.raw("host")
+    if kind is not None and not isinstance(kind, str):
+        raise InputError(f"{reader.where}.host must be a name such as epyc-9004, and is {_kind(kind)}")
+    where = None if kind is None else host(kind, what=f"{reader.where}.host")
     node = Node(
-        gpus=tuple(gpus),
+        gpus=behind(gpus, where),
         gpu_notes=tuple(notes),
         ways=ways or "host",
         wires=tuple(wires),
         switches=tuple(switches),
         ram_bytes=parse_ram(f"{reader.where}.ram", reader.size("ram")),
         disk_bytes=reader.size("disk"),
-        disk_bytes_per_s=reader.rate("disk_speed"),
+        disk_bytes_per_s=reader.rate_of("disk_speed", disk_rate),
         cpu_flops_per_s=reader.flops("cpu_flops"),
-        cpu_bytes_per_s=reader.rate("cpu_bandwidth"),
+        cpu_bytes_per_s=reader.rate_of("cpu_bandwidth", memory_rate),
+        host=where,
     )
     reader.done()
     return node
@@ -198,18 +211,21 @@ def _gpus_of(reader: _Reader) -> tuple[list[Gpu], list[str]]:
 
 
 def _described_gpu(reader: _Reader, notes: list[str]) -> Gpu:
-    product, memory = reader.raw("product"), reader.size("memory")
-    if product is not None and not (isinstance(product, str) and product in products()["products"]):
-        raise InputError(
-            f"{reader.where}.product {product!r} is not known; there are {', '.join(products()['products'])}"
-        )
-    if memory == 0 or (memory is None and product is None):
+    name, memory = reader.raw("product"), reader.size("memory")
+    if name is not None and not isinstance(name, str):
+        raise InputError(f"{reader.where}.product {name!r} is not known; write a name of plan gpus")
+    if memory == 0 or (memory is None and name is None):
         raise InputError(f"{reader.where} must have a product, or a memory of more than nothing, such as 24GB")
-    usable = None if product is None else int(products()["products"][product]["usable_gib"] * GIB)
-    if product is None:
+    usable = None
+    if name is None:
         product = taken_for(memory or 0, notes)
     else:
-        notes.append(f"GPU {products()['products'][product]['name']}: {format_bytes(memory or usable or 0)} usable")
+        try:
+            facts = product_of(name)
+        except InputError as exc:
+            raise InputError(f"{reader.where}: {exc}") from exc
+        product, usable = facts.key, facts.usable_bytes
+        notes += [f"GPU {facts.name}: {format_bytes(memory or usable)} usable", *facts.notes()]
     gpu = Gpu(
         capacity_bytes=memory or usable or 0,
         product=product,

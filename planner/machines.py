@@ -13,7 +13,6 @@ from typing import Literal
 from planner.errors import InputError
 from planner.gpus import Gpu, parse_nodes
 from planner.hardware import (
-    BANDWIDTH_FRACTION,
     COPY_LATENCY_NS,
     CPU_BYTES_PER_S,
     CPU_FLOPS_PER_S,
@@ -25,7 +24,6 @@ from planner.hardware import (
     DISK_BYTES_PER_S,
     DISK_LATENCY_NS,
     HOST_RESERVED_BYTES,
-    MATMUL_FRACTION,
     MAX_GPUS,
     MAX_NODES,
     NETWORK_BYTES_PER_S,
@@ -37,8 +35,10 @@ from planner.hardware import (
     Hardware,
     Link,
     MemoryPool,
-    products,
 )
+from planner.hosts import Host, behind, disk_rate, memory_rate
+from planner.hosts import host as host_of
+from planner.products import catalogue
 from planner.units import GB, format_bytes, format_ns, parse_bytes, parse_flops, parse_rate
 
 Ways = Literal["host", "p2p", "nvlink"]
@@ -53,6 +53,7 @@ class Node:
     wires: (GPU, GPU, bytes per second) of pairs that are joined otherwise, both ways.
     switches: GPUs that share one way to the host.
     gpu_notes: what was assumed of its GPUs.
+    host: the kind of host, for what is not said of it.
     """
 
     gpus: tuple[Gpu, ...] = ()
@@ -65,6 +66,7 @@ class Node:
     disk_bytes_per_s: int | None = None
     cpu_flops_per_s: int | None = None
     cpu_bytes_per_s: int | None = None
+    host: Host | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,16 +157,19 @@ class _Parts:
         ram = DEFAULT_RAM_BYTES if node.ram_bytes is None else node.ram_bytes
         disk = DEFAULT_DISK_BYTES if node.disk_bytes is None else node.disk_bytes
         read = node.disk_bytes_per_s or DISK_BYTES_PER_S
-        rate = node.cpu_bytes_per_s or CPU_BYTES_PER_S
+        rate = node.cpu_bytes_per_s or (CPU_BYTES_PER_S if node.host is None else node.host.bytes_per_s)
         flops = node.cpu_flops_per_s or CPU_FLOPS_PER_S
         said = (node.cpu_bytes_per_s, node.cpu_flops_per_s)
         product = "CPU as described" if None not in said else CPU_PRODUCT
+        if node.host is not None:
+            product = node.host.name
+            self.notes.append(node.host.note())
         self.notes.append(
             f"host RAM {format_bytes(ram)}{_assumed(node.ram_bytes)}, of which "
             f"{format_bytes(HOST_RESERVED_BYTES)} is left to the system and the program (assumed)"
         )
         first = "" if said == (None, None) else _assumed(said[0])
-        about = "CPU" if None not in said else f"CPU {product}"
+        about = "CPU" if None not in said and node.host is None else f"CPU {product}"
         self.notes.append(
             f"{about}: {rate / GB:.4g} GB/s from memory{first}, {flops / 1e12:.1f} TFLOP/s{_assumed(said[1])}"
         )
@@ -229,7 +234,7 @@ class _Parts:
         way = "through the host"
         if node.ways == "p2p":
             way = "peer to peer over PCIe"
-            if any("GeForce" in gpu.facts["name"] for gpu in gpus):
+            if any("GeForce" in gpu.facts.name for gpu in gpus):
                 way += ", which NVIDIA's driver refuses on GeForce (see nvidia-smi topo -p2p r)"
         elif nvlinks:
             rates = ", ".join(sorted({f"{rate / GB:.1f} GB/s" for rate in nvlinks.values()}))
@@ -250,8 +255,8 @@ def _check_nvlink(nodes: Sequence[Node]) -> None:
     """Raise InputError where NVLink is asked for and joins nothing."""
     asked = [node.gpus for node in nodes if node.ways == "nvlink" and len(node.gpus) > 1]
     if asked and not any(_nvlinks(gpus) for gpus in asked):
-        names = ", ".join(dict.fromkeys(gpu.facts["name"] for gpus in asked for gpu in gpus))
-        having = ", ".join(key for key, facts in products()["products"].items() if "nvlink" in facts)
+        names = ", ".join(dict.fromkeys(gpu.facts.name for gpus in asked for gpu in gpus))
+        having = ", ".join(key for key, facts in catalogue().items() if facts.nvlink is not None)
         raise InputError(
             f"--links nvlink: no two of {names} can be joined by NVLink; name products that have it ({having}), or "
             "say --links p2p or host"
@@ -263,14 +268,14 @@ def _nvlinks(gpus: Sequence[Gpu]) -> dict[tuple[int, int], int]:
     result: dict[tuple[int, int], int] = {}
     paired: set[int] = set()
     for i, j in itertools.combinations(range(len(gpus)), 2):
-        facts = gpus[i].facts.get("nvlink")
+        facts = gpus[i].facts.nvlink
         if facts is None or gpus[i].product != gpus[j].product:
             continue
-        if facts["joins"] == "pairs":
+        if facts.joins == "pairs":
             if {i, j} & paired:
                 continue
             paired |= {i, j}
-        result[i, j] = int(facts["gb_per_s"] * GB * NVLINK_FRACTION)
+        result[i, j] = int(facts.gb_per_s * GB * NVLINK_FRACTION)
     return result
 
 
@@ -289,18 +294,19 @@ def _assumed(said: object) -> str:
 
 def _gpu(gpu: Gpu, name: str) -> Device:
     facts = gpu.facts
-    half = gpu.half_flops_per_s or int(facts["half_tflops"] * 1e12 * MATMUL_FRACTION)
-    single = int(facts["fp32_tflops"] * 1e12 * MATMUL_FRACTION)
+    flops = facts.flops_per_s()
+    if gpu.half_flops_per_s is not None:
+        flops |= {"bfloat16": gpu.half_flops_per_s, "float16": gpu.half_flops_per_s}
     return Device(
         name=name,
         kind="cuda",
-        product=facts["name"],
+        product=facts.name,
         pool=name,
-        flops_per_s={"bfloat16": half, "float16": half, "default": single},
-        bytes_per_s=gpu.bytes_per_s or int(facts["memory_gb_per_s"] * GB * BANDWIDTH_FRACTION),
+        flops_per_s=flops,
+        bytes_per_s=gpu.bytes_per_s or facts.bytes_per_s,
         operator_ns=OPERATOR_NS,
         context_bytes=CUDA_CONTEXT_BYTES,
-        workspace_bytes=CUBLAS_WORKSPACE_BYTES[facts["workspace"]],
+        workspace_bytes=CUBLAS_WORKSPACE_BYTES[facts.workspace],
     )
 
 
@@ -316,11 +322,13 @@ def from_options(
     disk_speed: str | int | None = None,
     cpu_flops: str | int | None = None,
     cpu_bandwidth: str | int | None = None,
+    host: str | None = None,
 ) -> Hardware:
     """Return the machine that the options describe: all of them but `gpus` and `network` are about each node.
 
     links: "host", "p2p" or "nvlink" between the GPUs of a node. gpus_per_switch: so many neighbours share one way to
-    the host. Rates as "3GB/s" or "100Gbit/s", cpu_flops as "2TFLOP/s".
+    the host. Rates as "3GB/s" or "100Gbit/s", cpu_flops as "2TFLOP/s"; cpu_bandwidth also as "2xddr5-5600", disk_speed
+    also as "nvme4". host: a kind of host, "epyc-9004", for its memory and PCIe slots.
 
     Raises:
         InputError: an option cannot be read, names no known product, or is zero where it must not be.
@@ -332,17 +340,19 @@ def from_options(
         raise InputError(f"--links must be one of {', '.join(WAYS)}; got {links!r}")
     if gpus_per_switch is not None and gpus_per_switch < 1:
         raise InputError(f"--gpus-per-switch must be at least 1, and is {gpus_per_switch}")
+    where = None if host is None else host_of(host)
     nodes = [
         Node(
-            gpus=found,
+            gpus=behind(found, where),
             gpu_notes=told,
             ways=links or "host",
             switches=_switches(len(found), gpus_per_switch),
             ram_bytes=parse_ram("--ram", ram),
             disk_bytes=None if disk is None else parse_bytes(disk, what="--disk"),
-            disk_bytes_per_s=None if disk_speed is None else parse_rate(disk_speed, what="--disk-speed"),
+            disk_bytes_per_s=None if disk_speed is None else disk_rate(disk_speed, what="--disk-speed"),
             cpu_flops_per_s=None if cpu_flops is None else parse_flops(cpu_flops, what="--cpu-flops"),
-            cpu_bytes_per_s=None if cpu_bandwidth is None else parse_rate(cpu_bandwidth, what="--cpu-bandwidth"),
+            cpu_bytes_per_s=None if cpu_bandwidth is None else memory_rate(cpu_bandwidth, what="--cpu-bandwidth"),
+            host=where,
         )
         for found, told in parse_nodes(gpus or 0)
     ]

@@ -13,6 +13,7 @@ from planner.hardware import Hardware
 from planner.models import ModelSource, load_config
 from planner.plan import SCHEMA_VERSION, Execution, ModelInfo, Placement, Plan
 from planner.popularity import Popularity
+from planner.products import kernels_of
 from planner.rules import Rules
 from planner.tracer import ASSUMED_CPU, Report, Tracer
 from planner.workload import Workload
@@ -184,7 +185,8 @@ def _execution_notes(workload: Workload, execution: Execution, hardware: Hardwar
         )
     notes += [] if routed is None else [routed]
     if hardware.gpus:
-        notes.append(f"operators and their scratch as torch runs them on {hardware.gpus[0].product}, by its sources")
+        on = kernels_of(hardware.gpus[0].product)
+        notes.append(f"operators and their scratch as torch runs them on {on}, by its sources")
     else:
         notes.append(f"operators' scratch as on {ASSUMED_CPU['threads']} threads with {ASSUMED_CPU['isa']} (assumed)")
     if execution.unmodelled:

@@ -19,7 +19,8 @@ PACKAGES = ("planner", "simulate", "dispatch", "reports")
 ORDER = (
     ("errors",),
     ("units", "serial"),
-    ("hardware", "gpus", "machines", "machine_file", "workload", "graph", "rules", "popularity"),
+    ("hardware", "products", "gpus", "hosts", "machines", "machine_file", "local"),
+    ("workload", "graph", "rules", "popularity"),
     ("chunks", "host_cache"),
     ("plan", "changes"),
     ("precision",),

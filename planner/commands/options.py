@@ -18,6 +18,7 @@ from planner.units import parse_bytes
 # Options that a hardware file takes the place of.
 _DESCRIBED = (
     "gpus", "ram", "pinned", "disk", "disk_speed", "cpu_flops", "cpu_bandwidth", "links", "gpus_per_switch", "network",
+    "host",
 )  # fmt: skip
 
 
@@ -53,9 +54,14 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--ram", metavar="SIZE", help="host memory, of each node")
     machine.add_argument("--pinned", metavar="SIZE", help="how much of it may be pinned for GPUs to copy from")
     machine.add_argument("--disk", metavar="SIZE", help="disk for weights that fit nowhere else; 0 for none")
-    machine.add_argument("--disk-speed", metavar="RATE", help="what reading from disk reaches, such as 7GB/s")
+    machine.add_argument("--disk-speed", metavar="RATE", help="what reading from disk reaches: 7GB/s, or nvme4")
     machine.add_argument("--cpu-flops", metavar="FLOPS", help="what matmuls on the CPU reach, such as 2TFLOP/s")
-    machine.add_argument("--cpu-bandwidth", metavar="RATE", help="what the CPU reads from memory, such as 200GB/s")
+    machine.add_argument(
+        "--cpu-bandwidth", metavar="RATE", help="what the CPU reads from memory: 200GB/s, or 12xddr5-4800"
+    )
+    machine.add_argument(
+        "--host", metavar="NAME", help="a kind of host, such as epyc-9004, for its memory and PCIe slots"
+    )
     machine.add_argument(
         "--links", choices=("host", "p2p", "nvlink"),
         help="how GPUs of a node reach each other: through host memory, over PCIe directly, or NVLink (default: host)",
@@ -70,7 +76,11 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         "--max-memory", metavar="NAME=SIZE", action="append", default=[],
         help="cap a memory, such as cuda:0=20GiB,cpu=64GB,pinned=16GB,node1/cpu=64GB; can be repeated",
     )  # fmt: skip
-    machine.add_argument("--hardware", metavar="FILE", help="a JSON file that describes it all (docs/hardware.md)")
+    machine.add_argument(
+        "--hardware",
+        metavar="FILE",
+        help="a JSON file that describes it all (docs/hardware.md), or local: this machine",
+    )
 
 
 def hardware(args: argparse.Namespace) -> Hardware:
@@ -83,6 +93,11 @@ def hardware(args: argparse.Namespace) -> Hardware:
     said = {name: value for name in _DESCRIBED if (value := getattr(args, name)) is not None}
     if args.hardware is None:
         return Hardware.from_options(max_memory=max_memory, **said)
+    if said and args.hardware == "local":
+        option = next(iter(said)).replace("_", "-")
+        raise InputError(f"--hardware local reads this machine, and --{option} describes one; leave one of them out")
+    if args.hardware == "local":
+        return Hardware.local().with_max_memory(max_memory)
     if said:
         option = next(iter(said)).replace("_", "-")
         raise InputError(

@@ -237,7 +237,9 @@ def test_asking_changes_nothing() -> None:
 @pytest.mark.parametrize("product", sorted(PRODUCTS))
 def test_ways_between_two_gpus_of_a_product(product: str) -> None:
     facts = PRODUCTS[product]
-    pcie = {3: 12.4, 4: 22.5, 5: 51.0}[facts["pcie"]] * GBPS
+    pcie = {3: 12.4, 4: 22.5, 5: 51.0}[facts["pcie"]] * GBPS * facts.get("pcie_lanes", 16) / 16
+    if "host_link" in facts:
+        pcie = facts["host_link"]["achieved_gb_per_s"] * GBPS
     rates = {"host": pcie / 2, "p2p": pcie}
     if "nvlink" in facts:
         rates["nvlink"] = facts["nvlink"]["gb_per_s"] * GBPS * 0.83
@@ -254,9 +256,13 @@ def test_ways_between_two_gpus_of_a_product(product: str) -> None:
 
 
 def test_nvlink_is_as_fast_as_datasheets_say() -> None:
-    """Both ways together, as vendors print it: A100 600, H100 and H200 900, bridges of Ampere 112.5, of Turing 100."""
+    """Both ways together, as vendors print it: A100 600, H100 and H200 900, B200 and B300 1800, bridges of Ampere
+    112.5 (A30 200), of Turing 100 (RTX 2080 50), of Hopper's cards 600.
+    """
     printed = {"a100-40gb": 600, "a100-80gb": 600, "h100": 900, "h200": 900, "rtx3090": 112.5, "a5000": 112.5,
-               "a6000": 112.5, "titanrtx": 100, "v100-16gb": 100, "v100-32gb": 100}  # fmt: skip
+               "a6000": 112.5, "titanrtx": 100, "v100-16gb": 100, "v100-32gb": 100,
+               "rtx2080": 50, "rtx2080ti": 100, "rtx3090ti": 112.5, "a30": 200, "a40": 112.5,
+               "h100-pcie": 600, "h100-nvl": 600, "b200": 1800, "b300": 1800}  # fmt: skip
     assert {key: 2 * facts["nvlink"]["gb_per_s"] for key, facts in PRODUCTS.items() if "nvlink" in facts} == printed
 
 
