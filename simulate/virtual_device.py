@@ -25,6 +25,8 @@ aten = torch.ops.aten
 
 # Copies are what tensors on several devices may take part in together.
 _COPIES = frozenset({aten.copy_.default, aten._to_copy.default, aten._copy_from.default})
+# Operators that return (values, places), and which argument is the dimension.
+_RANKINGS = {aten.topk.default: 2, aten.sort.default: 1}
 # Storages change their size in these alone.
 _RESIZES = frozenset({aten.resize_.default, aten.set_.source_Storage_storage_offset})
 
@@ -118,7 +120,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if asked is not None:
         device = torch.device(asked)
         kwargs = {**kwargs, "device": None}
-    pool = box.pool(device)
+    pool = box.pool(device) if device.type == DEVICE_TYPE else None
     given = [value for value in tree_iter((args, kwargs)) if isinstance(value, VirtualTensor)]
     by_inner = {id(value.inner): value for value in given}
     inner_args, inner_kwargs = tree_map(_inner, (args, kwargs))
@@ -130,9 +132,11 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         known = by_inner.get(id(value))
         if known is not None:
             # In place, or an argument handed back; views may have changed its shape.
-            if func in _RESIZES:
+            if func in _RESIZES and pool is not None:
                 pool.hold(value)
             return known
+        if pool is None:
+            return VirtualTensor(value, device) if value.is_meta else value
         pool.hold(value)
         return VirtualTensor(value, device)
 
@@ -159,12 +163,7 @@ def _device_of(func: Any, args: Any, kwargs: dict[str, Any]) -> torch.device:
                 f"Expected all tensors to be on the same device, but found at least two devices, {found} and "
                 f"{value.device}! ({func})"
             )
-        found = found or (value.device if value.device.type == DEVICE_TYPE else None)
-        if value.device.type != DEVICE_TYPE and not is_index:
-            raise RuntimeError(
-                f"Expected all tensors to be on the same device, but found at least two devices, {value.device} and "
-                f"a virtual one! ({func})"
-            )
+        found = found or (None if is_index else value.device)
     if found is None:
         asked = kwargs.get("device")
         assert asked is not None, func
@@ -318,13 +317,22 @@ class Box:
                 return value
             return torch.zeros(value.shape, dtype=value.dtype)
 
-        return tree_map(real, func(*meta_args, **meta_kwargs))
+        out = tree_map(real, func(*meta_args, **meta_kwargs))
+        if func in _RANKINGS:
+            # Places are different ones, as in any ranking: the first.
+            values, places = out
+            dim = args[_RANKINGS[func]] if len(args) > _RANKINGS[func] else -1
+            shape = [1] * places.dim()
+            shape[dim] = places.size(dim)
+            places.copy_(torch.arange(places.size(dim)).view(shape).expand_as(places))
+        return out
 
     def fill(self, target: torch.Tensor, source: torch.Tensor) -> None:
         if target.is_meta:
             return
         if source.is_meta:
-            target.zero_()
+            if not self.is_blank(target.dtype):
+                target.zero_()
         else:
             target.copy_(source)
 
@@ -390,3 +398,19 @@ def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, layout: Any = N
 def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     result: torch.Tensor = _copy(_current(), aten.copy_.default, (target, source), {})
     return result
+
+
+def blank(model: torch.nn.Module) -> torch.nn.Module:
+    """Give a model on meta weights in host memory that take no memory and have no numbers."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and tensor.is_meta:
+                    if id(tensor) not in made:
+                        wrapped: Any = VirtualTensor(tensor.detach(), torch.device("cpu"))
+                        if isinstance(tensor, torch.nn.Parameter):
+                            wrapped = torch.nn.Parameter(wrapped, requires_grad=False)
+                        made[id(tensor)] = wrapped
+                    held[name] = made[id(tensor)]
+    return model
