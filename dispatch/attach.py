@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -383,7 +384,9 @@ def _refusal(name: str) -> Any:
 
 
 def _mover(device: torch.device, moved: dict[int, tuple[Any, Any]]) -> hooks.Before:
-    """Return a hook that brings a layer's arguments to its device; what several layers take is moved once a call."""
+    """Return a hook that brings a layer's arguments to its device; what several layers take is moved once a call, and
+    the copy lives no longer than what it was made of.
+    """
 
     def bring(value: Any) -> Any:
         if isinstance(value, (tuple, list, dict)):
@@ -394,8 +397,8 @@ def _mover(device: torch.device, moved: dict[int, tuple[Any, Any]]) -> hooks.Bef
             return value
         key = hash((id(value), device))
         known = moved.get(key)
-        if known is None or known[0] is not value:
-            known = moved[key] = (value, value.to(device))
+        if known is None or known[0]() is not value:
+            known = moved[key] = (weakref.ref(value, lambda _: moved.pop(key, None)), value.to(device))
         return known[1]
 
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,8 +1,22 @@
-"""Predicts what a Plan does: `simulate.run(plan)` → Timeline."""
+"""Predicts what a Plan does (`simulate.run`), and runs real code on pretend GPUs (`simulate.virtual`)."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from simulate.simulator import run
 from simulate.timeline import Interval, MemorySample, Timeline
 
-__all__ = ["Interval", "MemorySample", "Timeline", "run"]
+if TYPE_CHECKING:
+    from simulate.virtual_machine import virtual
+
+__all__ = ["Interval", "MemorySample", "Timeline", "run", "virtual"]
+
+
+def __getattr__(name: str) -> Any:
+    # Needs torch, which a simulation does not.
+    if name != "virtual":
+        raise AttributeError(f"module 'simulate' has no attribute {name!r}")
+    from simulate.virtual_machine import virtual
+
+    return virtual

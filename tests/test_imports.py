@@ -47,6 +47,8 @@ TORCH = {
     "planner.kernels.cuda_reductions", "planner.kernels.onednn", "planner.kernels.programs",
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "ortools", "pandas", "plotly", "numpy", "networkx", "safetensors", "huggingface_hub"}
+# Devices to run real code on: they measure.
+VIRTUAL = ("simulate.virtual_device", "simulate.virtual_machine")
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def test_heavy_packages_load_late(name: str) -> None:
             continue
         package = top(entry.target)
         allowed = (
-            (package == "torch" and name in TORCH)
+            (package == "torch" and (name in TORCH or name in VIRTUAL))
             or (package == "ortools" and name.startswith("planner.placement."))
             or (package == "numpy" and name == "planner.placement.tables")
             or (package in ("plotly", "pandas") and top(name) == "reports")
@@ -167,7 +169,18 @@ def test_heavy_packages_load_late(name: str) -> None:
         assert allowed, f"{name} loads {package} when it is imported"
 
 
-@pytest.mark.parametrize("name", [name for name in modules() if top(name) == "simulate"])
+@pytest.mark.parametrize("name", VIRTUAL)
+def test_what_measures_knows_nothing_that_predicts(name: str) -> None:
+    for entry in modules()[name]:
+        target = module_in(entry.target)
+        if top(target) in PACKAGES:
+            assert target in {*VIRTUAL, "planner.errors", "planner.hardware"}, f"{name} imports {target}"
+    for other, imports in modules().items():
+        if other not in VIRTUAL:
+            assert all(entry.lazy or entry.typing_only for entry in imports if module_in(entry.target) == name), other
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if top(name) == "simulate" and name not in VIRTUAL])
 def test_simulate_knows_values_steps_memory_and_cost(name: str) -> None:
     for entry in modules()[name]:
         target = module_in(entry.target)
@@ -243,7 +256,7 @@ PUBLIC = {
         "Rules", "Sensitivity", "TraceError", "Violation", "Workload", "explain", "frontier", "place", "plan_model",
         "predict", "predict_memory", "verify_plan",
     ],
-    "simulate": ["Interval", "MemorySample", "Timeline", "run"],
+    "simulate": ["Interval", "MemorySample", "Timeline", "run", "virtual"],
     "dispatch": ["Checkpoint", "Measurement", "apply", "measure", "remove"],
     "reports": ["page_html", "write_report"],
 }  # fmt: skip

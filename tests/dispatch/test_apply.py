@@ -334,6 +334,9 @@ def test_what_several_layers_take_is_moved_once() -> None:
     assert kwargs["flag"] is True
     assert kwargs["none"] is None
     assert kwargs["pair"][0] is kwargs["pair"][1] is again[0]
+    assert len(moved) == 2
+    del own
+    assert len(moved) == 1, "a copy outlives what it was made of"
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
