@@ -116,16 +116,13 @@ class _Tables:
         rounded: it takes the host memory that its picks do, in parts rounded down, or up so that it is there, and not
         what they take at least; then it is no bound.
         """
-        part = -(-self.there // PARTS)
-        side = self.there // part + 1
+        side = self.there // _part(self.there) + 1
         best = np.full((*self.shape, side), INFINITE)
         best.reshape(-1, side)[0] = 0
         stages, entries = [best], []
         for ways in self.by_device:
             following = np.full(best.shape, INFINITE)
-            entries.append(
-                [entry for entry in _undominated(ways, self.rents, at, part, rounded=rounded) if entry[1] < side]
-            )
+            entries.append(_undominated(ways, at, self.there, rounded))
             for here, parts, ns, _ in entries[-1]:
                 low = (*(slice(n, None) for n in here), slice(parts, None))
                 rest = tuple(slice(0, n - m) for n, m in zip(best.shape, (*here, parts), strict=True))
@@ -150,35 +147,28 @@ _Entry = tuple[tuple[int, ...], int, int, Pick]
 
 
 def _undominated(
-    ways: Mapping[tuple[int, ...], Sequence[Way]],
-    rents: Sequence[int],
-    at: int,
-    part: int,
-    *,
-    rounded: Literal["down", "up"] | None,
+    ways: Mapping[tuple[int, ...], Sequence[Way]], at: int, there: int, rounded: Literal["down", "up"] | None
 ) -> list[_Entry]:
-    """Return the ways that are cheaper than all that take no more host memory."""
+    """Return the ways that are cheaper than all that take no more of the host memory there is."""
     found = []
+    part = _part(there)
     for here, those in ways.items():
-        entries = [(way.nbytes // part, int(way.costs[at]), way.picks[at]) for way in those]
-        if rounded is not None:
-            # What is best at a higher rent takes less host memory: its cost is known as well.
-            entries = [
-                (
-                    (pick.nbytes + (part - 1 if rounded == "up" else 0)) // part,
-                    int(ns) + (rents[at] - rent) * pick.nbytes // MIB,
-                    pick,
-                )
-                for way in those
-                for ns, pick, rent in zip(way.costs, way.picks, rents, strict=True)
-                if not pick.is_far or rent == rents[at]
-            ]
+        taken = [(way.nbytes if rounded is None else way.picks[at].nbytes, way) for way in those]
+        entries = [
+            (-(-nbytes // part) if rounded == "up" else nbytes // part, int(way.costs[at]), way.picks[at])
+            for nbytes, way in taken
+            if nbytes <= there
+        ]
         least = int(INFINITE)
         for parts, ns, pick in sorted(entries, key=lambda entry: entry[:2]):
-            if ns < least:
+            if ns < least and parts <= there // part:
                 least = ns
                 found.append((here, parts, ns, pick))
     return found
+
+
+def _part(there: int) -> int:
+    return max(1, -(-there // PARTS))
 
 
 def _taken(

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from planner import memory
 from planner.hardware import Device
 from planner.placement.problem import Home, Option, Problem
-from planner.placement.tables import Share, weighted
+from planner.placement.tables import FAR, Share, units_of, weighted
 from planner.placement.ways import Entries, Kind, Pick, amounts, enumerated, paid_ns
+
+# What was chosen is made smaller at most so often.
+MOST_TRIED = 4
 
 _Key = tuple[str, str, str, str | None]
 
@@ -47,12 +50,27 @@ class _Experts:
 
 
 def shared_out(problem: Problem, chosen: Sequence[Chosen], rent: int) -> Share | None:
-    """Return the share of what was chosen with all that waits somewhere; None where host memory is too small."""
-    filler = _Filler(problem, rent)
-    for entry in chosen:
-        filler.place(entry)
-    if not filler.bring_in():
+    """Return the share of what was chosen with all that waits somewhere; None where host memory is too small.
+
+    Where it is so by little, the device that has most of it is given less.
+    """
+    chosen = list(chosen)
+    for _ in range(MOST_TRIED):
+        filler = _Filler(problem, rent)
+        for entry in chosen:
+            filler.place(entry)
+        host, room = min(filler.room.items(), key=lambda item: item[1])
+        if room >= 0:
+            break
+        there = [entry for entry in chosen if problem.hardware.host(entry.device.name) == host]
+        most = max(there, key=lambda entry: entry.pick.nbytes)
+        pick = _less(problem, most, rent, most.pick.nbytes + room)
+        if pick is None:
+            return None
+        chosen[chosen.index(most)] = Chosen(most.device, most.counts, pick)
+    else:
         return None
+    filler.bring_in()
     return Share(
         bound_ns=0,
         layers={(unit, entry.device.name): n for entry in chosen for unit, n in entry.counts.items() if n},
@@ -60,6 +78,15 @@ def shared_out(problem: Problem, chosen: Sequence[Chosen], rent: int) -> Share |
         at=filler.at,
         single=frozenset(entry.device.name for entry in chosen if entry.pick.slots == 1),
     )
+
+
+def _less(problem: Problem, chosen: Chosen, rent: int, room: int) -> Pick | None:
+    """Return the best pick without experts on disk that takes no more than so many bytes of host memory."""
+    if chosen.device.kind == "cpu":
+        return None
+    ways = Entries(problem, chosen.device, units_of(problem), [rent], room).ways(chosen.counts)
+    found = [(int(way.costs[0]), way.picks[0]) for way in ways if not way.picks[0].is_far and way.costs[0] < FAR]
+    return min(found, key=lambda entry: entry[0])[1] if found else None
 
 
 class _Filler:
@@ -78,7 +105,7 @@ class _Filler:
     def place(self, chosen: Chosen) -> None:
         """Note what a device has in host memory; experts that may be on disk are kept for later."""
         problem, device, counts, pick = self.problem, chosen.device, chosen.counts, chosen.pick
-        entries = Entries(problem, device, list(problem.units), [self.rent])
+        entries = Entries(problem, device, units_of(problem), [self.rent])
         there = entries.there(counts)
         host = problem.hardware.host(device.name)
         if device.kind == "cpu":
@@ -89,7 +116,7 @@ class _Filler:
         whole, _ = enumerated(there)
         left = pick.away
         largest = 0
-        for kind, amount in sorted(amounts(whole, pick), key=lambda entry: _longer(problem, entry[0])):
+        for kind, amount in sorted(amounts(whole, pick), key=lambda entry: -entry[0].nbytes):
             on_disk = min(amount, left // kind.nbytes) if kind.far is not None else 0
             left -= on_disk * kind.nbytes
             largest = max(largest, kind.far_slot if on_disk else 0)
@@ -110,10 +137,8 @@ class _Filler:
                     self.far.append(_Experts((unit, device.name, key, None), option, counts[unit], taken))
         self.room[host] -= memory.SLOT_COUNT * staged
 
-    def bring_in(self) -> bool:
-        """Let experts that may be on disk wait in host memory while there is room; tell whether there was enough."""
-        if min(self.room.values()) < 0:
-            return False
+    def bring_in(self) -> None:
+        """Let experts that may be on disk wait in host memory while there is room."""
         near = dict.fromkeys((entry.key for entry in self.far), 0)
         for whole in (True, False):
             for entry in self.far:
@@ -130,7 +155,6 @@ class _Filler:
                 if amount:
                     self.away[entry.key, where] = amount
                     self.at[entry.key, where] = -(-amount // entry.option.group.slices)
-        return True
 
     def option(self, unit: str, device: str, key: str) -> Option:
         found = self.problem.unit(unit)
@@ -162,11 +186,6 @@ class _Filler:
             self.away[at] = self.away.get(at, 0) + more
             if home.memory != "disk":
                 self.room[home.place] -= more * home.nbytes
-
-
-def _longer(problem: Problem, kind: Kind) -> float:
-    """Return what each byte of a whole group takes longer on disk."""
-    return 0.0 if kind.far is None else (weighted(problem, kind.far) - weighted(problem, kind.near)) / kind.nbytes
 
 
 def _home(option: Option, where: str) -> Home:

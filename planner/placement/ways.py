@@ -123,11 +123,16 @@ class Streamed:
 
 
 class Entries:
-    """The ways to have so many layers on one device."""
+    """The ways to have so many layers on one device, at some rents.
 
-    def __init__(self, problem: Problem, device: Device, units: list[Unit], rents: Sequence[int]):
+    room: ways without experts on disk take no more bytes of host memory; where they must, their cost is infinite.
+    """
+
+    def __init__(
+        self, problem: Problem, device: Device, units: list[Unit], rents: Sequence[int], room: int | None = None
+    ):
         self.problem, self.device, self.units = problem, device, units
-        self.rents = rents
+        self.rents, self.room = rents, room
         self.kinds: dict[tuple[object, ...], tuple[Kind, dict[tuple[str, str], int]]] = {}
         for unit in units:
             for option, *_ in unit.on[device.name].options.values() if device.name in unit.on else ():
@@ -202,6 +207,8 @@ class Entries:
         costs, picks = [], []
         for rent in self.rents:
             paid = ns + np.floor(nbytes * (rent / MIB)).astype(np.int64) - 1
+            if self.room is not None:
+                paid = np.where(nbytes <= self.room, paid, INFINITE)
             at = int(paid.argmin())
             costs.append(int(paid[at]))
             picks.append(Pick(slots, int(number[at]), int(away[at]), int(wanted[at]), nbytes=int(nbytes[at])))
@@ -277,6 +284,8 @@ class Entries:
             kinks += [(hidden[s.name] + serial[s.name] - beyond[s.name])[chosen] for s in steps]
         those = streamed.only(chosen)
         fixed = experts[chosen] + those.waits
+        if self.room is not None:
+            kinks.append(those.lane + disk.longer_ns(np.maximum(fixed - self.room, 0)) + 1)
         found = []
         for away in disk.choices(those, kinks):
             ns = total_ns(those.lane + disk.longer_ns(away), chosen)
