@@ -84,7 +84,7 @@ class _Tables:
         hardware = problem.hardware
         hosts = {hardware.host(name) for unit in problem.units for name in unit.on}
         # Each host's memory is its own: all of it together is no less than what there is for anyone.
-        self.there = sum(hardware.pool(hardware.device(name).pool).usable_bytes for name in hosts)
+        self.there = sum(max(0, hardware.pool(hardware.device(name).pool).usable_bytes) for name in hosts)
         # What is tied is paid for once, and is said to be more.
         self.there += sum(tie.nbytes * (len(tie.members) - 1) for tie in problem.ties)
         known: dict[object, dict[tuple[int, ...], list[Way]]] = {}

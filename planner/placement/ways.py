@@ -198,7 +198,7 @@ class Entries:
             paid, on_disk = self._rent(kind.freed), weighted(self.problem, kind.far)
             costs = costs + np.minimum(paid, on_disk) * most
             here += np.where(paid <= on_disk, kind.freed * most, 0)
-        return Way(costs, max(0, kept), tuple(Pick(nbytes=int(nbytes)) for nbytes in here))
+        return Way(costs, max(0, kept), tuple(Pick(nbytes=max(0, int(nbytes))) for nbytes in here))
 
     def _way(self, choices: Sequence[_Choices], surely: int, slots: int) -> Way:
         """Return the way with the least cost of some choices."""
