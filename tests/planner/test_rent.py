@@ -26,7 +26,7 @@ from small_cases import MIB, Case, build_graph, end_kind, gpu, group, machine, s
 
 SEEDS = range(30)
 # Of the larger cases, those that CP-SAT proves quickly.
-PROVEN = (0, 2, 10, 13)
+PROVEN = (1, 3, 6, 7, 13, 14, 15)
 
 
 def moe_case(rng: random.Random, count: int, slices: int, expert: int, *, room: float, host: float) -> Case:
@@ -92,20 +92,6 @@ def test_no_placement_is_below_the_bound_and_the_answers_fit(seed: int) -> None:
             assert filled.objective == price
 
 
-def test_rent_often_says_more_than_tables_alone() -> None:
-    """Else the cases would say nothing of it."""
-    more, filled = 0, 0
-    for seed in SEEDS:
-        problem = problem_of(scarce_case(seed))
-        share = share_out(problem)
-        if share is not None and solution._by_tables(problem, share) is None:
-            bound, shares = with_rent(problem)
-            more += bound > 1.2 * share.bound_ns
-            filled += any(solution._by_tables(problem, found) is not None for found in shares)
-    assert more > len(SEEDS) // 5
-    assert filled > len(SEEDS) // 10
-
-
 @pytest.mark.parametrize("seed", PROVEN)
 def test_the_bound_is_near_what_a_search_proves(seed: int) -> None:
     problem = problem_of(larger_case(seed))
@@ -115,18 +101,10 @@ def test_the_bound_is_near_what_a_search_proves(seed: int) -> None:
     assert share is not None
     assert proven is not None
     assert proven.is_optimal
-    print(
-        seed,
-        share.bound_ns,
-        bound,
-        proven.objective,
-        [getattr(solution._by_tables(problem, s), "objective", None) for s in shares],
-    )
-    assert share.bound_ns < bound <= proven.objective
-    assert bound > 0.85 * proven.objective
-    for found in shares:
-        filled = solution._by_tables(problem, found)
-        assert filled is None or proven.objective <= filled.objective
+    # Most of what is missing are parts of experts, and slots.
+    assert max(1.5 * share.bound_ns, 0.85 * proven.objective) < bound <= proven.objective
+    found = [filled for entry in shares if (filled := solution._by_tables(problem, entry)) is not None]
+    assert proven.objective <= min(filled.objective for filled in found) <= 1.2 * proven.objective
 
 
 @examples(20)
