@@ -30,6 +30,8 @@ NAMED_ABOVE = 0.01
 FEW_NAMED = 60
 # Where host memory binds, an answer this near to the bound of the tables is taken.
 RENTED_ABOVE = 0.01
+# With less of the user's time left than this, in seconds, those tables are not made.
+LONGEST_RENTED_S = 5.0
 # With more devices than this, what is near the bound of the tables is not searched any further.
 FEW_DEVICES = 4
 
@@ -165,7 +167,8 @@ def _counted(problem: Problem, clock: counting.Clock) -> tuple[list[counting.Cou
     filled, bound = _by_tables(problem, share), share.bound_ns
     if filled is None:
         # Memory that the devices share is not there for all of them.
-        rented, proposals = with_rent(problem)
+        in_time = clock.limit_s is None or clock.left_s(LONGEST_RENTED_S) >= LONGEST_RENTED_S
+        rented, proposals = with_rent(problem) if in_time else (0, [])
         bound = max(bound, rented)
         found = [counts for proposal in proposals if (counts := _by_tables(problem, proposal)) is not None]
         filled = min(found, key=lambda counts: counts.objective, default=None)

@@ -15,10 +15,9 @@ from planner import cost
 from planner.graph import Bucket, LayerKind
 from planner.host_cache import on_host
 from planner.placement import counts as counting
-from planner.placement import solution
+from planner.placement import rent, solution
 from planner.placement.problem import Problem, build
 from planner.placement.realise import realise
-from planner.placement.rent import with_rent
 from planner.placement.tables import applies, share_out
 from planner.rules import Pin, Rules
 from planner.workload import Workload
@@ -26,7 +25,7 @@ from small_cases import MIB, Case, build_graph, end_kind, gpu, group, machine, s
 
 SEEDS = range(30)
 # Of the larger cases, those that CP-SAT proves quickly.
-PROVEN = (1, 3, 6, 7, 13, 14, 15)
+PROVEN = (1, 7, 10, 13, 14)
 
 
 def moe_case(rng: random.Random, count: int, slices: int, expert: int, *, room: float, host: float) -> Case:
@@ -44,7 +43,7 @@ def moe_case(rng: random.Random, count: int, slices: int, expert: int, *, room: 
     kinds = [end_kind("Embedding", MIB), end_kind("Head", MIB)]
     kinds.append(LayerKind(name="Block", groups=(group("attn", attn), experts)))
     ends = [span(held=100, peak=MIB, flops=10**6, moved=10**6)] * 3
-    work = [span(held=100, peak=MIB, kv=(0, 4096), flops=rng.choice([10**8, 10**9, 10**11]), moved=10**6)] * 3
+    work = [span(held=100, peak=MIB, kv=(0, 4096), flops=rng.choice([10**8, 10**10, 10**12]), moved=10**6)] * 3
     order = [("embed", 0), *[(f"block.{number}", 2) for number in range(count)], ("head", 1)]
     graph = build_graph(kinds, [ends, ends, work], order)
     gpus = [gpu(number, product="big", flops=10**14, rate=10**12) for number in range(2)]
@@ -76,11 +75,13 @@ def problem_of(case: Case) -> Problem:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_no_placement_is_below_the_bound_and_the_answers_fit(seed: int) -> None:
+def test_no_placement_is_below_the_bound_and_the_answers_fit(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Every other case with so few parts of host memory that what they are rounded by matters.
+    monkeypatch.setattr(rent, "PARTS", 64 if seed % 2 else 2)
     case = scarce_case(seed)
     best = Ledger(case).best()
     problem = problem_of(case)
-    bound, shares = with_rent(problem)
+    bound, shares = rent.with_rent(problem)
     assert best is None or bound <= best
     for share in shares:
         filled = solution._by_tables(problem, share)
@@ -92,19 +93,36 @@ def test_no_placement_is_below_the_bound_and_the_answers_fit(seed: int) -> None:
             assert filled.objective == price
 
 
+@pytest.mark.parametrize("seed", [9, 16, 29])
+def test_whole_groups_on_disk_hide_behind_experts_in_host_memory(seed: int) -> None:
+    """Cases in which that is best: a bound without this way would be too high."""
+    rng = random.Random(seed)
+    problem = problem_of(moe_case(rng, 6, 4, 4 * MIB, room=0.2, host=rng.uniform(3, 4.8)))
+    proven = counting.solve(problem, counting.Clock())
+    assert proven is not None
+    assert proven.is_optimal
+    away = {(stored[2].split()[1], memory) for (stored, memory), slices in proven.away.items() if slices}
+    assert {("attn", "disk"), ("experts", "pinned")} <= away
+    assert ("experts", "disk") not in away
+    assert rent.with_rent(problem)[0] <= proven.objective
+
+
 @pytest.mark.parametrize("seed", PROVEN)
-def test_the_bound_is_near_what_a_search_proves(seed: int) -> None:
+def test_the_bound_is_near_what_a_search_proves(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of(larger_case(seed))
     share = share_out(problem)
-    bound, shares = with_rent(problem)
+    bound, shares = rent.with_rent(problem)
     proven = counting.solve(problem, counting.Clock())
     assert share is not None
     assert proven is not None
     assert proven.is_optimal
-    # Most of what is missing are parts of experts, and slots.
-    assert max(1.5 * share.bound_ns, 0.85 * proven.objective) < bound <= proven.objective
+    # What is missing are parts of experts, and slots.
+    assert max(1.05 * share.bound_ns, 0.85 * proven.objective) < bound <= proven.objective
     found = [filled for entry in shares if (filled := solution._by_tables(problem, entry)) is not None]
     assert proven.objective <= min(filled.objective for filled in found) <= 1.2 * proven.objective
+    for parts in (1, 2, 3, 5):
+        monkeypatch.setattr(rent, "PARTS", parts)
+        assert rent.with_rent(problem)[0] <= proven.objective
 
 
 @examples(20)
@@ -117,5 +135,5 @@ def test_the_bound_holds_for_chains_of_any_kind(case: Case, seed: int) -> None:
     ledger = Ledger(case)
     if applies(problem) and ledger.size <= MOST_COLUMNS:
         best = ledger.best()
-        bound, _ = with_rent(problem)
+        bound, _ = rent.with_rent(problem)
         assert best is None or bound <= best
