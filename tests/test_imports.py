@@ -40,6 +40,7 @@ ORDER = (
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 VALUES = {"errors", "units", "serial", "hardware", "workload", "graph", "rules", "plan"}
+NUMPY = ("planner.placement.tables", "planner.placement.rent", "planner.placement.ways")
 TORCH = {
     "planner.execution", "planner.conversions", "planner.storages", "planner.layers", "planner.recorder",
     "planner.inputs", "planner.trace", "planner.kernels.cpu", "planner.kernels.cpu_products",
@@ -163,7 +164,7 @@ def test_heavy_packages_load_late(name: str) -> None:
         allowed = (
             (package == "torch" and (name in TORCH or name in VIRTUAL))
             or (package == "ortools" and name.startswith("planner.placement."))
-            or (package == "numpy" and name == "planner.placement.tables")
+            or (package == "numpy" and name in NUMPY)
             or (package in ("plotly", "pandas") and top(name) == "reports")
         )
         assert allowed, f"{name} loads {package} when it is imported"

@@ -15,6 +15,7 @@ from planner.placement import annealing
 from planner.placement import counts as counting
 from planner.placement.problem import Problem, build, is_chain
 from planner.placement.realise import chain_order, realise
+from planner.placement.rent import with_rent
 from planner.placement.tables import Share, applies, share_out
 from planner.plan import Placement, Slots, Solver
 from planner.rules import NO_RULES, Rules
@@ -27,6 +28,10 @@ MOST_NAMED = 4_000
 NAMED_ABOVE = 0.01
 # Layers times devices: so few are named wherever something is left unproven.
 FEW_NAMED = 60
+# Where host memory binds, an answer this near to the bound of the tables is taken.
+RENTED_ABOVE = 0.01
+# With less of the user's time left than this, in seconds, those tables are not made.
+LONGEST_RENTED_S = 5.0
 # With more devices than this, what is near the bound of the tables is not searched any further.
 FEW_DEVICES = 4
 
@@ -95,7 +100,7 @@ def _answer(
     size = len(graph.layers) * len(devices)
     named = size <= MOST_NAMED and not is_chain(graph)
     problem = build(graph, hardware, workload, rules, named=named, devices=devices)
-    counted, bound = _counted(problem, clock)
+    counted, bound, is_rented = _counted(problem, clock)
     if not counted:
         # What one stretch for each device needs beyond all else is known only with every layer named.
         names_help = rules.contiguous and not named and size <= MOST_NAMED
@@ -104,7 +109,8 @@ def _answer(
     if len(hardware.nodes) > 1:
         found += [entry for each in list(found) if (entry := _gathered(problem, *each)) is not None]
     best = _best(problem, found)
-    if not named and (best is None or best[0] - bound > (0 if size <= FEW_NAMED else counting.NEAR * bound)):
+    near = 0.0 if size <= FEW_NAMED else RENTED_ABOVE if is_rented else counting.NEAR
+    if not named and (best is None or best[0] - bound > near * bound):
         found += list(_chains(problem, counted[0], clock))
         best = _best(problem, found)
     above = 0 if size <= FEW_NAMED else NAMED_ABOVE
@@ -145,26 +151,44 @@ def _best(problem: Problem, found: Sequence[tuple[tuple[Placement, ...], tuple[S
     return min(scored, default=None)
 
 
-def _counted(problem: Problem, clock: counting.Clock) -> tuple[list[counting.Counts], int]:
-    """Return counts that may be best, and a lower bound: by tables where these prove it, else by search as well."""
+def _counted(problem: Problem, clock: counting.Clock) -> tuple[list[counting.Counts], int, bool]:
+    """Return counts that may be best, and a lower bound: by tables where these prove it, else by search as well.
+
+    Also whether host memory binds and its rent has brought both near each other.
+    """
     if problem.named and len(problem.units) * len(problem.hardware.devices) > FEW_NAMED:
-        return _searched(problem, clock)
+        return *_searched(problem, clock), False
     if not applies(problem):
         counts = counting.solve(problem, clock)
-        return ([], 0) if counts is None else ([counts], counts.bound)
+        return ([], 0, False) if counts is None else ([counts], counts.bound, False)
     share = share_out(problem)
     if share is None:
-        return [], 0
-    filled = _by_tables(problem, share) or counting.solve(problem, clock, layers=share.layers)
-    gap = 1.0 if filled is None else (filled.objective - share.bound_ns) / max(filled.objective, 1)
+        return [], 0, False
+    filled, bound = _by_tables(problem, share), share.bound_ns
+    if filled is None:
+        # Memory that the devices share is not there for all of them.
+        in_time = clock.limit_s is None or clock.left_s(LONGEST_RENTED_S) >= LONGEST_RENTED_S
+        rented, proposals = with_rent(problem) if in_time else (0, [])
+        bound = max(bound, rented)
+        found = [counts for proposal in proposals if (counts := _by_tables(problem, proposal)) is not None]
+        filled = min(found, key=lambda counts: counts.objective, default=None)
+        if filled is not None and filled.objective - bound <= RENTED_ABOVE * bound and not _is_small(problem):
+            return [filled], bound, True
+        filled = filled or counting.solve(problem, clock, layers=share.layers)
+    gap = 1.0 if filled is None else (filled.objective - bound) / max(filled.objective, 1)
     few = len(problem.hardware.devices) <= FEW_DEVICES
     if filled is not None and gap <= (0 if few else counting.NEAR):
-        return [filled], share.bound_ns
+        return [filled], bound, False
     searches = counting.SEARCHES[:2] if gap <= counting.NEAR else None
     counts = counting.solve(problem, clock, hint=filled, searches=searches)
     if counts is None:
-        return [], 0
-    return [counts, *([] if filled is None else [filled])], max(share.bound_ns, counts.bound)
+        return [], 0, False
+    return [counts, *([] if filled is None else [filled])], max(bound, counts.bound), False
+
+
+def _is_small(problem: Problem) -> bool:
+    """Tell whether whatever is left unproven is searched for."""
+    return len(problem.graph.layers) * len(problem.hardware.devices) <= FEW_NAMED
 
 
 def _searched(problem: Problem, clock: counting.Clock) -> tuple[list[counting.Counts], int]:
@@ -204,7 +228,7 @@ def _by_tables(problem: Problem, share: Share) -> counting.Counts | None:
         layers=share.layers,
         stored=stored,
         away=share.away,
-        at={},
+        at=share.at,
         single=share.single,
     )
     graph, hardware = problem.graph, problem.hardware

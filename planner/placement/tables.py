@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from planner import memory
+from planner.cost import Step
 from planner.hardware import Device
 from planner.placement.problem import Problem, Unit
 from planner.steps import link_ns
@@ -27,8 +29,8 @@ from planner.steps import link_ns
 # States of the dynamic programme, and counts of streamed groups for one entry, beyond which there are no tables.
 MOST_STATES = 6_000
 MOST_COMBINATIONS = 20_000
-_INFINITE = np.int64(2**61)
-_FAR = np.int64(2**60)
+INFINITE = np.int64(2**61)
+FAR = np.int64(2**60)
 
 
 @dataclass(slots=True)
@@ -56,7 +58,7 @@ class _Kind:
 class Share:
     """A lower bound on the cost, in ns, and the layers of each (unit, device) that attain it.
 
-    away, single: what waits elsewhere and which devices have one slot, as `Counts` has them; None where the entries
+    away, at, single: what waits elsewhere, and which devices have one slot, as `Counts` has them; None where entries
     are bounds and no choices.
     """
 
@@ -64,6 +66,7 @@ class Share:
     layers: dict[tuple[str, str], int]
     away: dict[tuple[tuple[str, str, str, str | None], str], int] | None
     single: frozenset[str]
+    at: dict[tuple[tuple[str, str, str, str | None], str], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,20 +83,25 @@ def applies(problem: Problem) -> bool:
     """Tell whether a problem is one that tables are for, and small enough for them."""
     rules = problem.rules
     is_timed = problem.workload.objective != "fit"
-    return not problem.named and not rules.dtypes and is_timed and math.prod(_shape(problem)) <= MOST_STATES
+    return not problem.named and not rules.dtypes and is_timed and math.prod(shape_of(problem)) <= MOST_STATES
 
 
-def _shape(problem: Problem) -> tuple[int, ...]:
+def shape_of(problem: Problem) -> tuple[int, ...]:
     """Return the sides of a table: one for each end, and one for each class of blocks."""
     ends = sum(unit is not None for unit in (problem.front, problem.tail))
     return (*([2] * ends), *(unit.count + 1 for unit in problem.blocks))
 
 
+def units_of(problem: Problem) -> list[Unit]:
+    """Return the units in the order of a table's sides."""
+    return [*(unit for unit in (problem.front, problem.tail) if unit is not None), *problem.blocks]
+
+
 def share_out(problem: Problem) -> Share | None:
     """Return the best way to share layers out; None where nothing fits, however much host memory there is."""
-    shape = _shape(problem)
-    units = [*(unit for unit in (problem.front, problem.tail) if unit is not None), *problem.blocks]
-    moves = _Moves(problem)
+    shape = shape_of(problem)
+    units = units_of(problem)
+    moves = Moves(problem)
     tables: dict[object, Any] = {}
     order = []
     for device in problem.hardware.devices:
@@ -108,20 +116,20 @@ def _share(
     problem: Problem, units: list[Unit], shape: tuple[int, ...], tables: list[Any], begin_ns: int
 ) -> Share | None:
     """Share layers out over the devices, one after another."""
-    best = np.full(shape, _INFINITE)
+    best = np.full(shape, INFINITE)
     best[(0,) * len(shape)] = 0
     stages = [best]
     for table in tables:
-        following = np.full(shape, _INFINITE)
-        for counts in np.argwhere(table < _INFINITE).tolist():
+        following = np.full(shape, INFINITE)
+        for counts in np.argwhere(table < INFINITE).tolist():
             low = tuple(slice(n, None) for n in counts)
             rest = tuple(slice(0, side - n) for n, side in zip(counts, shape, strict=True))
             np.minimum(following[low], best[rest] + table[tuple(counts)], out=following[low])
         # What an entry takes off must not make the unreachable look reached.
-        best = np.where(following >= _FAR, _INFINITE, following)
+        best = np.where(following >= FAR, INFINITE, following)
         stages.append(best)
     goal: tuple[int, ...] = tuple(side - 1 for side in shape)
-    if best[goal] >= _FAR:
+    if best[goal] >= FAR:
         return None
     layers: dict[tuple[str, str], int] = {}
     at = goal
@@ -133,7 +141,7 @@ def _share(
         here: tuple[int, ...] = next(
             chosen
             for chosen in itertools.product(*ranges)
-            if table[chosen] < _FAR
+            if table[chosen] < FAR
             and before[tuple(n - m for n, m in zip(at, chosen, strict=True))] + table[chosen] == stages[number + 1][at]
         )
         for unit, count in zip(units, here, strict=True):
@@ -168,7 +176,7 @@ def _filled_in(
     return away, frozenset(single)
 
 
-class _Moves:
+class Moves:
     """Lower bounds, in ns over the weighted steps, on what moves to one device because of what it runs.
 
     Between GPUs, unless the CPU hands it on: that can happen only as often as the walk visits the CPU, whose own entry
@@ -248,9 +256,9 @@ class _Moves:
         )
 
 
-def _table(problem: Problem, device: Device, units: list[Unit], shape: tuple[int, ...], moves: _Moves) -> Any:
+def _table(problem: Problem, device: Device, units: list[Unit], shape: tuple[int, ...], moves: Moves) -> Any:
     """Return the least cost of a device for each count of each unit; infinite where that does not fit."""
-    table = np.full(shape, _INFINITE)
+    table = np.full(shape, INFINITE)
     ends = sum(unit.is_whole for unit in units)
     kinds = _kinds(problem, device, units)
     blocks = itertools.product(*(range(side) for side in shape[ends:]))
@@ -310,6 +318,19 @@ def _least(
     problem: Problem, device: Device, units: list[Unit], counts: dict[str, int], kinds: list[_Kind]
 ) -> _Choice | None:
     """Return the least weighted time of a device that runs so many layers, or None where they cannot fit."""
+    computing, missing = needs(problem, device, units, counts)
+    if missing <= 0:
+        return _Choice(weighted(problem, computing), memory.SLOT_COUNT, (), is_exact=True)
+    there = [(kind, kind.most(counts)) for kind in kinds]
+    whole = [(kind, most) for kind, most in there if kind.is_whole and most]
+    sliced = [(kind, most) for kind, most in there if not kind.is_whole and most]
+    if sum(kind.freed * most for kind, most in (*whole, *sliced)) < missing:
+        return None
+    return _stream(problem, computing, missing, whole, sliced, Beside.of(problem, device, counts))
+
+
+def needs(problem: Problem, device: Device, units: list[Unit], counts: dict[str, int]) -> tuple[dict[str, int], int]:
+    """Return what so many layers compute in each step, in ns, and how many bytes the device lacks for all of them."""
     computing = {step.name: 0 for step in problem.steps}
     held = sum(memory.fixed_bytes(problem.graph, device))
     activations = 0
@@ -327,22 +348,45 @@ def _least(
             held += problem.loose_bytes
     for tie in problem.ties:
         held -= tie.nbytes * max(0, sum(counts.get(name, 0) for name, _ in tie.members) - 1)
-    missing = held + activations - problem.hardware.pool(device.pool).usable_bytes
-    if missing <= 0:
-        return _Choice(_weighted(problem, computing), memory.SLOT_COUNT, (), is_exact=True)
-    there = [(kind, kind.most(counts)) for kind in kinds]
-    whole = [(kind, most) for kind, most in there if kind.is_whole and most]
-    sliced = [(kind, most) for kind, most in there if not kind.is_whole and most]
-    if sum(kind.freed * most for kind, most in (*whole, *sliced)) < missing:
-        return None
-    shared = {(name, device.name): count for name, count in counts.items()}
-    blocks = max(problem.blocks_on(device.name, shared), 1)
-    apart = {step.name: problem.apart_ns(device.name, step.name, shared) for step in problem.steps}
-    copied = {step.name: problem.cache_ns(device.name, step.name, shared) for step in problem.steps}
-    return _stream(problem, computing, missing, whole, sliced, (blocks, apart, copied))
+    return computing, held + activations - problem.hardware.pool(device.pool).usable_bytes
 
 
-def _weighted(problem: Problem, taken: dict[str, int]) -> int:
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What goes on beside a device's copies of whole groups, by step, in ns: see `planner.cost`."""
+
+    blocks: int
+    apart: dict[str, int]
+    cached: dict[str, int]
+
+    @staticmethod
+    def of(problem: Problem, device: Device, counts: dict[str, int]) -> Beside:
+        shared = {(name, device.name): count for name, count in counts.items()}
+        return Beside(
+            max(problem.blocks_on(device.name, shared), 1),
+            {step.name: problem.apart_ns(device.name, step.name, shared) for step in problem.steps},
+            {step.name: problem.cache_ns(device.name, step.name, shared) for step in problem.steps},
+        )
+
+    def outside_ns(self, step: str, serial: Any) -> Any:
+        """Return what runs before the first copy or after the last."""
+        return self.apart[step] - (-(serial - self.apart[step]) // self.blocks)
+
+    def busy_ns(self, step: Step, serial: Any, exposed: Any, slots: int, queued: Any) -> Any:
+        """Return how long a step stands at the device. queued: copies on demand keep whole groups from overlapping."""
+        if slots == 1:
+            return serial + exposed
+        longest = np.maximum(serial, exposed + self.cached[step.name] + self.outside_ns(step.name, serial))
+        return np.where(queued, serial + exposed, np.where(exposed > 0, longest, serial))
+
+
+def hidden_ns(step: Step, slots: int, lane: Any, smallest: Any) -> Any:
+    """Return what copies of whole groups are done while other devices compute."""
+    return np.where(lane > 0, slots * np.where(lane > 0, smallest, 0), 0) if not step.is_first else np.zeros_like(lane)
+
+
+def weighted(problem: Problem, taken: Mapping[str, int]) -> int:
+    """Return what the objective makes of times by step, in ns."""
     return sum(step.weight * taken[step.name] for step in problem.steps)
 
 
@@ -352,7 +396,7 @@ def _stream(
     missing: int,
     whole: list[tuple[_Kind, int]],
     sliced: list[tuple[_Kind, int]],
-    beside: tuple[int, dict[str, int], dict[str, int]],
+    beside: Beside,
 ) -> _Choice | None:
     """Return the least weighted time with enough streamed to free what is missing."""
     sliced.sort(key=lambda entry: tuple(entry[0].serial.values()))
@@ -363,7 +407,7 @@ def _stream(
         missing -= kind.freed * most
         is_exact = False
     if missing <= 0:
-        return _Choice(_weighted(problem, computing), memory.SLOT_COUNT, (), is_exact=is_exact)
+        return _Choice(weighted(problem, computing), memory.SLOT_COUNT, (), is_exact=is_exact)
     # Without experts, the largest kind of group takes what the others leave, at least one of it.
     residual = None if sliced or not whole else whole[0]
     enumerated = whole if residual is None else whole[1:]
@@ -371,7 +415,7 @@ def _stream(
     taken = [axis.ravel() for axis in grid]
     size = taken[0].size if taken else 1
     freed, lane = np.zeros(size, np.int64), np.zeros(size, np.int64)
-    largest, smallest = np.zeros(size, np.int64), np.full(size, _INFINITE)
+    largest, smallest = np.zeros(size, np.int64), np.full(size, INFINITE)
     for (kind, _), amount in zip(enumerated, taken, strict=True):
         freed += kind.freed * amount
         lane += kind.lane * amount
@@ -438,7 +482,7 @@ def _price(
     lane: Any,
     smallest: Any,
     sliced: list[tuple[_Kind, int]],
-    beside: tuple[int, dict[str, int], dict[str, int]],
+    beside: Beside,
 ) -> tuple[int, int, int] | None:
     """Return (least weighted time, combination, slices of experts), experts freeing the bytes still missing."""
     amount = np.zeros(rest.size, np.int64)
@@ -472,14 +516,8 @@ def _price(
     total = np.zeros(rest.size, np.int64)
     for step in problem.steps:
         serial = computing[step.name] + experts[step.name]
-        hidden = 0 if step.is_first else np.where(lane > 0, slots * np.where(lane > 0, smallest, 0), 0)
-        exposed = np.maximum(lane - hidden, 0)
-        apart = serial + exposed
-        if slots > 1:
-            blocks, ends = beside[0], beside[1][step.name]
-            outside = ends - (-(serial - ends) // blocks)
-            together = np.where(exposed > 0, np.maximum(serial, exposed + beside[2][step.name] + outside), serial)
-            apart = np.where(queued[step.name] & (lane > 0), apart, together)
-        total += step.weight * apart
-    at = int(np.where(fits, total, _INFINITE).argmin())
+        exposed = np.maximum(lane - hidden_ns(step, slots, lane, smallest), 0)
+        held_up = queued[step.name] & (lane > 0)
+        total += step.weight * beside.busy_ns(step, serial, exposed, slots, held_up)
+    at = int(np.where(fits, total, INFINITE).argmin())
     return int(total[at]), at, int(amount[at])
