@@ -11,7 +11,7 @@ from planner import cost, memory
 from planner.errors import InfeasibleError, InputError, NoSolutionInTimeError
 from planner.graph import LayerGraph
 from planner.hardware import Hardware
-from planner.placement import annealing
+from planner.placement import annealing, relaxation
 from planner.placement import counts as counting
 from planner.placement.problem import Problem, build, is_chain
 from planner.placement.realise import chain_order, realise
@@ -27,6 +27,8 @@ MOST_NAMED = 4_000
 NAMED_ABOVE = 0.01
 # Layers times devices: so few are named wherever something is left unproven.
 FEW_NAMED = 60
+# So few are left to CP-SAT alone.
+FEW_RELAXED = 150
 # With more devices than this, what is near the bound of the tables is not searched any further.
 FEW_DEVICES = 4
 
@@ -168,22 +170,34 @@ def _counted(problem: Problem, clock: counting.Clock) -> tuple[list[counting.Cou
 
 
 def _searched(problem: Problem, clock: counting.Clock) -> tuple[list[counting.Counts], int]:
-    """Return counts and a lower bound where layers are named: an annealed answer, and what CP-SAT makes of it."""
+    """Return counts and a lower bound where layers are named: an annealed answer, what CP-SAT makes of it, and beside
+    both the bound of a relaxation.
+    """
+    size = len(problem.units) * len(problem.hardware.devices)
+    is_bounded = size > FEW_RELAXED and not problem.rules.contiguous and relaxation.applies(problem)
+    beside = relaxation.Search() if is_bounded else None
+    if beside is not None:
+        beside.start(problem, clock)
     found = []
     layers = annealing.share_out(problem, clock)
     with contextlib.suppress(NoSolutionInTimeError):
         # The user's time is for the search: to fill in an answer takes little, and there is none without.
         first = counting.solve(problem, counting.Clock(), layers=layers, searches=counting.FILLING_SEARCHES)
         found += [first] if first is not None else []
+    bound = 0
     try:
         # Chains are searched after this, and need most of the time: here, it is for their bound.
         searches = counting.BOUND_SEARCHES if problem.rules.contiguous else None
         counts = counting.solve(problem, clock, hint=found[0] if found else None, searches=searches)
+        if counts is not None:
+            found.append(counts)
+            bound = counts.bound
     except NoSolutionInTimeError:
         if not found:
             raise
-        return found, 0
-    return ([*found, counts], counts.bound) if counts is not None else (found, 0)
+    if beside is not None and not any(counts.is_optimal for counts in found[1:]):
+        bound = max(bound, beside.bound_ns(clock))
+    return found, bound
 
 
 def _by_tables(problem: Problem, share: Share) -> counting.Counts | None:
