@@ -90,6 +90,7 @@ class _Relaxation:
         self.units = sorted(problem.units, key=lambda unit: unit.layers[0])
         self.devices = [device.name for device in self.hardware.devices if any(device.name in u.on for u in self.units)]
         self.here: dict[tuple[int, str], Any] = {}
+        self.away: dict[tuple[int, str], list[Any]] = {}
         self.used = {name: self.model.add_binary_variable() for name in self.devices}
         self.cost: list[Any] = []
         for name in self.devices:
@@ -162,6 +163,7 @@ class _Relaxation:
                 if not option.homes:
                     continue
                 away = self._fraction()
+                self.away.setdefault((unit.layers[0], name), []).append(away)
                 model.add_linear_constraint(away <= here)
                 if (unit.name, key) in slots:
                     model.add_linear_constraint(away <= sized[bisect.bisect_right(sizes, slots[unit.name, key]) - 1])

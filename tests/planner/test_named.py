@@ -251,6 +251,55 @@ def test_the_relaxation_is_below_every_placement_of_a_small_graph(seed: int) -> 
     assert _computing_ns(problem) * 0.999 <= relaxation._Relaxation(problem).bound_ns(10.0) <= best
 
 
+def uneven(graph: LayerGraph) -> LayerGraph:
+    """Return the graph with every tensor taken in several sizes."""
+    edges = [
+        dataclasses.replace(edge, prefill_bytes=edge.prefill_bytes // (1 + edge.target % 3)) for edge in graph.edges
+    ]
+    return dataclasses.replace(graph, edges=tuple(edges))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_relaxation_with_a_placement_fixed_is_below_what_that_costs(seed: int) -> None:
+    graph, hardware = case(seed, 14, 4, spare=1.7 if seed % 3 else 1.0)
+    graph = uneven(graph) if seed % 2 else graph
+    links = tuple(
+        dataclasses.replace(link, bytes_per_s=link.bytes_per_s // 50)
+        if link.source < link.target or seed % 3 == 1
+        else link
+        for link in hardware.links
+    )
+    hardware = dataclasses.replace(hardware, links=links)
+    problem = build(graph, hardware, WORKLOAD, NO_RULES, named=True)
+    rng = random.Random(seed)
+    names = [device.name for device in hardware.devices]
+    met = near = 0
+    for _ in range(40):
+        few = rng.sample(names, rng.choice((2, 3)))
+        devices = tuple(rng.choice(few) for _ in graph.layers)
+        waits = [name != "cpu" and rng.random() < 0.6 for name in devices]
+        placements = tuple(
+            dataclasses.replace(entry, home="cpu", memory="pinned") if away else entry
+            for entry, away in zip(placed(graph, hardware, devices), waits, strict=True)
+        )
+        slots = memory.needed_slots(graph, hardware, placements, single=rng.sample(names, 2))
+        if not fits(graph, hardware, placements, slots):
+            continue
+        relaxed = relaxation._Relaxation(problem)
+        for (index, name), variable in relaxed.here.items():
+            variable.lower_bound = variable.upper_bound = float(devices[index] == name)
+        for (index, name), variables in relaxed.away.items():
+            for variable in variables:
+                variable.lower_bound = variable.upper_bound = float(devices[index] == name and waits[index])
+        bound = relaxed.bound_ns(10.0)
+        ns = cost.objective_ns(graph, hardware, WORKLOAD, placements, slots)
+        assert 0 < bound <= ns
+        met += 1
+        near += bound > 0.9 * ns
+    assert met > 3
+    assert near > 0
+
+
 def test_where_nothing_moves_and_all_fits_the_relaxation_is_exact() -> None:
     graph, hardware = case(1, 8, 1, spare=1.4)
     graph = resident(graph)
