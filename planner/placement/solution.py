@@ -27,8 +27,9 @@ MOST_NAMED = 4_000
 NAMED_ABOVE = 0.01
 # Layers times devices: so few are named wherever something is left unproven.
 FEW_NAMED = 60
-# So few are left to CP-SAT alone.
+# So few are left to CP-SAT alone; of more than so many it proves little itself.
 FEW_RELAXED = 150
+MOST_SEARCHED = 600
 # With more devices than this, what is near the bound of the tables is not searched any further.
 FEW_DEVICES = 4
 
@@ -186,8 +187,10 @@ def _searched(problem: Problem, clock: counting.Clock) -> tuple[list[counting.Co
         found += [first] if first is not None else []
     bound = 0
     try:
-        # Chains are searched after this, and need most of the time: here, it is for their bound.
-        searches = counting.BOUND_SEARCHES if problem.rules.contiguous else None
+        # Chains are searched after this, and need most of the time: here, it is for their bound. Of many layers little
+        # more is found, and the relaxation needs the time.
+        is_short = problem.rules.contiguous or (beside is not None and size > MOST_SEARCHED)
+        searches = counting.BOUND_SEARCHES if is_short else None
         counts = counting.solve(problem, clock, hint=found[0] if found else None, searches=searches)
         if counts is not None:
             found.append(counts)
