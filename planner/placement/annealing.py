@@ -23,11 +23,11 @@ from planner.steps import awaited, link_ns
 MOVES_EACH = 800
 MOST_MOVES = 1_200_000
 # How much the temperature falls in one search.
-FALL = 300.0
+FALL = 100.0
 # Layers that one move takes along at most.
 MOST_TOGETHER = 24
 # As many times the search begins anew: where it ends varies by several percent.
-ROUNDS = 5
+ROUNDS = 3
 # A byte that does not fit costs as much as so many copies of it from the disk.
 FINE = 4
 

@@ -17,7 +17,6 @@ import itertools
 import math
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -32,11 +31,11 @@ from planner.steps import awaited, link_ns
 # Sizes of slots, and of activations, that are told apart on each device.
 LEVELS = 8
 # Which of them is ahead after a minute is not known before: at 200 layers, by 1 to 2 % of the bound.
-SOLVERS = (mathopt.SolverType.HIGHS, mathopt.SolverType.GSCIP)
+FIRST, SECOND = mathopt.SolverType.HIGHS, mathopt.SolverType.GSCIP
 # Nodes of the search: where it ends is the same everywhere.
-MOST_NODES = 4_000
+MOST_NODES = 10_000
 # Only where nodes take too long does a wall clock end it.
-LONGEST_S = 45.0
+LONGEST_S = 54.0
 # Of the bound, for the rounding of a solver that computes with floats and takes 1e-6 for nothing.
 ROUNDING = 1e-5
 # ns and bytes in one unit of the model.
@@ -56,34 +55,37 @@ def applies(problem: Problem) -> bool:
     )
 
 
-@dataclass(slots=True)
 class Search:
     """Searches for the bound, one by each solver, that go on beside another."""
 
-    _found: list[int] = field(default_factory=list)
-    _ended: list[threading.Event] = field(default_factory=list)
+    def __init__(self, problem: Problem, clock: Clock):
+        self._relaxation = _Relaxation(problem)
+        self._clock = clock
+        self._own = Clock(LONGEST_S)
+        self._found: list[int] = []
+        self._ended: list[threading.Event] = []
 
-    def start(self, problem: Problem, clock: Clock) -> None:
-        relaxation = _Relaxation(problem)
-        for solver in SOLVERS:
-            self._ended.append(threading.Event())
-            arguments = relaxation, solver, clock.left_s(LONGEST_S), self._ended[-1]
-            threading.Thread(target=self._run, args=arguments, daemon=True).start()
+    def start(self, solver: mathopt.SolverType) -> None:
+        """Let one more solver search."""
+        ended = threading.Event()
+        self._ended.append(ended)
+        threading.Thread(target=self._run, args=(solver, ended), daemon=True).start()
 
-    def _run(self, relaxation: _Relaxation, solver: mathopt.SolverType, seconds: float, ended: threading.Event) -> None:
+    def _run(self, solver: mathopt.SolverType, ended: threading.Event) -> None:
         try:
-            self._found.append(relaxation.bound_ns(seconds, solver))
+            left_s = self._clock.left_s(self._own.left_s(LONGEST_S))
+            self._found.append(self._relaxation.bound_ns(left_s, solver))
         finally:
             ended.set()
 
-    def bound_ns(self, clock: Clock) -> int:
+    def bound_ns(self) -> int:
         """Wait for what no placement costs less than; after an interrupt no longer."""
         try:
             for ended in self._ended:
-                if not clock.interrupted:
+                if not self._clock.interrupted:
                     ended.wait()
         except KeyboardInterrupt:
-            clock.interrupted = True
+            self._clock.interrupted = True
         return max(self._found, default=0)
 
 
@@ -243,7 +245,7 @@ class _Relaxation:
                         sum(arriving) >= sum(self._at(taker, name) for name in cluster) - made
                     )
 
-    def bound_ns(self, seconds: float, solver: mathopt.SolverType = mathopt.SolverType.HIGHS) -> int:
+    def bound_ns(self, seconds: float, solver: mathopt.SolverType = FIRST) -> int:
         """Return the bound, in ns; 0 where the search ended before it had one."""
         found = mathopt.solve(
             self.model,

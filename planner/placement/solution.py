@@ -176,11 +176,14 @@ def _searched(problem: Problem, clock: counting.Clock) -> tuple[list[counting.Co
     """
     size = len(problem.units) * len(problem.hardware.devices)
     is_bounded = size > FEW_RELAXED and not problem.rules.contiguous and relaxation.applies(problem)
-    beside = relaxation.Search() if is_bounded else None
+    beside = relaxation.Search(problem, clock) if is_bounded else None
     if beside is not None:
-        beside.start(problem, clock)
+        beside.start(relaxation.FIRST)
     found = []
     layers = annealing.share_out(problem, clock)
+    if beside is not None:
+        # Only now, since annealing has a processor to itself.
+        beside.start(relaxation.SECOND)
     with contextlib.suppress(NoSolutionInTimeError):
         # The user's time is for the search: to fill in an answer takes little, and there is none without.
         first = counting.solve(problem, counting.Clock(), layers=layers, searches=counting.FILLING_SEARCHES)
@@ -199,7 +202,7 @@ def _searched(problem: Problem, clock: counting.Clock) -> tuple[list[counting.Co
         if not found:
             raise
     if beside is not None and not any(counts.is_optimal for counts in found[1:]):
-        bound = max(bound, beside.bound_ns(clock))
+        bound = max(bound, beside.bound_ns())
     return found, bound
 
 

@@ -307,3 +307,12 @@ def test_where_nothing_moves_and_all_fits_the_relaxation_is_exact() -> None:
     assert best is not None
     bound = relaxation._Relaxation(build(graph, hardware, WORKLOAD, NO_RULES, named=True)).bound_ns(10.0)
     assert best * (1 - 1e-3) <= bound <= best
+
+
+def test_the_higher_of_two_bounds_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, hardware = case(2, 40, 4)
+    _, _, solver = find(graph, hardware, WORKLOAD, Rules(time_limit_s=2))
+    assert solver.status == "feasible"
+    monkeypatch.setattr(relaxation._Relaxation, "bound_ns", lambda *_: 10**18)
+    _, _, solver = find(graph, hardware, WORKLOAD, Rules(time_limit_s=2))
+    assert solver.status == "optimal"
