@@ -298,17 +298,22 @@ class _Search:
             return
         moves = min(MOST_MOVES, MOVES_EACH * len(self.clusters) * len(self.names)) // ROUNDS
         found: list[tuple[int, list[int]]] = []
-        for _ in range(ROUNDS):
-            self.start()
-            hottest = self.least / len(self.clusters) / 4
-            for done in range(moves):
-                if done % 256 == 0 and clock.is_half_over():
-                    break
-                wanted = self._proposal()
-                if wanted:
-                    self._try(wanted, hottest * FALL ** (-done / moves))
-            found.append((self.least, self.best))
-        self.least, self.best = min(found)
+        try:
+            for _ in range(ROUNDS):
+                self.start()
+                self._cool(moves, clock)
+                found.append((self.least, self.best))
+        finally:
+            self.least, self.best = min([*found, (self.least, self.best)])
+
+    def _cool(self, moves: int, clock: Clock) -> None:
+        hottest = self.least / len(self.clusters) / 4
+        for done in range(moves):
+            if done % 256 == 0 and clock.is_half_over():
+                break
+            wanted = self._proposal()
+            if wanted:
+                self._try(wanted, hottest * FALL ** (-done / moves))
 
     def _proposal(self) -> list[tuple[int, int]]:
         """Return layers and the devices that they should go to."""
