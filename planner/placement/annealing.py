@@ -23,7 +23,7 @@ from planner.steps import awaited, link_ns
 MOVES_EACH = 800
 MOST_MOVES = 1_200_000
 # How much the temperature falls in one search.
-FALL = 100.0
+FALL = 300.0
 # Layers that one move takes along at most.
 MOST_TOGETHER = 24
 # As many times the search begins anew: where it ends varies by several percent.
