@@ -20,10 +20,14 @@ from planner.placement.problem import Problem, Unit
 from planner.steps import awaited, link_ns
 
 # Moves tried for each layer and device, at most so many in all.
-MOVES_EACH = 160
-MOST_MOVES = 240_000
+MOVES_EACH = 800
+MOST_MOVES = 1_200_000
+# How much the temperature falls in one search.
+FALL = 300.0
 # Layers that one move takes along at most.
 MOST_TOGETHER = 24
+# As many times the search begins anew: where it ends varies by several percent.
+ROUNDS = 3
 # A byte that does not fit costs as much as so many copies of it from the disk.
 FINE = 4
 
@@ -107,6 +111,12 @@ class _Search:
         rates = [self.hardware.link(self.hardware.disk(name), self.hardware.host(name)) for name in self.names]
         self.fine = FINE * sum(self.weights) * max(10**9 / link.bytes_per_s for link in rates)
         self.prices: dict[tuple[int, int, int, int, bool], int] = {}
+        # [device][layer] → weighted ns of computing alone; where one layer takes a thing: [from][to] → what that costs
+        self.computing = [
+            [0 if entry is None else sum(w * ns for w, ns in zip(self.weights, entry[1], strict=True)) for entry in on]
+            for on in self.numbers
+        ]
+        self.tables = [self._table(thing) for thing in self.things]
         self.at: list[int] = []
         self.best: list[int] = []
 
@@ -128,6 +138,13 @@ class _Search:
             computing = [costs.compute_ns[step.name] for step in self.problem.steps]
             found.append((held, computing, costs.activation_bytes, items))
         return found
+
+    def _table(self, thing: _Thing) -> list[list[int]] | None:
+        if len(thing.takers) > 1:
+            return None
+        ((_, prefill, decode, waits),) = thing.takers
+        every = range(len(self.names))
+        return [[0 if one == d else self._price(one, d, prefill, decode, waits) for d in every] for one in every]
 
     def start(self) -> None:
         """Fill devices in their order with layers in theirs, each up to its share of what there is to hold."""
@@ -155,7 +172,8 @@ class _Search:
             for index in members:
                 self._add(index, d)
         self.costs = [self._device_ns(d) for d in range(len(self.names))]
-        self.paid = [self._thing_ns(thing) for thing in self.things]
+        self.paid = [self._thing_ns(number) for number in range(len(self.things))]
+        self.least_ns = [self._computing_ns(d) for d in range(len(self.names))]
         self.over = self._over_ns()
         self.total = sum(entry[0] for entry in self.costs) + sum(self.paid) + self.over
         self.best, self.least = self.at[:], self.total
@@ -187,8 +205,7 @@ class _Search:
             bisect.insort(load.items, item)
         self.at[index] = d
 
-    def _remove(self, index: int) -> None:
-        d = self.at[index]
+    def _remove(self, index: int, d: int) -> None:
         entry, load = self.numbers[d][index], self.loads[d]
         assert entry is not None
         held, computing, activations, items = entry
@@ -203,13 +220,16 @@ class _Search:
         for item in items:
             del load.items[bisect.bisect_left(load.items, item)]
 
+    def _computing_ns(self, d: int) -> int:
+        return sum(w * ns for w, ns in zip(self.weights, self.loads[d].computing, strict=True))
+
     def _device_ns(self, d: int) -> tuple[int, int]:
         """Return (weighted time and fine, bytes of host memory) of what runs on a device."""
         load = self.loads[d]
         if not load.layers:
             return 0, 0
         held = load.held + self.fixed[d] + load.activations[-1]
-        computing = sum(w * ns for w, ns in zip(self.weights, load.computing, strict=True))
+        computing = self._computing_ns(d)
         if self.is_cpu[d]:
             return computing, held
         missing = held - self.capacity[d]
@@ -244,8 +264,11 @@ class _Search:
             total += step.weight * (max(serial, exposed + beside) if exposed else serial)
         return total, freed
 
-    def _thing_ns(self, thing: _Thing) -> int:
+    def _thing_ns(self, number: int) -> int:
+        thing, table = self.things[number], self.tables[number]
         origin = self.at[thing.source]
+        if table is not None:
+            return table[origin][self.at[thing.takers[0][0]]]
         found: dict[int, tuple[int, int, bool]] = {}
         for taker, prefill, decode, waits in thing.takers:
             d = self.at[taker]
@@ -270,37 +293,44 @@ class _Search:
         return price
 
     def anneal(self, clock: Clock) -> None:
-        """Try moves at falling temperatures, and keep the best state that was met."""
+        """Try moves at falling temperatures, several times from the start, and keep the best state that was met."""
         if len(self.names) == 1:
             return
-        moves = min(MOST_MOVES, MOVES_EACH * len(self.clusters) * len(self.names))
+        moves = min(MOST_MOVES, MOVES_EACH * len(self.clusters) * len(self.names)) // ROUNDS
+        found: list[tuple[int, list[int]]] = []
+        try:
+            for _ in range(ROUNDS):
+                self.start()
+                self._cool(moves, clock)
+                found.append((self.least, self.best))
+        finally:
+            self.least, self.best = min([*found, (self.least, self.best)])
+
+    def _cool(self, moves: int, clock: Clock) -> None:
         hottest = self.least / len(self.clusters) / 4
-        coldest = hottest / 300
-        for number in range(moves):
-            if number % 256 == 0 and clock.is_half_over():
+        for done in range(moves):
+            if done % 256 == 0 and clock.is_half_over():
                 break
-            temperature = hottest * (coldest / hottest) ** (number / moves)
             wanted = self._proposal()
             if wanted:
-                self._try(wanted, temperature)
+                self._try(wanted, hottest * FALL ** (-done / moves))
 
     def _proposal(self) -> list[tuple[int, int]]:
         """Return layers and the devices that they should go to."""
-        rng = self.rng
-        first = rng.randrange(len(self.units))
-        here = self.at[first]
-        kind = rng.random()
-        near = [self.at[other] for other in self.neighbours[first] if self.at[other] != here]
-        target = rng.choice(near) if near and kind < 0.6 else rng.randrange(len(self.names))
+        at, draw = self.at, self.rng.random
+        first = int(draw() * len(at))
+        here = at[first]
+        near = [at[other] for other in self.neighbours[first] if at[other] != here]
+        target = near[int(draw() * len(near))] if near and draw() < 0.6 else int(draw() * len(self.names))
         if target == here:
             return []
         chosen = [self.cluster_of[first]]
-        if rng.random() < 0.3:
-            chosen = self._together(first, rng.randint(2, MOST_TOGETHER))
+        if draw() < 0.3:
+            chosen = self._together(first, 2 + int(draw() * (MOST_TOGETHER - 1)))
         wanted = [(cluster, target) for cluster in chosen]
-        if rng.random() < 0.4:
+        if draw() < 0.4:
             # In exchange, something goes the other way.
-            other = rng.randrange(len(self.units))
+            other = int(draw() * len(at))
             if self.at[other] == target:
                 back = [self.cluster_of[other]]
                 if len(chosen) > 1:
@@ -325,36 +355,54 @@ class _Search:
         return found
 
     def _try(self, wanted: Sequence[tuple[int, int]], temperature: float) -> None:
-        before = [(index, self.at[index]) for index, _ in wanted]
-        devices = {d for _, d in (*wanted, *before)}
+        allowed = -temperature * math.log(1.0 - self.rng.random())
+        at, computing, paid = self.at, self.computing, self.paid
+        before = [(index, at[index]) for index, _ in wanted]
+        devices = {d for _, d in wanted}.union(d for _, d in before)
+        # A device takes at least what it computes: most moves need no closer look.
+        least = -self.over
+        for index, d in wanted:
+            least += computing[d][index] - computing[at[index]][index]
+            at[index] = d
+        for d in devices:
+            least += self.least_ns[d] - self.costs[d][0]
+        new: dict[int, int] = {}
+        for index, _ in wanted:
+            for number in self.touching[index]:
+                if number not in new:
+                    new[number] = ns = self._thing_ns(number)
+                    least += ns - paid[number]
+        if least > allowed:
+            for index, d in before:
+                at[index] = d
+            return
         loads = {d: self.loads[d] for d in devices}
+        costs = {d: self.costs[d] for d in devices}
         for d in devices:
             self.loads[d] = loads[d].copy()
+        for index, d in before:
+            self._remove(index, d)
         for index, d in wanted:
-            self._remove(index)
             self._add(index, d)
-        costs = {d: self.costs[d] for d in devices}
-        paid = {number: self.paid[number] for index, _ in wanted for number in self.touching[index]}
         for d in devices:
             self.costs[d] = self._device_ns(d)
-        for number in paid:
-            self.paid[number] = self._thing_ns(self.things[number])
         over = self._over_ns()
-        total = self.total - self.over + over
-        total += sum(self.costs[d][0] - known[0] for d, known in costs.items())
-        total += sum(self.paid[number] - ns for number, ns in paid.items())
-        more = total - self.total
-        if more <= 0 or self.rng.random() < math.exp(-more / temperature):
-            self.total, self.over = total, over
-            if total < self.least:
-                self.least, self.best = total, self.at[:]
+        more = over - self.over
+        more += sum(self.costs[d][0] - known[0] for d, known in costs.items())
+        more += sum(ns - paid[number] for number, ns in new.items())
+        if more <= allowed:
+            self.total, self.over = self.total + more, over
+            for number, ns in new.items():
+                paid[number] = ns
+            for d in devices:
+                self.least_ns[d] = self._computing_ns(d)
+            if self.total < self.least:
+                self.least, self.best = self.total, at[:]
             return
         for index, d in before:
-            self.at[index] = d
+            at[index] = d
         for d in devices:
             self.loads[d], self.costs[d] = loads[d], costs[d]
-        for number, ns in paid.items():
-            self.paid[number] = ns
 
 
 def _things(problem: Problem) -> list[_Thing]:

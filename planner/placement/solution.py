@@ -11,7 +11,7 @@ from planner import cost, memory
 from planner.errors import InfeasibleError, InputError, NoSolutionInTimeError
 from planner.graph import LayerGraph
 from planner.hardware import Hardware
-from planner.placement import annealing
+from planner.placement import annealing, relaxation
 from planner.placement import counts as counting
 from planner.placement.problem import Problem, build, is_chain
 from planner.placement.realise import chain_order, realise
@@ -32,6 +32,9 @@ FEW_NAMED = 60
 RENTED_ABOVE = 0.01
 # With less of the user's time left than this, in seconds, those tables are not made.
 LONGEST_RENTED_S = 5.0
+# So few are left to CP-SAT alone; of more than so many it proves little itself.
+FEW_RELAXED = 150
+MOST_SEARCHED = 600
 # With more devices than this, what is near the bound of the tables is not searched any further.
 FEW_DEVICES = 4
 
@@ -192,22 +195,39 @@ def _is_small(problem: Problem) -> bool:
 
 
 def _searched(problem: Problem, clock: counting.Clock) -> tuple[list[counting.Counts], int]:
-    """Return counts and a lower bound where layers are named: an annealed answer, and what CP-SAT makes of it."""
+    """Return counts and a lower bound where layers are named: an annealed answer, what CP-SAT makes of it, and beside
+    both the bound of a relaxation.
+    """
+    size = len(problem.units) * len(problem.hardware.devices)
+    is_bounded = size > FEW_RELAXED and not problem.rules.contiguous and relaxation.applies(problem)
+    beside = relaxation.Search(problem, clock) if is_bounded else None
+    if beside is not None:
+        beside.start(relaxation.FIRST)
     found = []
     layers = annealing.share_out(problem, clock)
+    if beside is not None:
+        # Only now, since annealing has a processor to itself.
+        beside.start(relaxation.SECOND)
     with contextlib.suppress(NoSolutionInTimeError):
         # The user's time is for the search: to fill in an answer takes little, and there is none without.
         first = counting.solve(problem, counting.Clock(), layers=layers, searches=counting.FILLING_SEARCHES)
         found += [first] if first is not None else []
+    bound = 0
     try:
-        # Chains are searched after this, and need most of the time: here, it is for their bound.
-        searches = counting.BOUND_SEARCHES if problem.rules.contiguous else None
+        # Chains are searched after this, and need most of the time: here, it is for their bound. Of many layers little
+        # more is found, and the relaxation needs the time.
+        is_short = problem.rules.contiguous or (beside is not None and size > MOST_SEARCHED)
+        searches = counting.BOUND_SEARCHES if is_short else None
         counts = counting.solve(problem, clock, hint=found[0] if found else None, searches=searches)
+        if counts is not None:
+            found.append(counts)
+            bound = counts.bound
     except NoSolutionInTimeError:
         if not found:
             raise
-        return found, 0
-    return ([*found, counts], counts.bound) if counts is not None else (found, 0)
+    if beside is not None and not any(counts.is_optimal for counts in found[1:]):
+        bound = max(bound, beside.bound_ns())
+    return found, bound
 
 
 def _by_tables(problem: Problem, share: Share) -> counting.Counts | None:

@@ -14,10 +14,10 @@ from planner import cost, memory
 from planner.errors import InfeasibleError
 from planner.graph import LayerGraph
 from planner.hardware import Hardware, Link
-from planner.placement import annealing
+from planner.placement import annealing, relaxation
 from planner.placement import counts as counting
 from planner.placement.problem import build
-from planner.placement.solution import find, is_contiguous
+from planner.placement.solution import _computing_ns, find, is_contiguous
 from planner.plan import Placement, Slots
 from planner.rules import NO_RULES, Pin, Rules
 
@@ -166,7 +166,8 @@ def test_no_placement_costs_less_than_the_bound(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_annealed_answer_is_what_it_is_said_to_cost(seed: int) -> None:
+def test_the_annealed_answer_is_what_it_is_said_to_cost(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(annealing, "MOST_MOVES", 20_000)
     graph, hardware = case(seed, 30, 3)
     problem = build(graph, hardware, WORKLOAD, NO_RULES, named=True)
     search = annealing._Search(problem)
@@ -185,7 +186,8 @@ def test_the_annealed_answer_is_what_it_is_said_to_cost(seed: int) -> None:
     assert filled.objective <= search.least
 
 
-def test_the_same_graph_is_shared_out_the_same_way() -> None:
+def test_the_same_graph_is_shared_out_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(annealing, "MOST_MOVES", 20_000)
     graph, hardware = case(3, 40, 4)
     problem = build(graph, hardware, WORKLOAD, NO_RULES, named=True)
     first, second = (annealing.share_out(problem, counting.Clock()) for _ in range(2))
@@ -205,3 +207,112 @@ def test_there_is_a_plan_wherever_a_peer_has_one(seed: int) -> None:
         return
     assert fits(graph, hardware, placements, slots)
     assert solver.bound_ns <= solver.objective_ns
+
+
+def best_with_streaming(graph: LayerGraph, hardware: Hardware) -> int | None:
+    """Return the least cost of any placement, going through all: where layers run, which wait on the host, one slot or
+    two.
+    """
+    names = [device.name for device in hardware.devices]
+    ways = [(name, waits) for name in names for waits in (False, True) if name != "cpu" or not waits]
+    best: int | None = None
+    for chosen in itertools.product(ways, repeat=len(graph.layers)):
+        devices = tuple(name for name, _ in chosen)
+        if any(not edge.may_cut and devices[edge.source] != devices[edge.target] for edge in graph.edges):
+            continue
+        placements = tuple(
+            dataclasses.replace(entry, home="cpu", memory="pinned") if waits else entry
+            for entry, (_, waits) in zip(placed(graph, hardware, devices), chosen, strict=True)
+        )
+        streams = sorted({name for name, waits in chosen if waits})
+        for single in itertools.chain.from_iterable(
+            itertools.combinations(streams, count) for count in range(len(streams) + 1)
+        ):
+            slots = memory.needed_slots(graph, hardware, placements, single=single)
+            if fits(graph, hardware, placements, slots):
+                ns = cost.objective_ns(graph, hardware, WORKLOAD, placements, slots)
+                best = ns if best is None else min(best, ns)
+    return best
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_relaxation_is_below_every_placement_of_a_small_graph(seed: int) -> None:
+    graph, hardware = case(seed, 4, 2, spare=(1.0, 0.93, 0.9, 0.87)[seed % 4])
+    if seed % 3 == 2:
+        edges = [
+            dataclasses.replace(edge, may_cut=edge.target != 2, prefill_bytes=edge.prefill_bytes // edge.target)
+            for edge in graph.edges
+        ]
+        graph = dataclasses.replace(graph, edges=tuple(edges))
+    problem = build(graph, hardware, WORKLOAD, NO_RULES, named=True)
+    assert relaxation.applies(problem)
+    best = best_with_streaming(graph, hardware)
+    assert best is not None
+    assert _computing_ns(problem) * 0.999 <= relaxation._Relaxation(problem).bound_ns(10.0) <= best
+
+
+def uneven(graph: LayerGraph) -> LayerGraph:
+    """Return the graph with every tensor taken in several sizes."""
+    edges = [
+        dataclasses.replace(edge, prefill_bytes=edge.prefill_bytes // (1 + edge.target % 3)) for edge in graph.edges
+    ]
+    return dataclasses.replace(graph, edges=tuple(edges))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_relaxation_with_a_placement_fixed_is_below_what_that_costs(seed: int) -> None:
+    graph, hardware = case(seed, 14, 4, spare=1.7 if seed % 3 else 1.0)
+    graph = uneven(graph) if seed % 2 else graph
+    links = tuple(
+        dataclasses.replace(link, bytes_per_s=link.bytes_per_s // 50)
+        if link.source < link.target or seed % 3 == 1
+        else link
+        for link in hardware.links
+    )
+    hardware = dataclasses.replace(hardware, links=links)
+    problem = build(graph, hardware, WORKLOAD, NO_RULES, named=True)
+    rng = random.Random(seed)
+    names = [device.name for device in hardware.devices]
+    met = near = 0
+    for _ in range(40):
+        few = rng.sample(names, rng.choice((2, 3)))
+        devices = tuple(rng.choice(few) for _ in graph.layers)
+        waits = [name != "cpu" and rng.random() < 0.6 for name in devices]
+        placements = tuple(
+            dataclasses.replace(entry, home="cpu", memory="pinned") if away else entry
+            for entry, away in zip(placed(graph, hardware, devices), waits, strict=True)
+        )
+        slots = memory.needed_slots(graph, hardware, placements, single=rng.sample(names, 2))
+        if not fits(graph, hardware, placements, slots):
+            continue
+        relaxed = relaxation._Relaxation(problem)
+        for (index, name), variable in relaxed.here.items():
+            variable.lower_bound = variable.upper_bound = float(devices[index] == name)
+        for (index, name), variables in relaxed.away.items():
+            for variable in variables:
+                variable.lower_bound = variable.upper_bound = float(devices[index] == name and waits[index])
+        bound = relaxed.bound_ns(10.0)
+        ns = cost.objective_ns(graph, hardware, WORKLOAD, placements, slots)
+        assert 0 < bound <= ns
+        met += 1
+        near += bound > 0.9 * ns
+    assert met > 3
+    assert near > 0
+
+
+def test_where_nothing_moves_and_all_fits_the_relaxation_is_exact() -> None:
+    graph, hardware = case(1, 8, 1, spare=1.4)
+    graph = resident(graph)
+    best = enumerated(graph, hardware)
+    assert best is not None
+    bound = relaxation._Relaxation(build(graph, hardware, WORKLOAD, NO_RULES, named=True)).bound_ns(10.0)
+    assert best * (1 - 1e-3) <= bound <= best
+
+
+def test_the_higher_of_two_bounds_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, hardware = case(2, 40, 4)
+    _, _, solver = find(graph, hardware, WORKLOAD, Rules(time_limit_s=2))
+    assert solver.status == "feasible"
+    monkeypatch.setattr(relaxation._Relaxation, "bound_ns", lambda *_: 10**18)
+    _, _, solver = find(graph, hardware, WORKLOAD, Rules(time_limit_s=2))
+    assert solver.status == "optimal"
