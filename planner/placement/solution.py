@@ -11,7 +11,7 @@ from planner import cost, memory
 from planner.errors import InfeasibleError, InputError, NoSolutionInTimeError
 from planner.graph import LayerGraph
 from planner.hardware import Hardware
-from planner.placement import annealing, relaxation
+from planner.placement import annealing
 from planner.placement import counts as counting
 from planner.placement.problem import Problem, build, is_chain
 from planner.placement.realise import chain_order, realise
@@ -198,6 +198,9 @@ def _searched(problem: Problem, clock: counting.Clock) -> tuple[list[counting.Co
     """Return counts and a lower bound where layers are named: an annealed answer, what CP-SAT makes of it, and beside
     both the bound of a relaxation.
     """
+    # What solves it takes time to load, and chains do without.
+    from planner.placement import relaxation
+
     size = len(problem.units) * len(problem.hardware.devices)
     is_bounded = size > FEW_RELAXED and not problem.rules.contiguous and relaxation.applies(problem)
     beside = relaxation.Search(problem, clock) if is_bounded else None
