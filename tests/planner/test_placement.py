@@ -29,55 +29,55 @@ from small_cases import MIB, Case, build_graph, end_kind, gpu, group, machine, p
 # The solver's answers: chains are counted, other graphs named
 
 
-@examples(180)
+@examples(300)
 @given(case=chains())
 def test_alike_blocks_are_placed_as_well_as_brute_force_does(case: Case) -> None:
     check_against_brute_force(case)
 
 
-@examples(120)
+@examples(200)
 @given(case=chains(alternating=True))
 def test_alternating_blocks_are_never_worse_than_claimed(case: Case) -> None:
     check_against_brute_force(case, always_optimal=False)
 
 
-@examples(90)
+@examples(150)
 @given(case=chains(gpus=("alike", "different", "three"), own_links=True, most_groups=1))
 def test_chains_over_links_that_all_differ(case: Case) -> None:
     check_against_brute_force(case, always_optimal=False)
 
 
-@examples(60)
+@examples(100)
 @given(case=chains(gpus=("one",), own_links=None, nodes=2, most_groups=1))
 def test_chains_over_two_nodes(case: Case) -> None:
     check_against_brute_force(case, always_optimal=False)
 
 
-@examples(180)
+@examples(300)
 @given(case=networks())
 def test_graphs_with_skips_and_branches(case: Case) -> None:
     check_against_brute_force(case, named=True)
 
 
-@examples(60)
+@examples(100)
 @given(case=networks(gpus=("three",), own_links=True))
 def test_graphs_over_three_devices_whose_links_all_differ(case: Case) -> None:
     check_against_brute_force(case, named=True)
 
 
-@examples(60)
+@examples(100)
 @given(case=networks(gpus=("one",), nodes=2))
 def test_graphs_over_two_nodes(case: Case) -> None:
     check_against_brute_force(case, named=True)
 
 
-@examples(60)
+@examples(100)
 @given(case=chains(alternating=True, own_links=None), seed=st.integers(0, 10**6))
 def test_cost_and_memory_of_chains_equal_those_of_independent_formulas(case: Case, seed: int) -> None:
     check_formulas(case, Ledger(case), seed)
 
 
-@examples(60)
+@examples(100)
 @given(case=st.one_of(networks(), networks(gpus=("one",), nodes=2)), seed=st.integers(0, 10**6))
 def test_cost_and_memory_of_graphs_equal_those_of_independent_formulas(case: Case, seed: int) -> None:
     check_formulas(case, Ledger(case, named=True), seed)

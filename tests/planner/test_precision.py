@@ -16,13 +16,13 @@ from planner.workload import Workload
 from small_cases import MIB, Case, build_graph, end_kind, gpu, group, machine, plan_of, span
 
 
-@examples(90)
+@examples(150)
 @given(case=chains(rules=choices_of_precision(), gpus=("one", "alike"), most_groups=2))
 def test_precisions_in_chains_are_chosen_as_well_as_brute_force_does(case: Case) -> None:
     check_against_brute_force(case)
 
 
-@examples(90)
+@examples(150)
 @given(case=networks(rules=choices_of_precision(), gpus=("one", "alike")))
 def test_precisions_in_graphs_are_chosen_as_well_as_brute_force_does(case: Case) -> None:
     check_against_brute_force(case, named=True)
