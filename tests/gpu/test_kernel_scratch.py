@@ -158,14 +158,15 @@ def test_the_workspace_is_taken_once_and_kept(kernels: CudaKernels) -> None:
 
 
 def test_cudnn_workspace_is_shown(kernels: CudaKernels, record_property: Any) -> None:
-    """Not a prediction yet: what cuDNN attention takes beside its outputs goes into the report."""
+    """Not a prediction yet: what cuDNN attention takes beside its output, which is seen, goes into the report."""
     if kernels.capability[0] not in (9, 10):
         pytest.skip("cuDNN attention is not the default here")
     for queries, keys in ((512, 512), (1, 512), (1, 4096), (4096, 4096)):
         query, key = heads(1, 32, queries, 128), heads(1, 8, keys, 128)
         call = lambda q=query, k=key: F.scaled_dot_product_attention(q, k, k, enable_gqa=True)  # noqa: E731
         call()
-        measured, _ = requests_of(call)
+        measured, out = requests_of(call)
+        assert out.untyped_storage().nbytes() in measured
         record_property(f"cudnn {queries}x{keys}", measured)
 
 
