@@ -13,12 +13,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from planner.errors import InputError
-from planner.serial import canonical, write_text
+from planner.serial import OMITTED, canonical, write_text
 from planner.units import GB, MB, TB, format_bytes, parse_bytes
 
 # Achieved host-to-device rate of large pinned copies over 16 lanes, by PCIe generation (published measurements:
@@ -59,12 +59,23 @@ _NAMES_LISTED = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MatmulRate:
+    """What matmuls of so many rows with weights of one torch dtype reach, their weights read from memory."""
+
+    dtype: str
+    rows: int
+    flops_per_s: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
     """Somewhere a layer can run. Rates are achieved ones, not datasheet peaks.
 
     flops_per_s: matmul rate by torch dtype name; "default" serves the dtypes that are not named.
     operator_ns: host time per operator; a layer takes at least its operators times this.
     context_bytes, workspace_bytes: taken by the driver and the matmul library before any tensor.
+    matmuls: measured rates by rows, where the device was calibrated; used instead of `flops_per_s`.
+    spread: of its rates, as a fraction of them: measurements lay so far to either side.
     """
 
     name: str
@@ -76,6 +87,8 @@ class Device:
     operator_ns: int
     context_bytes: int
     workspace_bytes: int
+    matmuls: tuple[MatmulRate, ...] = field(default=(), metadata=OMITTED)
+    spread: float = field(default=0.0, metadata=OMITTED)
 
     def flops_for(self, dtype: str) -> int:
         """Return the achieved matmul rate for a torch dtype name such as "bfloat16", in FLOP/s."""
@@ -100,6 +113,7 @@ class Link:
     """A one-way path between two places: achieved rate of large copies, and latency of one copy.
 
     lane: links of the same lane share one resource, and copy one after the other; None: a resource of its own.
+    spread: of the rate, as a fraction of it.
     """
 
     source: str
@@ -107,6 +121,19 @@ class Link:
     bytes_per_s: int
     latency_ns: int
     lane: str | None = None
+    spread: float = field(default=0.0, metadata=OMITTED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """What several take from at once: `bytes_per_s` together at most; where they ask for more, each is slowed alike.
+
+    users: devices, whose computing reads and writes there, and links, "cpu→cuda:0".
+    """
+
+    name: str
+    bytes_per_s: int
+    users: tuple[str, ...]
 
 
 # No slots: what is looked up by name is indexed once, beside the fields.
@@ -120,6 +147,8 @@ class Hardware:
     pinned_limit_bytes: how much of a host's memory may be pinned for GPUs to copy from; None where only its size
         limits that.
     pageable_fraction: of a link's rate, what copies between pageable host memory and a GPU reach.
+    shared: roots that links have in common, and memories ("cpu memory"); a host's memory that is not named is shared
+        by its CPU and all links that begin or end there, at the rate that the CPU reads it.
     """
 
     devices: tuple[Device, ...]
@@ -128,6 +157,7 @@ class Hardware:
     assumptions: tuple[str, ...] = ()
     pinned_limit_bytes: int | None = None
     pageable_fraction: float = PAGEABLE_FRACTION
+    shared: tuple[Shared, ...] = field(default=(), metadata=OMITTED)
 
     def device(self, name: str) -> Device:
         return self._devices[name]
