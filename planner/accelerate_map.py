@@ -15,12 +15,13 @@ from planner.hardware import Hardware
 def auto_map(model: Any, hardware: Hardware) -> dict[str, int | str]:
     """Return what `device_map="auto"` makes of a model (on meta will do), told the usable capacities as `max_memory`.
 
-    It counts weights alone: what else a device holds has no room but what it balances GPUs by. Of several nodes it
-    knows the first one's host, and all GPUs.
+    It counts weights alone: what else a device holds has no room but what it leaves to balance GPUs.
 
     Raises:
-        InputError: Accelerate is not installed.
+        InputError: Accelerate is not installed, or the machine has several nodes, which it does not know.
     """
+    if len(hardware.nodes) > 1:
+        raise InputError("Accelerate's own map is for one machine, and this one has several nodes")
     try:
         modeling = importlib.import_module("accelerate.utils.modeling")
     except ImportError as exc:

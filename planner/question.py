@@ -106,10 +106,6 @@ class Question:
         )  # fmt: skip
         return replace(plan, assumptions=(MAPPED, *notes, *plan.assumptions))
 
-    def module(self, hardware: Hardware, workload: Workload) -> Any:
-        """Return the model on meta, or as it was given."""
-        return self._tracer(hardware, workload).built()
-
     def _finished(
         self,
         tracer: Tracer,
