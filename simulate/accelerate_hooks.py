@@ -6,7 +6,7 @@ As its code has it (accelerate 1.15: hooks.py, big_modeling.py, utils/offload.py
   waits is brought to the main device by itself and synchronously, into memory allocated for it, and given up when the
   module ends: so all experts of a fused layer come, however few are used. Buffers do not wait.
 - On "cpu" a parameter lies in pageable memory. On "disk" it is read from a mapped file into such memory first. With no
-  GPU in the map, what is on "cpu" runs where it is.
+  GPU in the map, what is on "cpu" runs where it is. What is tied to a tensor that is there already is not brought.
 - What waits runs on the main device, the first GPU of the map. A layer's inputs are sent from where they were made to
   each layer that takes them elsewhere, again for each.
 
@@ -91,6 +91,7 @@ class _Run:
         self.mapped = DeviceMap.read(device_map, plan.hardware)
         self.places = self.mapped.places(plan.graph)
         self.dtype = cost.weight_dtype(plan.graph)
+        self.twins = {name: names for names in plan.graph.ties for name in names}
         self.layers = self._layers()
         self.takes: dict[int, list[Edge]] = {}
         for edge in plan.graph.edges:
@@ -259,25 +260,32 @@ class _Run:
         places = {tensor.name: self.places[_full(layer, tensor.name)] for _, tensor in own}
         gpus = [gpu.name for gpu in self.hardware.gpus if gpu.name in places.values()]
         device = gpus[0] if gpus else self.mapped.main
-        waiting = tuple((t, places[t.name]) for _, t in own if not t.buffer and self._waits(places[t.name], device))
+        waiting = tuple(
+            (tensor, places[tensor.name])
+            for _, tensor in own
+            if not tensor.buffer and self._waits(_full(layer, tensor.name), places[tensor.name], device)
+        )
         return _Module(path, device, share, waiting)
 
-    def _waits(self, place: str, device: str) -> bool:
-        return place != device and place in (self.hardware.host(device), self.hardware.disk(device))
+    def _waits(self, name: str, place: str, device: str) -> bool:
+        """Tell whether a tensor is brought to a device; one in host memory is not where its tied twin is there."""
+        if place == device or place == self.hardware.disk(device):
+            return place != device
+        return all(self.places.get(twin) != device for twin in self.twins.get(name, ()))
 
     def _weights(self) -> dict[str, int]:
         """Return the bytes of weights that each memory holds throughout, a tied tensor once in each."""
         held = {pool.name: 0 for pool in self.hardware.pools}
         run_on = {layer.name: layer.device for layer in self.layers}
-        twins = {name: names[0] for names in self.graph.ties for name in names}
         seen: set[tuple[str, str]] = set()
         every = [(self.graph.layers[i].name, name, tensor) for i, _, name, tensor in self.graph.tensors()]
         every += [(self.graph.layers[0].name, tensor.name, tensor) for tensor in self.graph.loose]
         for layer, name, tensor in every:
             place = run_on[layer] if tensor.buffer else self.places[name]
-            if (place, twins.get(name, name)) in seen:
+            first = self.twins.get(name, (name,))[0]
+            if (place, first) in seen:
                 continue
-            seen.add((place, twins.get(name, name)))
+            seen.add((place, first))
             is_on_disk = place == self.hardware.disk(place)
             nbytes = tensor.stored_bytes if is_on_disk else tensor.nbytes
             held[place] += nbytes if is_on_disk else allocation_bytes(nbytes, self.hardware.device(place))

@@ -127,6 +127,16 @@ def test_every_weight_is_held_where_the_map_says(kind: str) -> None:
     assert timeline.peak_bytes("cuda:1") >= own
 
 
+def test_a_tied_head_comes_only_where_its_twin_is_not_there() -> None:
+    plan = planned("tied", {"": 0})
+    for embed, head, comes in ((0, "cpu", 0), (0, "disk", 1), ("cpu", "cpu", 1), (1, "cpu", 1)):
+        device_map: dict[str, int | str] = {"": 0, "model.embed_tokens": embed, "lm_head": head, "model.layers.0": 0}
+        device_map = device_map if embed != 1 else {**device_map, "": 1, "model.layers.0": 0}
+        timeline = simulate.run_accelerate(plan, device_map)
+        copies = [i.label for i in timeline.intervals if i.action == "copy" and i.step == 1 and "lm_head" in i.label]
+        assert len(copies) == comes, (embed, head)
+
+
 def test_without_a_map_the_plans_homes_are_taken() -> None:
     device_map: dict[str, int | str] = {"": 0, "model.layers.1.mlp": "cpu", "model.layers.2.self_attn": "disk"}
     plan = planned("llama", device_map)
