@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import transformers
 
+import peers
 import planner
 import simulate
 from planner import memory
@@ -211,6 +212,9 @@ def test_accelerates_own_map_is_followed(kind: str) -> None:
         place = read.place_of(name)
         assert place is not None
         whole[place] += parameter.numel() * 4
+    # transformers' from_pretrained(device_map="auto") makes the same map.
+    task = peers.Task(graph=plan.graph, hardware=devices, workload=plan.workload, model=model)
+    assert found == peers.device_map(task, "auto", peers.max_memory_of(devices))
     # As accelerate counts: what it gave each memory is no more than it was told.
     for pool in devices.pools[:-1]:
         assert whole[pool.name] <= pool.usable_bytes
