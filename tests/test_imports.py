@@ -147,6 +147,11 @@ def test_ortools_is_known_in_placement_only() -> None:
     assert all(name.startswith("planner.placement.") for name in users)
 
 
+def test_accelerate_is_asked_for_its_map_alone_and_late() -> None:
+    found = [(name, e.lazy) for name, imports in modules().items() for e in imports if top(e.target) == "accelerate"]
+    assert found == [("planner.accelerate_map", True)]
+
+
 def test_pandas_and_plotly_are_known_where_tables_and_figures_are_made() -> None:
     for name, imports in modules().items():
         for entry in imports:
