@@ -121,6 +121,7 @@ def read_map(path: str) -> dict[str, int | str]:
 def _compare(
     args: argparse.Namespace, hardware: Hardware, maps: Mapping[str, Mapping[str, int | str]], progress: Progress
 ) -> Comparison:
+    from planner import phrases
     from planner.api import plan_from_device_map, plan_model
     from planner.workload import Workload
 
@@ -155,7 +156,7 @@ def _compare(
         model=plan.model.id,
         num_parameters=plan.model.num_parameters,
         weight_dtype=plan.model.weight_dtype,
-        work=f"batch {work.batch_size:,}, prompt {work.prompt_tokens:,} tokens, {work.new_tokens:,} new",
+        work=phrases.work(plan),
         rows=tuple(rows),
         left_out=tuple(left_out),
         assumptions=hardware.assumptions,
