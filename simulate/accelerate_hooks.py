@@ -11,9 +11,9 @@ As its code has it (accelerate 1.15: hooks.py, big_modeling.py, utils/offload.py
   each layer that takes them elsewhere, again for each.
 
 Hooks take time of the host: 6.6 us a module, and beside its copy 70 us a tensor that waits in host memory and 149 us
-one on disk (on two CPU cores with accelerate 1.15; `benchmarks/hook_costs.py` measures them again). Beside resident weights
-that is time to call operators in, which the device may hide. Rates are the hardware's: `pageable_fraction` of a link,
-and the disk's. A layer's own time is that of `planner.cost`, shared among its modules by weight bytes.
+one on disk (on two CPU cores with accelerate 1.15; `benchmarks/hook_costs.py` measures them again). Beside resident
+weights that is time to call operators in, which the device may hide. Rates are the hardware's: `pageable_fraction` of a
+link, and the disk's. A layer's own time is that of `planner.cost`, shared among its modules by weight bytes.
 
 Not modelled: logits on their way back to the device of the inputs, and a page cache that holds what is on disk.
 """

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from planner import phrases
 from planner.commands import options
 from planner.commands.layout import Page, parameters_words
 from planner.commands.progress import Progress
@@ -121,7 +122,6 @@ def read_map(path: str) -> dict[str, int | str]:
 def _compare(
     args: argparse.Namespace, hardware: Hardware, maps: Mapping[str, Mapping[str, int | str]], progress: Progress
 ) -> Comparison:
-    from planner import phrases
     from planner.api import plan_from_device_map, plan_model
     from planner.workload import Workload
 
