@@ -21,7 +21,7 @@ class Interval:
     lane: str
     start_ns: int
     end_ns: int
-    action: Literal["run", "copy", "read", "hop"]
+    action: Literal["run", "launch", "copy", "read", "hop"]
     label: str
     step: int
 
