@@ -133,16 +133,18 @@ class _Simulation:
         decode = self._series(1, steps, self._decode)
         # Copies that run ahead go on when the call has ended.
         self.engine.settle(tuple(self.actions))
-        begins = 0
+        begins, stretches = 0, []
         for kept, taken in prefill + decode:
             if kept is not None:
                 self.calls[kept].begins_ns = begins
+                stretches.append((begins, begins + taken))
             begins += taken
         return Timeline(
             intervals=tuple(sorted(self._intervals(), key=_order)),
             memory=tuple(sorted(self._samples(), key=lambda sample: sample.time_ns)),
             simulated_steps=tuple(sorted({0} | {entry.step for entry in self.calls})),
             step_ns=(sum(taken for _, taken in prefill), *(taken for _, taken in decode)),
+            kept_ns=tuple(stretches),
         )
 
     def _series(self, first: int, last: int, call_of: Callable[[int], _Call]) -> list[tuple[int | None, int]]:

@@ -257,7 +257,7 @@ PUBLIC = {
         "Rules", "Sensitivity", "TraceError", "Violation", "Workload", "explain", "frontier", "place", "plan_model",
         "predict", "predict_memory", "verify_plan",
     ],
-    "simulate": ["Interval", "MemorySample", "Timeline", "run", "virtual"],
+    "simulate": ["Interval", "LaneUse", "MemorySample", "Timeline", "energy_joules", "run", "virtual"],
     "dispatch": ["Checkpoint", "Measurement", "apply", "measure", "remove"],
     "reports": ["page_html", "write_report"],
 }  # fmt: skip

@@ -16,6 +16,7 @@ import planner
 import simulate
 from planner import cost
 from planner.graph import LayerKind
+from planner.hardware import Shared
 from planner.plan import Plan
 from planner.rules import NO_RULES, Rules
 from planner.workload import Workload
@@ -365,6 +366,63 @@ def test_a_plan_without_passes_is_refused(plans: dict[str, Plan]) -> None:
     graph = dataclasses.replace(plans["resident"].graph, passes=())
     with pytest.raises(planner.PlanFormatError, match="pass"):
         simulate.run(dataclasses.replace(plans["resident"], graph=graph))
+
+
+# Experts that are drawn
+
+
+def test_drawn_experts_take_what_is_expected_of_them(plans: dict[str, Plan]) -> None:
+    plan = dataclasses.replace(plans["experts"], workload=Workload(prompt_tokens=8, new_tokens=200))
+    expected = simulate.run(plan)
+    drawn = [simulate.run(plan, seed=seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(set(drawn[0].step_ns)) > 20
+    for timeline in drawn:
+        assert timeline.total_ns == pytest.approx(expected.total_ns, rel=0.03)
+        for step in timeline.simulated_steps[1:]:
+            fetches = [i for i in on_lane(timeline, LINK) if i.label.endswith("experts") and i.step == step]
+            whole = 10_000 + 2 * MIB * 10**9 // (20 * 10**9)
+            # One of eight for one token: a layer fetches one expert, or has it.
+            assert {i.duration_ns for i in fetches} <= {whole}
+            assert len({i.label for i in fetches}) == len(fetches)
+
+
+def test_where_nothing_is_routed_a_seed_changes_nothing(plans: dict[str, Plan]) -> None:
+    assert simulate.run(plans["streamed"], seed=1) == simulate.run(plans["streamed"])
+
+
+# What is shared
+
+
+def test_copies_beside_the_cpu_share_its_memory(plans: dict[str, Plan]) -> None:
+    plan = plans["experts on the cpu"]
+    assert any(p.cpu_up_to_tokens for p in plan.placements)
+    memory = plan.hardware.memory_of("cpu")
+    assert (memory.name, memory.bytes_per_s) == ("cpu memory", 60 * 10**9)
+    assert {"cpu", "cpu→cuda:0", "disk→cpu"} <= set(memory.users)
+    ample = dataclasses.replace(memory, bytes_per_s=10**12)
+    free = dataclasses.replace(plan.hardware, shared=(ample,))
+    scarce = dataclasses.replace(plan.hardware, shared=(dataclasses.replace(memory, bytes_per_s=50 * 10**9),))
+    times = [
+        simulate.run(dataclasses.replace(plan, hardware=hardware)).decode_ns_per_token
+        for hardware in (free, plan.hardware, scarce)
+    ]
+    assert times == sorted(times)
+    # The CPU reads at 50 GB/s and the link at 20: together 70 of 60, and of 50.
+    assert times[0] < times[1] <= times[0] * 7 / 6
+    assert times[1] < times[2] <= times[0] * 7 / 5
+
+
+def test_two_links_of_one_root_slow_each_other() -> None:
+    entry = CASES["streamed on two"]
+    root = Shared(name="root", bytes_per_s=10**10, users=("cpu→cuda:0", "cpu→cuda:1"))
+    plan = plan_of(entry)
+    apart = simulate.run(plan)
+    together = simulate.run(dataclasses.replace(plan, hardware=dataclasses.replace(plan.hardware, shared=(root,))))
+    # Each link asks for twice what the root has.
+    longest = max(i.duration_ns for i in on_lane(apart, LINK))
+    assert max(i.duration_ns for i in on_lane(together, LINK)) >= 2 * longest
+    assert together.total_ns > 1.5 * apart.total_ns
 
 
 # Views
