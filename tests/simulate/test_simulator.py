@@ -413,6 +413,29 @@ def test_copies_beside_the_cpu_share_its_memory(plans: dict[str, Plan]) -> None:
     assert times[1] < times[2] <= times[0] * 7 / 5
 
 
+def test_what_comes_from_disk_goes_through_memory_twice(plans: dict[str, Plan]) -> None:
+    plan = plans["from disk"]
+    memory = dataclasses.replace(plan.hardware.memory_of("cpu"), bytes_per_s=4 * 10**9)
+    timelines = [
+        simulate.run(dataclasses.replace(plan, hardware=dataclasses.replace(plan.hardware, shared=shared)))
+        for shared in ((), (memory,))
+    ]
+    # Written and read at the disk's 3 GB/s each: 6 of 4.
+    free, scarce = (min(i.duration_ns for i in on_lane(timeline, "disk→cpu read")) for timeline in timelines)
+    assert scarce == pytest.approx(free * 3 / 2, rel=0.01)
+
+
+def test_the_host_waits_for_the_router(plans: dict[str, Plan]) -> None:
+    timeline = simulate.run(plans["experts"])
+    launches = [i for i in on_lane(timeline, "cpu launches") if i.label.endswith("experts")]
+    assert launches
+    for launch in launches:
+        label = launch.label.removesuffix(" experts")
+        assert launch.start_ns >= max(
+            i.end_ns for i in on_lane(timeline, GPU) if (i.label, i.step) == (label, launch.step)
+        )
+
+
 def test_two_links_of_one_root_slow_each_other() -> None:
     entry = CASES["streamed on two"]
     root = Shared(name="root", bytes_per_s=10**10, users=("cpu→cuda:0", "cpu→cuda:1"))
