@@ -102,6 +102,8 @@ class Timeline:
 
     def utilisation(self) -> tuple[LaneUse, ...]:
         """Return how much of the prefill and of the decode steps each lane is busy, by what was kept of them."""
+        if not self.step_ns:
+            return ()
         starts = self.step_starts()
         stretches = self.kept_ns or tuple((starts[step], starts[step + 1]) for step in self.simulated_steps)
         phases = [
