@@ -7,13 +7,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from simulate.accelerate_hooks import run_accelerate
+from simulate.energy import energy_joules
 from simulate.placements import run
-from simulate.timeline import Interval, MemorySample, Timeline
+from simulate.timeline import Interval, LaneUse, MemorySample, Timeline
 
 if TYPE_CHECKING:
     from simulate.virtual_machine import virtual
 
-__all__ = ["Interval", "MemorySample", "Timeline", "run", "run_accelerate", "virtual"]
+__all__ = ["Interval", "LaneUse", "MemorySample", "Timeline", "energy_joules", "run", "run_accelerate", "virtual"]
 
 
 def __getattr__(name: str) -> Any:

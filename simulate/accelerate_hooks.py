@@ -21,7 +21,7 @@ Not modelled: logits on their way back to the device of the inputs, and a page c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from planner import cost
@@ -99,6 +99,10 @@ class _Run:
         self.spans = {entry.name: entry.per_layer() for entry in plan.graph.passes}
         self.weights = self._weights()
         self.now = 0
+        # Of each call: when it began, and the intervals and samples until then, one call after another; and when it
+        # begins among all steps.
+        self.calls: list[tuple[int, int, int]] = []
+        self.begins: list[int] = []
         self.intervals: list[Interval] = []
         self.samples: list[MemorySample] = []
 
@@ -108,37 +112,59 @@ class _Run:
             self._sample(pool.name)
         step_ns = [self._prefill(passes)]
         steps = self.plan.workload.decode_steps
-        simulated = [0]
         if steps:
             first = self._call(passes["decode_first"], 1)
+            self.begins.append(step_ns[0])
             step_ns.append(first)
-            simulated.append(1)
         if steps > 1:
             last = self._call(passes.get("decode_last", passes["decode_first"]), steps)
             # Each step reads a little more cache than the one before.
             step_ns += [first + (last - first) * step // (steps - 1) for step in range(1, steps)]
-            simulated.append(steps)
-        return Timeline(
-            intervals=tuple(self.intervals),
-            memory=tuple(self.samples),
-            simulated_steps=tuple(simulated),
-            step_ns=tuple(step_ns),
-        )
+            self.begins.append(sum(step_ns) - last)
+        return self._placed(tuple(step_ns), tuple(sorted({0, min(1, steps), steps})))
 
     def _prefill(self, passes: Mapping[str, Pass]) -> int:
         """Simulate the calls that the graph holds of the prompt; return what all of them take, in ns."""
         chunks = chunks_of(self.graph, self.plan.workload)
         total = self._call(passes["prefill"], 0)
+        self.begins.append(0)
         if chunks.whole > 1:
             ends = [self._call(passes[name], 0) for name in ("prefill_next", "prefill_last") if name in passes]
+            self.begins.append(total)
             total += sum(ends) * (chunks.whole - 1) // len(ends)
+            self.begins += [total - ends[-1]] * (len(ends) - 1)
         if chunks.rest:
+            self.begins.append(total)
             total += self._call(passes["prefill_rest"], 0)
         return total
+
+    def _placed(self, step_ns: tuple[int, ...], simulated: tuple[int, ...]) -> Timeline:
+        """Return the timeline with every call that was simulated at its own time."""
+        intervals: list[Interval] = []
+        samples: list[MemorySample] = []
+        stretches = []
+        for call, begins, until in zip(
+            self.calls, self.begins, [*self.calls[1:], (self.now, len(self.intervals), len(self.samples))], strict=True
+        ):
+            later = begins - call[0]
+            stretches.append((begins, until[0] + later))
+            intervals += [
+                replace(each, start_ns=each.start_ns + later, end_ns=each.end_ns + later)
+                for each in self.intervals[call[1] : until[1]]
+            ]
+            samples += [replace(each, time_ns=each.time_ns + later) for each in self.samples[call[2] : until[2]]]
+        return Timeline(
+            intervals=tuple(intervals),
+            memory=(*self.samples[: self.calls[0][2]], *samples),
+            simulated_steps=simulated,
+            step_ns=step_ns,
+            kept_ns=tuple(stretches),
+        )
 
     def _call(self, entry: Pass, step: int) -> int:
         """Simulate one forward call and return its duration, in ns."""
         begun = self.now
+        self.calls.append((begun, len(self.intervals), len(self.samples)))
         spans = self.spans[entry.name]
         cached = dict.fromkeys(self.weights, 0)
         for layer, span in zip(self.layers, spans, strict=True):

@@ -52,9 +52,17 @@ def spread(kind: str) -> dict[str, int | str]:
 def test_nothing_overlaps_and_nothing_stands_idle(kind: str) -> None:
     device_map = spread(kind)
     timeline = simulate.run_accelerate(planned(kind, device_map), device_map)
-    assert timeline.intervals[0].start_ns == 0
-    for one, other in pairwise(timeline.intervals):
-        assert one.end_ns == other.start_ns
+    starts = timeline.step_starts()
+    assert timeline.simulated_steps == (0, 1, 4)
+    assert timeline.kept_ns == tuple((starts[step], starts[step + 1]) for step in (0, 1, 4))
+    for step in timeline.simulated_steps:
+        own = [entry for entry in timeline.intervals if entry.step == step]
+        assert (own[0].start_ns, own[-1].end_ns) == (starts[step], starts[step + 1])
+        for one, other in pairwise(own):
+            assert one.end_ns == other.start_ns
+    assert sum(use.decode for use in timeline.utilisation()) == pytest.approx(1)
+    assert [sample.time_ns for sample in timeline.memory] == sorted(sample.time_ns for sample in timeline.memory)
+    assert timeline.memory[-1].time_ns == timeline.total_ns
     for step in timeline.simulated_steps:
         taken = sum(entry.duration_ns for entry in timeline.intervals if entry.step == step)
         assert taken == timeline.step_ns[step]
