@@ -205,6 +205,12 @@ def test_chunks_of_the_prompt_are_calls_of_their_own() -> None:
         for chunk in (None, 4)
     )
     brought = sum(i.duration_ns for i in whole.intervals if i.step == 0 and i.action == "copy")
+    starts = [i.start_ns for i in cut.intervals]
+    assert starts == sorted(starts)
+    # The first whole chunk, the second, the last, what is left of the prompt, and a decode step.
+    assert len(cut.kept_ns) == 5
+    assert all(one[1] <= other[0] for one, other in pairwise(cut.kept_ns))
+    assert cut.kept_ns[-1][1] == cut.intervals[-1].end_ns == cut.total_ns
     # Seven calls, each of which brings the block again.
     assert 7 * brought < 0.8 * 7 * whole.prefill_ns < cut.prefill_ns < 7 * whole.prefill_ns
 
