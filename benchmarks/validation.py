@@ -66,6 +66,7 @@ class Row:
     """error: predicted / measured - 1. inputs: whether all are stated, some assumed, or nothing was predicted.
 
     note: what was assumed, or why there is no prediction.
+    decided_by: of times, whether copies of weights decide it, the host's time for operators, or the device.
     implied_operator_us: of rows that the host decides, what an operator would have to cost for the row to be right.
     """
 
@@ -79,6 +80,7 @@ class Row:
     inputs: Inputs
     note: str
     source: str = ""
+    decided_by: Literal["copies", "host", "device"] | None = None
     implied_operator_us: float | None = None
 
 
@@ -273,10 +275,11 @@ def _timed(entry: Mapping[str, str], plan: Plan, run: Callable[[Plan], simulate.
     other = dataclasses.replace(plan, hardware=dataclasses.replace(plan.hardware, devices=slower))
     found, with_slower = (_value(entry, each, run(each)) for each in (plan, other))
     if abs(with_slower / found - 1) <= HOST_MATTERS:
-        return row(entry, found, notes)
+        streams = any(placement.home != placement.run_on for placement in plan.placements)
+        return dataclasses.replace(row(entry, found, notes), decided_by="copies" if streams else "device")
     price = plan.hardware.gpus[0].operator_ns / 1000
     told = row(entry, found, [*notes, f"{price:g} us of host an operator"])
-    return dataclasses.replace(told, implied_operator_us=round(_implied(entry, plan, run), 1))
+    return dataclasses.replace(told, decided_by="host", implied_operator_us=round(_implied(entry, plan, run), 1))
 
 
 def _implied(entry: Mapping[str, str], plan: Plan, run: Callable[[Plan], simulate.Timeline]) -> float:
@@ -368,7 +371,7 @@ def calibrated(only: str) -> list[Row]:
 def summary(rows: Iterable[Row]) -> list[dict[str, object]]:
     """Return how many rows, how far off and in what order, for each kind, what it is of, and how its inputs are known.
 
-    Time that the host decides is apart: no source says what host it was.
+    Times are apart by what decides them: no source says what host it was.
     """
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for each in rows:
@@ -393,7 +396,7 @@ def _family(each: Row) -> str:
         return "memory"
     if each.metric in ("gemm", "device copy"):
         return "rate"
-    return "time" if each.implied_operator_us is None else "host time"
+    return f"{each.decided_by} time" if each.decided_by else "time"
 
 
 def _rank_correlation(members: list[Row]) -> float | None:
@@ -431,13 +434,13 @@ def table(rows: list[Row], groups: list[dict[str, object]]) -> str:
         for note, names in notes.items():
             lines += _folded(f"{', '.join(names)}: {note}")
         lines.append("")
-    head = f"  {'':12}{'':10}{'inputs':9}{'rows':>5}{'median':>9}{'worst':>9}{'rank':>7}  worst row"
+    head = f"  {'':12}{'':13}{'inputs':9}{'rows':>5}{'median':>9}{'worst':>9}{'rank':>7}  worst row"
     lines += ["Errors, absolute", head]
     for each in groups:
         rank = "" if each["rank_correlation"] is None else f"{each['rank_correlation']:.2f}"
         lines.append(
-            f"  {each['kind']:12}{each['family']:10}{each['inputs']:9}{each['rows']:5}{each['median_error']:9.2%}"
-            f"{each['worst_error']:9.2%}{rank:>7}  {str(each['worst'])[:15]}"
+            f"  {each['kind']:12}{each['family']:13}{each['inputs']:9}{each['rows']:5}{each['median_error']:9.2%}"
+            f"{each['worst_error']:9.2%}{rank:>7}  {str(each['worst'])[:13]}"
         )
     return "\n".join(lines)
 

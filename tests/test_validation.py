@@ -68,7 +68,7 @@ def test_a_sources_gb_are_gib_where_its_figure_is_less_than_the_weights() -> Non
 def test_errors_are_summed_up_by_what_is_known_of_the_inputs() -> None:
     rows = [
         made("a", 1.1, 1.0), made("b", 1.5, 2.0), made("c", 3.0, 4.0), made("d", 2.0, 1.0, inputs="stated"),
-        made("e", 5.0, 5.0, unit="GB"), made("f", 9.0, 3.0, implied_operator_us=20.0),
+        made("e", 5.0, 5.0, unit="GB"), made("f", 9.0, 3.0, decided_by="host"),
         dataclasses.replace(made("g", 1.0, 1.0), predicted=None, error=None),
     ]  # fmt: skip
     told = {(each["family"], each["inputs"]): each for each in validation.summary(rows)}
@@ -131,7 +131,12 @@ def test_the_implied_price_of_an_operator_is_the_one_that_would_be_right() -> No
         found = validation._timed(told, plan, simulate.run, ["x"])
         assert found.implied_operator_us == pytest.approx(price / 1000, abs=0.1)
         assert found.note == "x; 2 us of host an operator"
-        assert found.inputs == "assumed"
+        assert (found.inputs, found.decided_by) == ("assumed", "host")
+        free = tuple(dataclasses.replace(device, operator_ns=0) for device in hardware.devices)
+        for places, decided in (({"": 0}, "device"), ({"": 0, "layers.3": "cpu"}, "copies")):
+            on = dataclasses.replace(hardware, devices=free)
+            without = planner.plan_from_device_map(graph, places, hardware=on, workload=work)
+            assert validation._timed(told, without, simulate.run, []).decided_by == decided
 
 
 def test_calibrated_rows_stand_beside_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
