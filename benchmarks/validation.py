@@ -440,7 +440,7 @@ def table(rows: list[Row], groups: list[dict[str, object]]) -> str:
         rank = "" if each["rank_correlation"] is None else f"{each['rank_correlation']:.2f}"
         lines.append(
             f"  {each['kind']:12}{each['family']:13}{each['inputs']:9}{each['rows']:5}{each['median_error']:9.2%}"
-            f"{each['worst_error']:9.2%}{rank:>7}  {str(each['worst'])[:13]}"
+            f"{each['worst_error']:9.2%}{rank:>7}  {str(each['worst'])[:12]}"
         )
     return "\n".join(lines)
 
