@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from planner.errors import PlanFormatError
+from planner.holdings import Holding, Lasting
 from planner.serial import OMITTED, canonical, decode
 from planner.units import round_up
 
@@ -244,12 +245,16 @@ class Pass:
     """One forward call and the caller's code around it.
 
     tokens: per sequence in this call; context_tokens: per sequence in the cache when it ends.
+    holdings, lasting: whose tensors are held while each layer runs, in the order of calls; none where that is not
+        known, as in graphs for a CPU alone.
     """
 
     name: str
     tokens: int
     context_tokens: int
     spans: tuple[Span, ...]
+    holdings: tuple[Holding, ...] = field(default=(), metadata=OMITTED)
+    lasting: tuple[Lasting, ...] = field(default=(), metadata=OMITTED)
 
     def per_layer(self) -> tuple[Span, ...]:
         """Return one span for each layer, in order."""
