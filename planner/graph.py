@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from planner.errors import PlanFormatError
-from planner.holdings import Holding, Lasting
+from planner.holdings import Holding, Lasting, problem
 from planner.serial import OMITTED, canonical, decode
 from planner.units import round_up
 
@@ -405,6 +405,9 @@ class LayerGraph:
             spans = sum(span.count for span in entry.spans)
             if spans != len(self.layers):
                 raise PlanFormatError(f"graph pass {entry.name} has {spans} spans for {len(self.layers)} layers")
+            wrong = problem(entry.holdings, entry.lasting, len(self.layers))
+            if wrong is not None:
+                raise PlanFormatError(f"graph pass {entry.name}: {wrong}")
         for edge in self.edges:
             if not 0 <= edge.source < edge.target < len(self.layers):
                 raise PlanFormatError(f"graph edge {edge.source} → {edge.target} does not point forward")

@@ -95,6 +95,31 @@ def most_held(
     return best
 
 
+def problem(holdings: Sequence[Holding], lasting: Sequence[Lasting], layers: int) -> str | None:
+    """Return in words what cannot be of holdings in a graph of so many layers, or None."""
+    for holding in holdings:
+        first, last = holding.layer, holding.layer + holding.count - 1
+        if not 0 <= first <= last < layers:
+            return f"holdings name layers {first} to {last} of {layers}"
+        for moment in holding.moments:
+            backs = [share.back for share in moment.shares]
+            backs += [back for entry in moment.handed for back in (entry.maker, entry.taker)]
+            known = [back for back in backs if back is not None]
+            if any(not 0 <= layer - back < layers for layer in (first, last) for back in known):
+                return f"holdings of layer {first} name a layer that is not there"
+            if not set(moment.lasting) <= set(range(len(lasting))):
+                return f"holdings of layer {first} name a tensor that is not among `lasting`"
+    for tensor in lasting:
+        named = [tensor.maker or 0]
+        for row in tensor.takers:
+            if row.count < 1 or row.step < 1:
+                return "takers of a tensor among `lasting` go nowhere"
+            named += [row.first, row.first + (row.count - 1) * row.step]
+        if not set(named) <= set(range(layers)):
+            return "a tensor among `lasting` names a layer that is not there"
+    return None
+
+
 def _held(moment: Moment, layer: int, lasting: Sequence[Lasting], devices: Sequence[str]) -> Mapping[str, int]:
     def place(back: int | None) -> str:
         return devices[0 if back is None else layer - back]

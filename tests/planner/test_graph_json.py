@@ -25,13 +25,17 @@ from planner.graph import (
     Tensor,
     WeightGroup,
 )
+from planner.holdings import Handed, Holding, Lasting, Moment, Share, Takers
 from planner.verify import verify_plan
 from planner.workload import Workload
 from small_cases import MIB, Case, gpu, machine, plan_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "layer-graph.md").read_text(encoding="utf-8")
 EXAMPLE = re.findall(r"```json\n(.*?)```", PAGE, flags=re.DOTALL)[0]
-VALUES = (LayerGraph, LayerKind, WeightGroup, Bucket, Tensor, Stored, Layer, Edge, Pass, Span, MeasuredTime)
+VALUES = (
+    LayerGraph, LayerKind, WeightGroup, Bucket, Tensor, Stored, Layer, Edge, Pass, Span, MeasuredTime,
+    Holding, Moment, Share, Handed, Lasting, Takers,
+)  # fmt: skip
 
 
 def case(graph: LayerGraph, *, gpu_mib: int) -> Case:
