@@ -142,9 +142,7 @@ class _Moments:
         self._layer, self._lasting = layer, lasting
         self._kept: list[tuple[dict[int | None, int], frozenset[int], tuple[Taken, ...]]] = []
 
-    def note(
-        self, now: Mapping[int | None, int], growth: Mapping[int | None, int], alive: Mapping[int, Taken]
-    ) -> None:
+    def note(self, now: Mapping[int | None, int], growth: Mapping[int | None, int], alive: Mapping[int, Taken]) -> None:
         held = {maker: now.get(maker, 0) + growth.get(maker, 0) for maker in {*now, *growth}}
         keys = frozenset(alive)
         if any(_covers(other, held) and keys <= known for other, known, _ in self._kept):

@@ -50,7 +50,7 @@ TORCH = {
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "ortools", "pandas", "plotly", "numpy", "networkx", "safetensors", "huggingface_hub"}
 # Devices to run real code on: they measure.
-VIRTUAL = ("simulate.virtual_device", "simulate.virtual_machine")
+VIRTUAL = ("simulate.virtual_clock", "simulate.virtual_device", "simulate.virtual_machine")
 
 
 @dataclass(frozen=True)
