@@ -227,6 +227,9 @@ def _attention(
         return None
     if any(tensor.dim() != 4 for tensor in tensors):
         return None
+    if not enable_gqa and query.size(1) != key.size(1):
+        # Heads that are broadcast have no fused kernel, on GPUs neither.
+        return None
     if enable_gqa:
         times = query.size(-3) // key.size(-3)
         key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)

@@ -126,6 +126,19 @@ class Machine:
         for pool in self._pools:
             pool.reset_peak()
 
+    def inputs(self, value: Any, name: str | None = None) -> Any:
+        """Return tensors, also in lists, tuples and dicts, on a device of the machine: the first unless named; "cpu"
+        leaves them there.
+
+        Raises:
+            InputError: there is no such device.
+        """
+        if name == "cpu":
+            return value
+        name = next(iter(self.devices)) if name is None else self._named(name).name
+        device = self.devices[name]
+        return tree_map(lambda one: one.to(device) if isinstance(one, torch.Tensor) else one, value)
+
     def blank(self, model: torch.nn.Module) -> torch.nn.Module:
         """Give a model on meta weights in host memory that take no memory and have no numbers, and return it."""
         from simulate.virtual_device import VirtualTensor
