@@ -1,4 +1,4 @@
-"""Twelve tiny models on six tight machines each: plan, dispatch, generate on virtual devices, in the predicted bytes."""
+"""Twelve tiny models on six tight machines each: planned, dispatched, and run on virtual devices in predicted bytes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from tight_cases import CONFIGS, SETTINGS, Setting, generate, plain, prompt, reference, settings
 from transformers.utils import logging
 
 import dispatch
 import simulate
 from planner.plan import Plan
 from simulate.virtual_machine import Machine
-from tight_cases import CONFIGS, SETTINGS, Setting, generate, plain, prompt, reference, settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -68,8 +68,8 @@ class Setting:
 
 @functools.cache
 def model_of(name: str) -> Any:
-    """Return a loaded model with random weights, which need no gradient (products of slices differ by that), and routers
-    of zeros.
+    """Return a loaded model with random weights and routers of zeros; products of slices differ where weights need a
+    gradient.
     """
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32).eval().requires_grad_(False)
