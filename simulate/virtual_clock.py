@@ -1,10 +1,11 @@
 """The time of a virtual machine: when each operator and copy would have begun and ended on the hardware it stands for.
 
-Lanes are the host, each device's computing, and each link. The host issues operators one after another and runs ahead;
-one starts when it was issued, its device is free, and what it reads has been written. The host waits where it looks at
-numbers, and for copies that come to it. An operator takes the longer of its FLOPs at the device's matmul rate and the
-bytes of its tensors at its memory rate; views take none. A copy takes its bytes and the latency of the link. Rates are
-those of `planner.hardware`; the formulas are this module's own. Nothing that predicts is imported here.
+Lanes are the host, each device's computing, and each link. The host issues operators one after another and runs
+ahead; one starts when it was issued, its device is free, and what it reads has been written. The host waits where it
+looks at numbers, and for copies that come to it. An operator takes the longer of its FLOPs at the device's matmul
+rate and the bytes of its tensors at its memory rate; views take none, nor does asking for memory. A copy takes its
+bytes and the latency of the link. Rates are those of `planner.hardware`; the formulas are this module's own. Nothing
+that predicts is imported here.
 """
 
 from __future__ import annotations
@@ -68,11 +69,6 @@ class Clock:
                 self._issue(device, took, reads=given, writes=made)
             if _looks(func, given):
                 self._wait_for(given)
-
-    def empty(self, name: str) -> None:
-        """Note that memory was asked for: the host's time, and none of the device."""
-        with self._lock:
-            self._host += self._hardware.device(name).operator_ns
 
     def copy(self, source: str, target: str, given: torch.Tensor, made: torch.Tensor, nbytes: int) -> None:
         """Note a copy between two devices; the host waits for what comes to it."""

@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map
 
 from planner.errors import InputError
@@ -52,7 +53,8 @@ class VirtualTensor(torch.Tensor):
             clock = active().clock
             if clock is not None:
                 clock.wait_for(args[:1])
-            return (torch.zeros(inner.shape, dtype=inner.dtype) if inner.is_meta else inner).tolist()
+            with _disable_current_modes():
+                return (torch.zeros(inner.shape, dtype=inner.dtype) if inner.is_meta else inner).tolist()
         if func is torch.nn.functional.scaled_dot_product_attention:
             found = _attention(*args, **kwargs)
             if found is not None:
@@ -209,11 +211,7 @@ def _backing(dtype: torch.dtype | None) -> str:
 
 
 def _made(inner: torch.Tensor, device: Any) -> VirtualTensor:
-    machine = active()
-    pool = machine.pool(torch.device(device))
-    pool.hold(inner)
-    if machine.clock is not None:
-        machine.clock.empty(pool.name)
+    active().pool(torch.device(device)).hold(inner)
     return VirtualTensor(inner, torch.device(device))
 
 

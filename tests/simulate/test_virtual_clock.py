@@ -16,6 +16,7 @@ import simulate
 from planner.errors import InputError
 from planner.given import build_on_meta, describe
 from planner.hardware import Hardware
+from planner.rules import Pin, Rules
 from simulate.virtual_machine import Machine
 from small_cases import gpu, machine
 
@@ -116,6 +117,7 @@ CONFIG = LlamaConfig(
     vocab_size=8000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=8, num_attention_heads=16,
     num_key_value_heads=16, dtype="bfloat16",
 )  # fmt: skip
+RULES = Rules(pins=(Pin(layers="model.embed_tokens|lm_head", device="cuda:0"),))
 # How far the clock may be from the plan: it takes the longer of arithmetic and bytes by operator, the plan by layer.
 FACTOR = 1.3
 
@@ -128,7 +130,7 @@ def test_a_whole_call_takes_about_what_the_plan_says(gpus: str, capacity: str, w
     logging.set_verbosity_error()
     caps = {f"cuda:{index}": capacity for index in range(devices)}
     plan = planner.plan_model(
-        CONFIG, gpus=gpus, max_memory=caps, prompt_tokens=256, new_tokens=4, weight_dtype="bfloat16"
+        CONFIG, gpus=gpus, max_memory=caps, prompt_tokens=256, new_tokens=4, rules=RULES, weight_dtype="bfloat16"
     )
     assert any(p.home != p.run_on for p in plan.placements) == waits
     assert len(set(plan.run_on())) == devices
