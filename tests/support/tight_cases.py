@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from planner.hardware import Device, Hardware, Link, MemoryPool
 from planner.plan import Plan
 from planner.rules import Rules
 from planner.units import GB
-from tiny_models import streamed
+from tiny_models import streamed, with_placements
 
 # Models of experts route every token to the same ones (their routers are zeros), which is what plans count with.
 _SIZES: dict[str, Any] = {
@@ -141,6 +142,16 @@ def machine(gpus: int, capacity_bytes: int) -> Hardware:
     )
     hardware.check()
     return hardware
+
+
+def scattered(name: str, seed: int) -> Plan:
+    """Return a plan that keeps all of a model on three GPUs, each layer on one that was drawn."""
+    plan = planner.plan_model(CONFIGS[name](), hardware=machine(3, GB), rules=RULES, weight_dtype="float32", **WORK)
+    draw = random.Random(seed)
+    device = {layer.name: f"cuda:{draw.randrange(3)}" for layer in plan.graph.layers}
+    return with_placements(
+        plan, lambda p, group: dataclasses.replace(p, run_on=device[p.layer], home=device[p.layer], memory="device")
+    )
 
 
 @functools.cache
