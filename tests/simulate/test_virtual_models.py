@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 
 import pytest
 import torch
-from tight_cases import CONFIGS, SETTINGS, generate, plain, prompt, reference, scattered, settings
+from tight_cases import CONFIGS, SETTINGS, generate, plain, prompt, reference, resident, settings
 from transformers.utils import logging
 
 import dispatch
@@ -67,13 +68,24 @@ def test_a_plan_takes_its_bytes_and_no_fewer(name: str, index: int) -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "bloom"])
 def test_layers_may_run_anywhere(name: str, seed: int) -> None:
-    plan = scattered(name, seed)
+    draw = random.Random(seed)
+    plan = resident(name, lambda layer: draw.randrange(3))
     found, peaks = run(name, plan, dict.fromkeys((device.name for device in plan.hardware.gpus), GB))
     assert peaks == predicted(plan)
     tokens, logits = plain(name, plan.execution.experts)
     assert torch.equal(found[0], tokens)
     # A slice that was copied lies otherwise, and is multiplied by another kernel.
     assert torch.allclose(found[1], logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_what_is_brought_to_another_device_between_layers_is_counted(name: str) -> None:
+    """The embeddings of positions are added where those of tokens are, which is the most that is held there."""
+    plan = resident(name, lambda layer: min(layer, 1))
+    _, peaks = run(name, plan, dict.fromkeys((device.name for device in plan.hardware.gpus), GB))
+    assert peaks == predicted(plan)
+    hidden = prompt().numel() * 64 * 4
+    assert memory.operator_outputs(plan.graph, plan.placements)["cuda:0"] > 3 * hidden
 
 
 def test_the_machines_are_tight_and_of_both_kinds() -> None:

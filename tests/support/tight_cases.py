@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -144,11 +143,10 @@ def machine(gpus: int, capacity_bytes: int) -> Hardware:
     return hardware
 
 
-def scattered(name: str, seed: int) -> Plan:
-    """Return a plan that keeps all of a model on three GPUs, each layer on one that was drawn."""
+def resident(name: str, choose: Callable[[int], int]) -> Plan:
+    """Return a plan that keeps all of a model on three GPUs, layer i on number `choose(i)`."""
     plan = planner.plan_model(CONFIGS[name](), hardware=machine(3, GB), rules=RULES, weight_dtype="float32", **WORK)
-    draw = random.Random(seed)
-    device = {layer.name: f"cuda:{draw.randrange(3)}" for layer in plan.graph.layers}
+    device = {layer.name: f"cuda:{choose(index)}" for index, layer in enumerate(plan.graph.layers)}
     return with_placements(
         plan, lambda p, group: dataclasses.replace(p, run_on=device[p.layer], home=device[p.layer], memory="device")
     )
