@@ -111,6 +111,8 @@ def holdings_of(
         moments = _Moments(at_layer, numbers)
         growth: dict[int | None, int] = {}
         for at in range(span.start, span.end + 1):
+            if at > span.start:
+                moments.note(now, growth, alive)
             # What happens between two spans belongs to the one before it, but for what the next layer is handed.
             for entry, begins in changes.get(at, ()):
                 if begins and (at == span.start or at < span.end or span is spans[-1]):
