@@ -65,10 +65,9 @@ def test_a_plan_takes_its_bytes_and_no_fewer(name: str, index: int) -> None:
 
 
 # Bloom brings its mask to the device of its second layer and keeps it, and where there is one device no operator tells.
-@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "bloom"])
-def test_layers_may_run_anywhere(name: str, seed: int) -> None:
-    draw = random.Random(seed)
+def test_layers_may_run_anywhere(name: str) -> None:
+    draw = random.Random(name)
     plan = resident(name, lambda layer: draw.randrange(3))
     found, peaks = run(name, plan, dict.fromkeys((device.name for device in plan.hardware.gpus), GB))
     assert peaks == predicted(plan)
