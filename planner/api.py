@@ -357,11 +357,13 @@ def _counters(
     plan: Plan, peaks: Mapping[str, memory.Usage], outputs: Mapping[str, int], asked: Mapping[str, int]
 ) -> dict[str, dict[str, int]]:
     """Return every device's figures under the names of the counters that they are tested against."""
+    kept = loading.kept_bytes(plan)
     result = {}
     for name, nbytes in sorted(outputs.items()):
         result[name] = {"operator_outputs": nbytes, "requested_by_operators": asked[name]}
         if plan.hardware.device(name).kind != "cpu":
             usage = peaks[name]
+            result[name]["tensors"] = kept.get(name, 0) + nbytes
             result[name] |= {"reserved": usage.total - usage.context, "device_used": usage.total}
     return result
 

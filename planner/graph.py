@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from planner.errors import PlanFormatError
+from planner.holdings import Holding, Lasting, problem
 from planner.serial import OMITTED, canonical, decode
 from planner.units import round_up
 
@@ -244,12 +245,16 @@ class Pass:
     """One forward call and the caller's code around it.
 
     tokens: per sequence in this call; context_tokens: per sequence in the cache when it ends.
+    holdings, lasting: whose tensors are held while each layer runs, in the order of calls; none where that is not
+        known, as in graphs for a CPU alone.
     """
 
     name: str
     tokens: int
     context_tokens: int
     spans: tuple[Span, ...]
+    holdings: tuple[Holding, ...] = field(default=(), metadata=OMITTED)
+    lasting: tuple[Lasting, ...] = field(default=(), metadata=OMITTED)
 
     def per_layer(self) -> tuple[Span, ...]:
         """Return one span for each layer, in order."""
@@ -400,6 +405,9 @@ class LayerGraph:
             spans = sum(span.count for span in entry.spans)
             if spans != len(self.layers):
                 raise PlanFormatError(f"graph pass {entry.name} has {spans} spans for {len(self.layers)} layers")
+            wrong = problem(entry.holdings, entry.lasting, len(self.layers))
+            if wrong is not None:
+                raise PlanFormatError(f"graph pass {entry.name}: {wrong}")
         for edge in self.edges:
             if not 0 <= edge.source < edge.target < len(self.layers):
                 raise PlanFormatError(f"graph edge {edge.source} → {edge.target} does not point forward")

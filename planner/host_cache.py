@@ -106,7 +106,7 @@ def _moved(entry: Pass, begun: Sequence[Span], *, is_first: bool) -> Pass:
             result[-1] = dataclasses.replace(result[-1], count=result[-1].count + 1)
         else:
             result.append(changed)
-    return dataclasses.replace(entry, spans=tuple(result))
+    return dataclasses.replace(entry, spans=tuple(result), holdings=(), lasting=())
 
 
 def _pinned_bytes(first: int, now: int) -> int:

@@ -75,6 +75,16 @@ def load_peak(plan: Plan) -> dict[str, Usage]:
     return result
 
 
+def kept_bytes(plan: Plan) -> dict[str, int]:
+    """Return what loading asks of every memory and keeps, slots included, in bytes; of GPUs that is all of tensors
+    before a call.
+    """
+    result: dict[str, int] = {}
+    for name, nbytes in (*_kept(plan), *_slots(plan)):
+        result[name] = result.get(name, 0) + nbytes
+    return result
+
+
 def load_peak_bytes(plan: Plan) -> dict[str, int]:
     """Return the totals of `load_peak` by memory, in bytes."""
     return {name: usage.total for name, usage in sorted(load_peak(plan).items())}

@@ -12,6 +12,7 @@ from typing import Literal
 
 from planner.graph import SLAB_ALIGNMENT_BYTES, LayerGraph, Span, WeightGroup
 from planner.hardware import Device, Hardware
+from planner.holdings import most_held
 from planner.host_cache import host_bytes, is_on_host
 from planner.plan import Placement, Slots
 from planner.precision import stored_as
@@ -265,12 +266,17 @@ def operator_outputs(
 ) -> dict[str, int]:
     """Return per device the most bytes alive in tensors that operators made (cache and activations, no weights).
 
-    with_scratch: count what kernels take beside them too.
+    with_scratch: count what kernels take beside them too; over several devices, an upper bound.
     """
     devices = _devices(graph, placements)
     best: dict[str, int] = dict.fromkeys(devices, 0)
     for entry in graph.passes:
         spans = entry.per_layer()
+        if entry.holdings and not with_scratch:
+            cached_bytes = [(span.kv_before_bytes, span.kv_after_bytes) for span in spans]
+            for device, nbytes in most_held(entry.holdings, entry.lasting, devices, cached_bytes).items():
+                best[device] = max(best[device], nbytes)
+            continue
         cached = dict.fromkeys(devices, 0)
         for device, span in zip(devices, spans, strict=True):
             cached[device] += span.kv_before_bytes

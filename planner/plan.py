@@ -99,8 +99,9 @@ class Prediction:
     peak_bytes: per memory, device-used bytes: everything below, context included.
     peak_breakdown: the same by kind of memory; each kind at its own greatest, so their sum is the peak.
     counters: per device, predictions named by the counter they are tested against. "operator_outputs": bytes of tensors
-        that operators made (cache and activations), exact on one device; "requested_by_operators": these with kernels'
-        scratch; on GPUs "reserved" by the caching allocator, and "device_used" with the context.
+        that operators made (cache and activations), the caller's own inputs apart; "requested_by_operators": these with
+        kernels' scratch, an upper bound on several devices; on GPUs "tensors": with weights and slots, "reserved" by
+        the caching allocator, and "device_used" with the context.
     load_peak_bytes: per memory but the disk, the most while `dispatch.apply` loads (see `planner.loading`): bytes
         requested on the host, device-used on GPUs.
     """

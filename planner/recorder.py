@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from planner.journal import Taken
 from planner.layers import weight_groups
 from planner.lifetimes import Event
 from planner.storages import StorageTracer, nbytes_of
@@ -54,7 +55,7 @@ class RawPass:
 class Run:
     """One recorded call of the model or of `generate`.
 
-    cache_blocks: blocks that were part of a cache.
+    cache_blocks: blocks that were part of a cache. makers, taken: as the journal has them.
     """
 
     events: list[Event]
@@ -63,6 +64,8 @@ class Run:
     flows: set[tuple[int, int]]
     unmodelled: set[str]
     cache_blocks: set[int]
+    makers: dict[int, int | None]
+    taken: list[Taken]
 
 
 class _Enough(BaseException):
@@ -99,7 +102,10 @@ class Recorder:
         self._tracer = tracer
         tracer.given |= self._weights
         tracer.group_storages = self._groups
-        self._run = Run(tracer.events, [], tracer.maker, tracer.flows, tracer.unmodelled, set())
+        journal = tracer.journal
+        self._run = Run(
+            tracer.events, [], tracer.maker, tracer.flows, tracer.unmodelled, set(), journal.makers, journal.taken
+        )
         self._most_passes = passes
         self._templates.clear()
         self._slots.clear()
@@ -166,6 +172,8 @@ class Recorder:
                     return forward(*args, **kwargs)
                 finally:
                     tracer.in_forward = outer
+                    if not outer:
+                        tracer.journal.end_call()
 
             self.model.forward = whole
         for index, (_, module) in enumerate(self.layers):
@@ -254,6 +262,8 @@ class Recorder:
             span = self._open
         assert span is not None
         span.input_bytes += nbytes_of(inputs)
+        for tensor in inputs:
+            self._tracer.journal.take(tensor, self._tracer.maker_of(tensor), index)
         if caches:
             self._slots.setdefault(index, set()).update(self._own_slots(index, caches))
             span.kv_before_bytes += self._kv_bytes(index, caches)

@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from planner.errors import TraceError
+from planner.journal import CALLER, Journal, Taken
 from planner.lifetimes import OUTPUTS_ONLY, Event, Kind, Scratch
 
 aten = torch.ops.aten
@@ -66,6 +67,7 @@ class StorageTracer(TorchDispatchMode):
     refused, refused_in: the first such look, whose error the model's own code may have caught, and its module.
     stop_tokens: token ids that argmax, multinomial and topk never "choose" outside of layers.
     layer, inside: the layer that is running (blocks made now are its own), and whether its forward is.
+    journal: who made what, and what layers are handed.
     in_forward: whether the model's is.
     flows: (block, layer) for every block that another layer than its maker has used.
     group_storages, open_groups, borrowed: which weight group (kind of layer, name) a weight is of; the groups whose
@@ -91,6 +93,7 @@ class StorageTracer(TorchDispatchMode):
         self.given: set[int] = set()
         self.expert_storages = set(expert_storages)
         self.events: list[Event] = []
+        self.journal = Journal(self.events)
         self.maker: dict[int, int] = {}
         self.flows: set[tuple[int, int]] = set()
         self.layer = -1
@@ -109,6 +112,7 @@ class StorageTracer(TorchDispatchMode):
         self.muted_frees: list[int] = []
         self.routing = None if routing_seed is None else torch.Generator().manual_seed(routing_seed)
         self._serial = 0
+        self._maker: int | None = CALLER
         self._alive: dict[int, tuple[int, int, Kind]] = {}
         self._kept: set[str] = set()
         self._fills: dict[int, float] = {}
@@ -131,9 +135,29 @@ class StorageTracer(TorchDispatchMode):
         else:
             out = self._run_factory(func, args, kwargs)
         outputs = tensors_in((out,))
+        borrowed = [] if self.inside else self._find_maker(func, kwargs, inputs)
         self._record(func, args, kwargs, outputs)
+        for entry in borrowed:
+            self.journal.give_back(entry)
         self._count_work(func, args, kwargs, inputs, outputs, out)
         return out
+
+    def _find_maker(self, func: Any, kwargs: Any, inputs: list[torch.Tensor]) -> list[Taken]:
+        """Note whose the results of an operator between layers are: they are where its first tensor is, or with the
+        caller where a device is asked for. Return what must have been brought there from others, for so long.
+        """
+        makers = [(tensor, self.maker_of(tensor)) for tensor in inputs if tensor.dim()]
+        self._maker = makers[0][1] if makers else CALLER
+        if func is aten._to_copy.default and kwargs.get("device") is not None:
+            self._maker = CALLER
+            return []
+        others = {id(tensor): (tensor, maker) for tensor, maker in makers if maker != self._maker}
+        return [self.journal.borrow(tensor, maker, self._maker) for tensor, maker in others.values()]
+
+    def maker_of(self, tensor: torch.Tensor) -> int | None:
+        """Return the layer on whose device a tensor is: the one that made it, or None for the caller's."""
+        block = self.block_of(tensor)
+        return CALLER if block is None else self.journal.makers.get(block, CALLER)
 
     def _run_fake(self, func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor]) -> Any:
         if func is aten._local_scalar_dense.default:
@@ -328,6 +352,11 @@ class StorageTracer(TorchDispatchMode):
         block = self._next()
         self._alive[key] = (block, nbytes, kind)
         self.maker[block] = self.layer
+        if kind != "scratch":
+            self.journal.makers[block] = self.layer if self.inside else self._maker
+        elif not self.in_forward:
+            # The caller's numbers (tokens of start, end and padding) are tensors on its device.
+            self.journal.makers[block] = CALLER
         self._emit(block, nbytes, kind)
         weakref.finalize(storage, self._freed, key)
 
@@ -373,7 +402,7 @@ class StorageTracer(TorchDispatchMode):
     def fresh_block(self) -> int:
         """Return a number for a block that a replay makes; it belongs to the layer that is running."""
         block = self._next()
-        self.maker[block] = self.layer
+        self.maker[block] = self.journal.makers[block] = self.layer
         return block
 
     def _count_work(

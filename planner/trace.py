@@ -21,6 +21,7 @@ from planner import execution as implementations
 from planner.errors import PlanError, TraceError
 from planner.graph import Edge, Layer, LayerGraph, LayerKind, Pass, Span
 from planner.inputs import Inputs
+from planner.journal import Taken, holdings_of
 from planner.layers import find_layers, loose_tensors, ties, walk, weight_groups
 from planner.lifetimes import Event
 from planner.recorder import RawSpan, Recorder, Run, leaves
@@ -46,6 +47,7 @@ class TracedPass:
 
     held_bytes: neither weights, cache, scratch nor library workspaces. library_bytes: workspaces taken before.
     scratch_bytes: tensors that no operator returned and that stay, such as scalars lifted from Python numbers.
+    held_by: held_bytes by who made them, and the caller's scalars. taken: what layers are handed in it.
     """
 
     run: Run
@@ -57,6 +59,13 @@ class TracedPass:
     cached_bytes: int
     library_bytes: int
     scratch_bytes: int
+    held_by: dict[int | None, int]
+    taken: list[Taken]
+
+    def holding(self, held_bytes: int) -> TracedPass:
+        """Return the pass with so many bytes held at its start; what is more is the caller's."""
+        held_by = {**self.held_by, None: self.held_by.get(None, 0) + held_bytes - self.held_bytes}
+        return dataclasses.replace(self, held_bytes=held_bytes, held_by=held_by)
 
 
 class Tracing:
@@ -143,7 +152,7 @@ class Tracing:
         run = self._record(longer=longer, new_tokens=self.workload.new_tokens - longer, passes=_FIRST_STEPS + 1)
         reached = cut(run, _FIRST_STEPS, 1, self._context(number))
         before, after = (self.step(index).held_bytes for index in (self._settled - 1, self._settled))
-        reached = dataclasses.replace(reached, held_bytes=after + longer * (after - before))
+        reached = reached.holding(after + longer * (after - before))
         if self.workload.num_beams > 1:
             # Beam search holds tensors as long as the answer may get, which is less after a longer prompt.
             onward = self.continued(number)
@@ -165,11 +174,15 @@ class Tracing:
             return two + ahead * (two - one)
 
         pairs = zip(before.events, after.events, strict=True)
+        taken = after.taken
+        if len(before.taken) == len(taken):
+            sizes = [onward(a.nbytes, b.nbytes) for a, b in zip(before.taken, taken, strict=True)]
+            taken = [dataclasses.replace(entry, nbytes=size) for entry, size in zip(taken, sizes, strict=True)]
         return dataclasses.replace(
-            after,
+            after.holding(onward(before.held_bytes, after.held_bytes)),
             events=[Event(b.block, onward(a.nbytes, b.nbytes), b.kind) for a, b in pairs],
+            taken=taken,
             context_tokens=self._context(number),
-            held_bytes=onward(before.held_bytes, after.held_bytes),
             cached_bytes=onward(before.cached_bytes, after.cached_bytes),
         )
 
@@ -243,21 +256,22 @@ class Tracing:
             reason = f"RecursionError: calls nest deeper than {sys.getrecursionlimit()} (see sys.setrecursionlimit)"
         return TraceError(f"{type(self.model).__name__} could not be traced{where}: {reason}")
 
-    def graph(self, *, allocator_bytes: int = 0) -> LayerGraph:
+    def graph(self, *, allocator_bytes: int = 0, by_maker: bool = False) -> LayerGraph:
         """Return the layer graph, with the prefill (of chunks, those that a LayerGraph names), the first decode step
-        and the last.
+        and the last. by_maker: with whose tensors are held, for layers on several devices.
         """
         steps, prefill = self.inputs.steps, self.inputs.chunks
         decode = {steps - 1: "decode_last", prefill.count: "decode_first"} if steps > prefill.count else {}
         names = {**prefill.named(), **decode}
         traced = [(names[number], self.step(number)) for number in sorted(names)]
-        return _graph(self.skeleton, self.recorder, traced, self.workload, allocator_bytes)
+        return _graph(self.skeleton, self.recorder, traced, self.workload, allocator_bytes, by_maker)
 
 
 def cut(run: Run, index: int, tokens: int, context_tokens: int) -> TracedPass:
     """Return pass `index` of a run by itself."""
     raw = run.passes[index]
     held = cached = library = scratch = 0
+    held_by: dict[int | None, int] = {}
     for event in run.events[: raw.start]:
         if event.kind == "library":
             library += event.nbytes
@@ -267,6 +281,9 @@ def cut(run: Run, index: int, tokens: int, context_tokens: int) -> TracedPass:
             cached += event.nbytes
         else:
             held += event.nbytes
+        if event.block in run.makers and event.block not in run.cache_blocks:
+            maker = run.makers[event.block]
+            held_by[maker] = held_by.get(maker, 0) + event.nbytes
     return TracedPass(
         run=run,
         events=run.events[raw.start : raw.end],
@@ -277,6 +294,8 @@ def cut(run: Run, index: int, tokens: int, context_tokens: int) -> TracedPass:
         cached_bytes=cached,
         library_bytes=library,
         scratch_bytes=scratch,
+        held_by=held_by,
+        taken=[entry for taken in run.taken if (entry := taken.within(raw.start, raw.end)).takes],
     )
 
 
@@ -424,6 +443,7 @@ def _graph(
     traced: list[tuple[str, TracedPass]],
     workload: Workload,
     allocator_bytes: int,
+    by_maker: bool,
 ) -> LayerGraph:
     layers = recorder.layers
     order: dict[int, None] = {}
@@ -455,18 +475,30 @@ def _graph(
         ties=ties(model),
         loose=loose_tensors(model, layers),
         allocator_bytes=allocator_bytes,
-        passes=tuple(_pass(name, entry, position) for name, entry in traced),
+        passes=tuple(_pass(name, entry, position, by_maker=by_maker) for name, entry in traced),
     )
 
 
-def _pass(name: str, entry: TracedPass, position: dict[int, int]) -> Pass:
+def _pass(name: str, entry: TracedPass, position: dict[int, int], *, by_maker: bool) -> Pass:
     spans: list[Span] = []
     for values in _layer_spans(entry, position):
         if spans and all(getattr(spans[-1], field) == value for field, value in values.items()):
             spans[-1] = Span(count=spans[-1].count + 1, **values)
         else:
             spans.append(Span(count=1, **values))
-    return Pass(name=name, tokens=entry.tokens, context_tokens=entry.context_tokens, spans=tuple(spans))
+    made = Pass(name=name, tokens=entry.tokens, context_tokens=entry.context_tokens, spans=tuple(spans))
+    if not by_maker:
+        return made
+    holdings, lasting = holdings_of(
+        events=entry.events,
+        spans=entry.spans,
+        held={maker: nbytes for maker, nbytes in entry.held_by.items() if nbytes},
+        taken=entry.taken,
+        makers=entry.run.makers,
+        cache_blocks=entry.run.cache_blocks,
+        position=position,
+    )
+    return dataclasses.replace(made, holdings=holdings, lasting=lasting)
 
 
 def _layer_spans(entry: TracedPass, position: dict[int, int]) -> list[dict[str, int]]:

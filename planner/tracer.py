@@ -118,7 +118,7 @@ class Tracer:
             graph = self._on_host(tracing)
         else:
             extra = allocator_bytes(tracing) if self.gpu is not None else 0
-            graph = tracing.graph(allocator_bytes=extra)
+            graph = tracing.graph(allocator_bytes=extra, by_maker=self.gpu is not None)
         return graph, Execution(
             attention=attention_of(model), experts=experts, unmodelled=tuple(sorted(tracing.first.unmodelled))
         )

@@ -11,10 +11,12 @@ import math
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map
 
 from planner.errors import InputError
-from simulate.virtual_machine import DEVICE_TYPE, Machine, active
+from simulate.virtual_clock import tensors_in
+from simulate.virtual_machine import DEVICE_TYPE, Machine, active, is_active
 
 aten = torch.ops.aten
 
@@ -48,7 +50,11 @@ class VirtualTensor(torch.Tensor):
         kwargs = kwargs or {}
         if func is torch.Tensor.tolist:
             inner = args[0].stand_in
-            return (torch.zeros(inner.shape, dtype=inner.dtype) if inner.is_meta else inner).tolist()
+            clock = active().clock
+            if clock is not None:
+                clock.wait_for(args[:1])
+            with _disable_current_modes():
+                return (torch.zeros(inner.shape, dtype=inner.dtype) if inner.is_meta else inner).tolist()
         if func is torch.nn.functional.scaled_dot_product_attention:
             found = _attention(*args, **kwargs)
             if found is not None:
@@ -82,6 +88,8 @@ def set_up() -> None:
         raise InputError(
             f"virtual devices need the place that PyTorch keeps for one backend from outside, and it is taken: {exc}"
         ) from exc
+    # Code that looks for devices (DataParallel) finds these while they are there.
+    setattr(torch.get_device_module(DEVICE_TYPE), "is_available", is_active)  # noqa: B010
     library = torch.library.Library("aten", "IMPL")
     library.impl("empty.memory_format", _empty, "PrivateUse1")
     library.impl("empty_strided", _empty_strided, "PrivateUse1")
@@ -116,7 +124,11 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             pool.hold(value)
         return VirtualTensor(value, device) if pool is not None or value.is_meta else value
 
-    return tree_map(wrapped, out)
+    result = tree_map(wrapped, out)
+    if machine.clock is not None:
+        given_tensors = tensors_in((args, kwargs))
+        machine.clock.operator(machine.name(device), func, given_tensors, tensors_in(result), (args, kwargs, result))
+    return result
 
 
 def _inner(value: Any) -> Any:
@@ -149,22 +161,35 @@ def _to_copy(source: torch.Tensor, **options: Any) -> torch.Tensor:
     device = torch.device(options.get("device") or source.device)
     dtype = options.get("dtype") or source.dtype
     inner = _inner(source)
-    machine.copied(source.device, device, inner.numel() * dtype.itemsize)
     kept = {key: value for key, value in options.items() if key in ("dtype", "layout", "memory_format")}
     if device.type == DEVICE_TYPE:
         made = machine.placed(machine.compute(aten._to_copy.default, (inner,), kept))
         machine.pool(device).hold(made)
-        return VirtualTensor(made, device)
+        return _noted(machine, source, VirtualTensor(made, device), options)
     if inner.is_meta and device.type != "meta":
-        return torch.zeros(inner.shape, dtype=dtype, device=device)
+        return _noted(machine, source, torch.zeros(inner.shape, dtype=dtype, device=device), options)
     result: torch.Tensor = aten._to_copy.default(inner, **kept, device=device)
-    return result
+    return _noted(machine, source, result, options)
+
+
+def _noted(machine: Machine, source: torch.Tensor, made: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    if source.device != made.device:
+        machine.copied(source, made)
+    elif machine.clock is not None:
+        machine.clock.operator(
+            machine.name(made.device), aten._to_copy.default, [source], [made], ((source,), options, made)
+        )
+    return made
 
 
 def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     machine = active()
-    machine.copied(source.device, target.device, target.numel() * target.element_size())
     machine.fill(_inner(target), _inner(source))
+    if source.device != target.device:
+        machine.copied(source, target)
+    elif machine.clock is not None:
+        call: Any = ((target, source), {}, target)
+        machine.clock.operator(machine.name(target.device), aten.copy_.default, [target, source], [target], call)
     return target
 
 
@@ -199,6 +224,9 @@ def _attention(
     if dropout_p or query.dtype not in _FUSED or not all(isinstance(tensor, VirtualTensor) for tensor in tensors):
         return None
     if any(tensor.dim() != 4 for tensor in tensors):
+        return None
+    if not enable_gqa and query.size(1) != key.size(1):
+        # Heads that are broadcast have no fused kernel, on GPUs neither.
         return None
     if enable_gqa:
         times = query.size(-3) // key.size(-3)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from planner.errors import InputError
 from planner.hardware import Hardware
+from simulate.virtual_clock import Clock, HostOperators
 
 DEVICE_TYPE = "virtual"
 aten = torch.ops.aten
@@ -26,8 +27,8 @@ _RANKINGS = {aten.topk.default: 2, aten.sort.default: 1}
 class Pool:
     """The memory of one virtual device, in bytes of storages: each from its first tensor to its last."""
 
-    def __init__(self, name: str, capacity_bytes: int):
-        self.name, self.capacity_bytes = name, capacity_bytes
+    def __init__(self, name: str, capacity_bytes: int, freed: Callable[[int], None] | None = None):
+        self.name, self.capacity_bytes, self._freed = name, capacity_bytes, freed
         self.live_bytes = 0
         self.peak_bytes = 0
         self._known: dict[int, int] = {}
@@ -65,6 +66,8 @@ class Pool:
     def _forget(self, key: int) -> None:
         with self._lock:
             self.live_bytes -= self._known.pop(key)
+        if self._freed is not None:
+            self._freed(key)
 
 
 class Machine:
@@ -72,11 +75,14 @@ class Machine:
 
     devices: what PyTorch calls each, by the name that plans have for it. copied_bytes: by (from, to), as plans name
     them. numbers: whether tensors have any; without, floats and bytes are on meta, and whole numbers that come of them
-    are zeros, or the first places of a ranking.
+    are zeros, or the first places of a ranking. hardware: what its clock goes by; without, it has none.
     """
 
-    def __init__(self, capacities: Mapping[str, int], *, numbers: bool = True):
-        self._pools = [Pool(name, nbytes) for name, nbytes in capacities.items()]
+    def __init__(self, capacities: Mapping[str, int], *, numbers: bool = True, hardware: Hardware | None = None):
+        self.clock = None if hardware is None else Clock(hardware)
+        self._host_operators = None if self.clock is None else HostOperators(self.clock, "cpu")
+        freed = None if self.clock is None else self.clock.forget
+        self._pools = [Pool(name, nbytes, freed) for name, nbytes in capacities.items()]
         self.devices = {name: torch.device(DEVICE_TYPE, index) for index, name in enumerate(capacities)}
         self.numbers = numbers
         self.copied_bytes: dict[tuple[str, str], int] = {}
@@ -86,6 +92,8 @@ class Machine:
         if _active is not None:
             raise InputError("another virtual machine is in use: leave its block first")
         _active = self
+        if self._host_operators is not None:
+            self._host_operators.__enter__()  # type: ignore[no-untyped-call]  # torch's own
         return self
 
     def __exit__(
@@ -93,6 +101,17 @@ class Machine:
     ) -> None:
         global _active
         _active = None
+        if self._host_operators is not None:
+            self._host_operators.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]  # torch's own
+
+    @property
+    def clock_ns(self) -> int:
+        """The instant when all that was begun in the machine's block is done, in ns of its hardware's time."""
+        return self._clock().ns
+
+    def synchronize(self) -> int:
+        """Let the host wait until all is done, and return that instant, in ns."""
+        return self._clock().synchronize()
 
     def peak_bytes(self, name: str) -> int:
         """Return the most bytes that were in use on a device at once, since the start or the last reset."""
@@ -106,6 +125,19 @@ class Machine:
         """Let the peak of every device begin again at what is in use now."""
         for pool in self._pools:
             pool.reset_peak()
+
+    def inputs(self, value: Any, name: str | None = None) -> Any:
+        """Return tensors, also in lists, tuples and dicts, on a device of the machine: the first unless named; "cpu"
+        leaves them there.
+
+        Raises:
+            InputError: there is no such device.
+        """
+        if name == "cpu":
+            return value
+        name = next(iter(self.devices)) if name is None else self._named(name).name
+        device = self.devices[name]
+        return tree_map(lambda one: one.to(device) if isinstance(one, torch.Tensor) else one, value)
 
     def blank(self, model: torch.nn.Module) -> torch.nn.Module:
         """Give a model on meta weights in host memory that take no memory and have no numbers, and return it."""
@@ -136,11 +168,14 @@ class Machine:
         """Return what plans call a device."""
         return self.pool(device).name if device.type == DEVICE_TYPE else str(device)
 
-    def copied(self, source: torch.device, target: torch.device, nbytes: int) -> None:
+    def copied(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Note a copy from one device to another."""
-        if source != target and "meta" not in (source.type, target.type):
-            way = (self.name(source), self.name(target))
+        if source.device != target.device and "meta" not in (source.device.type, target.device.type):
+            way = (self.name(source.device), self.name(target.device))
+            nbytes = target.numel() * target.element_size()
             self.copied_bytes[way] = self.copied_bytes.get(way, 0) + nbytes
+            if self.clock is not None:
+                self.clock.copy(*way, source, target, nbytes)
 
     def is_blank(self, dtype: torch.dtype) -> bool:
         """Tell whether tensors of a dtype have no numbers here: floats, and bytes that stand for them."""
@@ -206,6 +241,11 @@ class Machine:
             places.copy_(torch.arange(places.size(dim)).view(shape).expand_as(places))
         return out
 
+    def _clock(self) -> Clock:
+        if self.clock is None:
+            raise InputError("this machine has no clock: make it of a Hardware, or by simulate.virtual")
+        return self.clock
+
     def _named(self, name: str) -> Pool:
         found = next((pool for pool in self._pools if pool.name == name), None)
         if found is None:
@@ -227,6 +267,11 @@ def active() -> Machine:
     return _active
 
 
+def is_active() -> bool:
+    """Tell whether a machine is in use."""
+    return _active is not None
+
+
 def virtual(machine: str | Hardware, *, numbers: bool = True) -> Machine:
     """Return virtual GPUs, "2x24GB" or those of a Hardware: devices that PyTorch code can use on any machine.
 
@@ -246,7 +291,7 @@ def virtual(machine: str | Hardware, *, numbers: bool = True) -> Machine:
     if not capacities:
         raise InputError("a virtual machine needs at least one GPU, such as virtual('2x24GB')")
     set_up()
-    return Machine(capacities, numbers=numbers)
+    return Machine(capacities, numbers=numbers, hardware=hardware)
 
 
 def _on_meta(value: torch.Tensor) -> torch.Tensor:

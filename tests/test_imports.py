@@ -20,6 +20,7 @@ ORDER = (
     ("errors",),
     ("units", "serial"),
     ("hardware", "products", "gpus", "hosts", "machines", "machine_file", "local"),
+    ("holdings",),
     ("workload", "graph", "rules", "popularity"),
     ("chunks", "host_cache"),
     ("plan", "changes"),
@@ -31,7 +32,7 @@ ORDER = (
     ("headers",),
     ("steps", "cost", "loading"),
     ("execution", "kernels"),
-    ("conversions", "stored", "storages", "layers", "recorder", "inputs"),
+    ("conversions", "stored", "journal", "storages", "layers", "recorder", "inputs"),
     ("trace", "placement", "verify"),
     ("footprint",),
     ("given", "tracer"),
@@ -51,7 +52,7 @@ TORCH = {
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "ortools", "pandas", "plotly", "numpy", "networkx", "safetensors", "huggingface_hub"}
 # Devices to run real code on: they measure.
-VIRTUAL = ("simulate.virtual_device", "simulate.virtual_machine")
+VIRTUAL = ("simulate.virtual_clock", "simulate.virtual_device", "simulate.virtual_machine")
 
 
 @dataclass(frozen=True)

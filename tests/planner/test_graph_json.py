@@ -25,13 +25,17 @@ from planner.graph import (
     Tensor,
     WeightGroup,
 )
+from planner.holdings import Handed, Holding, Lasting, Moment, Share, Takers
 from planner.verify import verify_plan
 from planner.workload import Workload
 from small_cases import MIB, Case, gpu, machine, plan_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "layer-graph.md").read_text(encoding="utf-8")
 EXAMPLE = re.findall(r"```json\n(.*?)```", PAGE, flags=re.DOTALL)[0]
-VALUES = (LayerGraph, LayerKind, WeightGroup, Bucket, Tensor, Stored, Layer, Edge, Pass, Span, MeasuredTime)
+VALUES = (
+    LayerGraph, LayerKind, WeightGroup, Bucket, Tensor, Stored, Layer, Edge, Pass, Span, MeasuredTime,
+    Holding, Moment, Share, Handed, Lasting, Takers,
+)  # fmt: skip
 
 
 def case(graph: LayerGraph, *, gpu_mib: int) -> Case:
@@ -95,3 +99,35 @@ def changed(path: tuple[str | int, ...], value: object) -> str:
 def test_what_contradicts_itself_is_refused(path: tuple[str | int, ...], value: object, message: str) -> None:
     with pytest.raises(PlanFormatError, match=message):
         LayerGraph.from_json(changed(path, value))
+
+
+WHERE = Moment(shares=(Share(back=0, nbytes=5),), handed=(Handed(maker=None, taker=0, nbytes=7),), lasting=(0,))
+TENSOR = Lasting(maker=None, nbytes=9, takers=(Takers(first=0, count=1, step=1),))
+
+
+def holding(**changes: typing.Any) -> Holding:
+    return Holding(**{"layer": 1, "count": 1, "moments": (WHERE,), **changes})
+
+
+@pytest.mark.parametrize(
+    ("held", "tensor", "says"),
+    [
+        (holding(count=9), TENSOR, "holdings name layers 1 to 9 of"),
+        (holding(count=0), TENSOR, "holdings name layers 1 to 0 of"),
+        (holding(moments=(dataclasses.replace(WHERE, lasting=(1,)),)), TENSOR, "not among `lasting`"),
+        (holding(moments=(dataclasses.replace(WHERE, shares=(Share(back=2, nbytes=1),)),)), TENSOR, "is not there"),
+        (holding(), dataclasses.replace(TENSOR, maker=99), "names a layer that is not there"),
+        (holding(), dataclasses.replace(TENSOR, takers=(Takers(first=0, count=1, step=0),)), "go nowhere"),
+    ],
+)
+def test_what_is_held_must_be_of_layers_that_are_there(held: Holding, tensor: Lasting, says: str) -> None:
+    graph = LayerGraph.from_json(EXAMPLE)
+
+    def with_holdings(holdings: tuple[Holding, ...], lasting: tuple[Lasting, ...]) -> LayerGraph:
+        first = dataclasses.replace(graph.passes[0], holdings=holdings, lasting=lasting)
+        return dataclasses.replace(graph, passes=(first, *graph.passes[1:]))
+
+    good = with_holdings((holding(),), (TENSOR,))
+    assert LayerGraph.from_json(good.to_json()) == good
+    with pytest.raises(PlanFormatError, match=says):
+        LayerGraph.from_json(with_holdings((held,), (tensor,)).to_json())
