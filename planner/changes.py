@@ -44,7 +44,7 @@ def _facts(hardware: Hardware, name: str) -> tuple[str, ...]:
             rates = sorted(device.flops_per_s.items())
             numbers = (device.bytes_per_s, device.operator_ns, device.context_bytes, device.workspace_bytes)
             size = hardware.pool(device.pool).usable_bytes
-            return (device.kind, device.product, str(rates), *map(str, numbers), str(size))
+            return (device.kind, device.product, str(rates), str(device.matmuls), *map(str, numbers), str(size))
     return ("disk",)
 
 

@@ -2,7 +2,8 @@
 
 A layer takes the longest of: its FLOPs at the device's matmul rate, its bytes at the device's memory rate (the
 roofline of Williams, Waterman and Patterson, CACM 2009), and its operators at the host's price of each; or what it was
-measured to take. Weights that must come from elsewhere take their bytes over the narrowest link of the way, and a
+measured to take. On a calibrated device its time follows from rates measured by rows instead (planner/rates.py).
+Weights that must come from elsewhere take their bytes over the narrowest link of the way, and a
 latency. Experts that the CPU computes where they wait take the longer of their bytes at its memory rate and their FLOPs
 at its matmul rate, and two latencies of the link to hand the hidden states over and back. The experts that wait are the
 least popular ones of a layer, and each counts as often as it is expected to be used.
@@ -38,6 +39,7 @@ from planner.hardware import Device, Hardware
 from planner.host_cache import is_on_host, up_ns, waited_ns
 from planner.memory import SLOT_COUNT, waiting_slices, with_groups
 from planner.plan import Placement, Slots
+from planner.rates import measured_ns
 from planner.steps import transfers
 from planner.workload import Workload
 
@@ -61,6 +63,8 @@ def compute_ns(kind: LayerKind, span: Span, device: Device, *, tokens: int, dtyp
 
     tokens: of the whole batch in this pass; it decides how many distinct experts are expected to be read.
     """
+    if device.matmuls:
+        return measured_ns(kind, span, device, tokens=tokens, dtype=dtype)
     experts = sum(
         int(group.expected_slices(tokens) * group.nbytes / group.slices) for group in kind.groups if group.slices > 1
     )

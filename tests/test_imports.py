@@ -28,6 +28,7 @@ ORDER = (
     ("memory", "cuda_allocator", "cache", "models"),
     ("phrases",),
     ("headers",),
+    ("rates",),
     ("steps", "cost", "loading"),
     ("execution", "kernels"),
     ("conversions", "stored", "storages", "layers", "recorder", "inputs"),
