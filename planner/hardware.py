@@ -348,7 +348,7 @@ class Hardware:
     @property
     def is_spread(self) -> bool:
         """Whether any rate was measured with a spread, so that predictions have a range."""
-        return any(each.spread for each in (*self.devices, *self.links))
+        return any(device.spread for device in self.devices) or any(link.spread for link in self.links)
 
     def slower(self) -> Hardware:
         """Return this machine with every rate lower by its spread."""

@@ -47,8 +47,8 @@ def measured_ns(kind: LayerKind, span: Span, device: Device, *, tokens: int, dty
             2 * tensor.elements / group.slices * used * each / rate("linear", rows=each, width=tensor.shape[1])
             for tensor in stacked
         )
-        # One operator that the trace sees runs a product for each expert.
-        operators += len(stacked) * (used - 1)
+        # One operator that the trace sees runs a product for each expert, also for those that have no rows.
+        operators += len(stacked) * (group.slices - 1)
     attention = dense - 2 * rows * elements
     if attention:
         seconds += attention / rate("attention", rows=tokens, width=None)

@@ -7,7 +7,6 @@ do, when its products and its attention have been timed by themselves.
 from __future__ import annotations
 
 import itertools
-import statistics
 from typing import Any
 
 import torch
@@ -25,14 +24,14 @@ _SHAPE = {
 }  # fmt: skip
 # A decode step's context, short enough for attention to be little of it.
 _CONTEXT_TOKENS = 32
-_LEAST_RUNS = 3
+LEAST_RUNS = 3
 
 
 class _Counted(TorchDispatchMode):
     """Counts operators that make something, and what they read and write that is no weight."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         self.operators = self.nbytes = 0
 
@@ -58,24 +57,27 @@ def _flat(values: Any) -> list[Any]:
 
 @torch.no_grad()
 def operators(meter: Meter, dtype: torch.dtype, *, device: torch.device | str = "cpu") -> Figure:
-    """Return what the framework takes for each operator of a decode step of `generate`, its own code shared out, in ns."""
+    """Return what the framework takes for each operator of a decode step, the code of `generate` shared out, in ns."""
     import transformers
 
     meter.report(f"measuring operators, {name_of(dtype)}")
     model = _model(transformers, dtype, device)
     prompt = torch.ones(1, _CONTEXT_TOKENS, dtype=torch.long, device=device)
-    stamps = _stamps(transformers, meter)
+    products = _Products(model, 1, _CONTEXT_TOKENS + STEPS // 2)
+    stamps = _stamps(transformers, meter, products)
     asked = {"max_new_tokens": STEPS + 1, "min_new_tokens": STEPS + 1, "do_sample": False, "pad_token_id": 0}
-    taken: list[float] = []
-    for _ in range(_LEAST_RUNS):
+    left: list[float] = []
+    spent = 0.0
+    while not left or spent < meter.seconds or len(left) < LEAST_RUNS * STEPS:
         stamps.times.clear()
         model.generate(prompt, stopping_criteria=[stamps], **asked)
-        taken += [after - before for before, after in itertools.pairwise(stamps.times)]
-    by_themselves = statistics.median(meter.samples(lambda: _products(model, 1, _CONTEXT_TOKENS + STEPS // 2)))
+        # Each step, less the products that were done right after it.
+        left += [(token - end) - (end - done) for (done, end), (token, _) in itertools.pairwise(stamps.times)]
+        spent += stamps.times[-1][1] - stamps.times[0][0]
     cache = model(prompt, use_cache=True).past_key_values
     with _Counted(model) as counted:
         model(prompt[:, :1], past_key_values=cache, use_cache=True)
-    values = [max(1.0, (step - by_themselves) * 1e9 / counted.operators) for step in taken]
+    values = [max(1.0, seconds * 1e9 / counted.operators) for seconds in left]
     return figure_of("operators", name_of(dtype), "ns", values)
 
 
@@ -89,12 +91,20 @@ def activations(meter: Meter, dtype: torch.dtype, operator_ns: int, *, device: t
     prompt = torch.ones(1, PROMPT_TOKENS, dtype=torch.long, device=device)
     with _Counted(model) as counted:
         model(prompt)
-    by_themselves = statistics.median(meter.samples(lambda: _products(model, PROMPT_TOKENS, PROMPT_TOKENS)))
-    fixed = by_themselves + counted.operators * operator_ns / 1e9
-    whole = meter.samples(lambda: model(prompt))
-    # Where nothing is left, it is hidden in the noise of the rest: then it is taken to be a hundredth.
-    values = [counted.nbytes / max(taken - fixed, taken / 100) for taken in whole]
-    return figure_of("activations", name_of(dtype), "B/s", values)
+    products = _Products(model, PROMPT_TOKENS, PROMPT_TOKENS)
+    overhead = counted.operators * operator_ns / 1e9
+    left: list[float] = []
+    spent = 0.0
+    while len(left) < LEAST_RUNS or spent < meter.seconds:
+        started = meter.clock()
+        model(prompt)
+        between = meter.clock()
+        products()
+        ended = meter.clock()
+        # Where nothing is left, it is lost in the noise of the rest: then it is taken to be a hundredth.
+        left.append(max((between - started) - (ended - between) - overhead, (between - started) / 100))
+        spent += ended - started
+    return figure_of("activations", name_of(dtype), "B/s", [counted.nbytes / seconds for seconds in left])
 
 
 def _model(transformers: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
@@ -102,28 +112,36 @@ def _model(transformers: Any, dtype: torch.dtype, device: torch.device | str) ->
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval().to(device)
 
 
-def _stamps(transformers: Any, meter: Meter) -> Any:
+def _stamps(transformers: Any, meter: Meter, products: _Products) -> Any:
     class Stamps(transformers.StoppingCriteria):  # type: ignore[misc]
-        """Notes when each token is there."""
+        """Notes when each token is there, does the products of a step, and notes when they are done."""
 
         def __init__(self) -> None:
-            self.times: list[float] = []
+            self.times: list[tuple[float, float]] = []
 
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-            self.times.append(meter.clock())
+            done = meter.clock()
+            products()
+            self.times.append((done, meter.clock()))
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     return Stamps()
 
 
-def _products(model: Any, rows: int, context: int) -> None:
-    """Do the products and the attention of one pass, and nothing else."""
-    config, like = model.config, next(model.parameters())
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            functional.linear(like.new_ones(1, rows, module.in_features), module.weight)
-    heads = config.num_attention_heads
-    query = like.new_ones(1, heads, rows, config.hidden_size // heads)
-    states = like.new_ones(1, heads, context, config.hidden_size // heads)
-    for _ in range(config.num_hidden_layers):
-        functional.scaled_dot_product_attention(query, states, states, is_causal=rows > 1)
+class _Products:
+    """Does the products and the attention of one pass, and nothing else."""
+
+    def __init__(self, model: Any, rows: int, context: int) -> None:
+        config, like = model.config, next(model.parameters())
+        heads = config.num_attention_heads
+        self.weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        self.inputs = {weight.shape[1]: like.new_ones(1, rows, weight.shape[1]) for weight in self.weights}
+        self.layers, self.is_causal = config.num_hidden_layers, rows > 1
+        self.query = like.new_ones(1, heads, rows, config.hidden_size // heads)
+        self.states = like.new_ones(1, heads, context, config.hidden_size // heads)
+
+    def __call__(self) -> None:
+        for weight in self.weights:
+            functional.linear(self.inputs[weight.shape[1]], weight)
+        for _ in range(self.layers):
+            functional.scaled_dot_product_attention(self.query, self.states, self.states, is_causal=self.is_causal)

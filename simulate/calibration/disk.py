@@ -7,7 +7,7 @@ import mmap
 import os
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -34,23 +34,22 @@ class File:
 
     def __init__(self, folder: Path, nbytes: int):
         self.nbytes = nbytes // CHUNK_BYTES * CHUNK_BYTES
-        self._stack = contextlib.ExitStack()
-        try:
-            held = self._stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".plan-calibrate."))
-            # Numbers as weights are: special ones would be slower to compute with.
-            noise = torch.randn(CHUNK_BYTES // 2).to(torch.bfloat16).view(torch.int16)
-            for number in range(self.nbytes // CHUNK_BYTES):
-                held.write(noise.roll(number).numpy().tobytes())
-            held.flush()
-            os.fsync(held.fileno())
-        except OSError as exc:
-            self._stack.close()
-            raise InputError(
-                f"cannot write {self.nbytes // 2**20} MiB to {folder} to measure its disk ({exc.strerror or exc}); "
-                "give another --folder"
-            ) from exc
-        self.path = Path(held.name)
-        self.descriptor = held.fileno()
+        # Numbers as weights are: special ones would be slower to compute with.
+        noise = torch.randn(CHUNK_BYTES // 2).to(torch.bfloat16).view(torch.int16)
+        with contextlib.ExitStack() as stack:
+            try:
+                held = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".plan-calibrate."))
+                for number in range(self.nbytes // CHUNK_BYTES):
+                    held.write(noise.roll(number).numpy().tobytes())
+                held.flush()
+                os.fsync(held.fileno())
+            except OSError as exc:
+                raise InputError(
+                    f"cannot write {self.nbytes // 2**20} MiB to {folder} to measure its disk "
+                    f"({exc.strerror or exc}); give another --folder"
+                ) from exc
+            self.path, self.descriptor = Path(held.name), held.fileno()
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> File:
         return self
@@ -152,13 +151,15 @@ def mapped_compute(meter: Meter, file: File, *, cached: bool) -> Figure:
                 pages.madvise(mmap.MADV_DONTNEED)
             file.drop()
 
-        def passed(weights: list[torch.Tensor]) -> None:
-            for weight in weights:
-                functional.linear(vector, weight)
+        def passed(weights: list[torch.Tensor]) -> Callable[[], None]:
+            def call() -> None:
+                for weight in weights:
+                    functional.linear(vector, weight)
 
-        inside = statistics.median(meter.samples(lambda: passed(resident)))
-        taken = meter.samples(lambda: passed(mapped), before=None if cached else forget)
-        del mapped
+            return call
+
+        inside = statistics.median(meter.samples(passed(resident)))
+        taken = meter.samples(passed(mapped), before=None if cached else forget)
     # What cannot be told from nothing is taken as a hundredth of the computing.
     rates = [count * each / max(sample - inside, inside / FREE_TIMES) for sample in taken]
     return figure_of("disk", f"mapped, {'cached' if cached else 'not cached'}", "B/s", rates)

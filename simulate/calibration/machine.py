@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from planner.hardware import Device, Hardware, Link, MatmulRate, Shared
+from planner.hardware import Device, Hardware, Link, Shared
 from simulate.calibration import decoder, disk, gpu, processor, together
 from simulate.calibration.figures import Figure, Meter
 
@@ -162,12 +162,14 @@ def _disk(held: _Held, meter: Meter, folder: Path, nbytes: int) -> None:
             held.take(*together.pair(meter, together.computing(), together.reading(file, file.descriptor, buffer)))
     # GPUs read past the cache into a ring; the CPU computes straight from mapped files.
     chosen = cold if direct is None or not held.hardware.gpus else direct
-    link = held.hardware.link("disk", "cpu")
     held.link(
         replace(
-            link, bytes_per_s=chosen.value, latency_ns=latency.value, spread=chosen.spread,
+            held.hardware.link("disk", "cpu"),
+            bytes_per_s=chosen.value,
+            latency_ns=latency.value,
+            spread=chosen.spread,
             cached_bytes_per_s=warm.value,
-        )  # fmt: skip
+        )
     )
     held.notes.append(f"disk: measured in {folder.resolve()}, by {chosen.name} reads; files are not in the page cache")
 
@@ -204,9 +206,7 @@ def _gpu(held: _Held, meter: Meter, device: torch.device) -> None:
 
 def _copied(held: _Held, ends: tuple[str, str], copied: gpu.Copies) -> None:
     link = held.hardware.link(*ends)
-    held.link(
-        replace(link, bytes_per_s=copied.rate.value, latency_ns=copied.latency_ns, spread=copied.rate.spread)
-    )
+    held.link(replace(link, bytes_per_s=copied.rate.value, latency_ns=copied.latency_ns, spread=copied.rate.spread))
 
 
 def _between(
@@ -248,4 +248,6 @@ def _roots(held: _Held, meter: Meter, devices: list[torch.device]) -> None:
         alone = sum(held.hardware.link(*work.name.split("→")).bytes_per_s for work in (first, second))
         if each[2].value < _ALONE * alone:
             users = (first.name, second.name)
-            held.shared.append(Shared(name=f"root of {first.name}, {second.name}", bytes_per_s=each[2].value, users=users))
+            held.shared.append(
+                Shared(name=f"root of {first.name}, {second.name}", bytes_per_s=each[2].value, users=users)
+            )

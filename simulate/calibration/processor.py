@@ -70,15 +70,9 @@ def matmuls(
         bias = torch.zeros(width, dtype=dtype, device=device)
         for count in rows:
             states = torch.randn(1, count, INPUTS, device=device).to(dtype)
-
-            def call(states: torch.Tensor = states, kind: str = kind) -> torch.Tensor:
-                if kind == "linear":
-                    return functional.linear(states, next(weights))
-                return torch.addmm(bias, states[0], next(weights))
-
             figure = meter.rate(
-                f"{kind}, {name_of(dtype)}", f"{count} x {INPUTS} x {width}", "FLOP/s", call,
-                2.0 * count * INPUTS * width, after=after,
+                f"{kind}, {name_of(dtype)}", f"{count} x {INPUTS} x {width}", "FLOP/s",
+                _product(kind, states, weights, bias), 2.0 * count * INPUTS * width, after=after,
             )  # fmt: skip
             rate = MatmulRate(
                 dtype=name_of(dtype), rows=count, flops_per_s=figure.value,
@@ -86,6 +80,14 @@ def matmuls(
             )  # fmt: skip
             found.append((rate, figure))
     return found
+
+
+def _product(
+    kind: str, states: torch.Tensor, weights: Iterator[torch.Tensor], bias: torch.Tensor
+) -> Callable[[], torch.Tensor]:
+    if kind == "linear":
+        return lambda: functional.linear(states, next(weights))
+    return lambda: torch.addmm(bias, states[0], next(weights))
 
 
 def slices(meter: Meter, dtype: torch.dtype) -> Measured:
@@ -96,8 +98,7 @@ def slices(meter: Meter, dtype: torch.dtype) -> Measured:
         states = torch.randn(1, 16, inputs).to(dtype)
         figure = meter.rate(
             f"last token, {name_of(dtype)}", f"1 x {inputs} x {len(weights)}", "FLOP/s",
-            lambda states=states, weights=weights: functional.linear(states[:, -1:], weights),
-            2.0 * weights.numel(),
+            _product("linear", states[:, -1:], itertools.repeat(weights), weights), 2.0 * weights.numel(),
         )  # fmt: skip
         rate = MatmulRate(dtype=name_of(dtype), rows=1, flops_per_s=figure.value, kind="slice", width=inputs)
         found.append((rate, figure))
@@ -136,9 +137,7 @@ def memory_read(meter: Meter) -> Figure:
     """Return what all cores read from memory: a matrix times a vector in float32."""
     weights = rotated((8192, INPUTS), torch.float32)
     vector = torch.randn(1, 1, INPUTS)
-    return meter.rate(
-        "memory", "read", "B/s", lambda: functional.linear(vector, next(weights)), 8192.0 * INPUTS * 4
-    )
+    return meter.rate("memory", "read", "B/s", lambda: functional.linear(vector, next(weights)), 8192.0 * INPUTS * 4)
 
 
 def memory_copy(meter: Meter) -> Figure:
