@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simulate.calibration.figures import Figure, Meter, figure_of
+from simulate.calibration.figures import Figure, Meter, figure_of, rate_of
 from simulate.calibration.processor import name_of
 
 PROMPT_TOKENS = 384
@@ -104,7 +104,7 @@ def activations(meter: Meter, dtype: torch.dtype, operator_ns: int, *, device: t
         # Where nothing is left, it is lost in the noise of the rest: then it is taken to be a hundredth.
         left.append(max((between - started) - (ended - between) - overhead, (between - started) / 100))
         spent += ended - started
-    return figure_of("activations", name_of(dtype), "B/s", [counted.nbytes / seconds for seconds in left])
+    return rate_of("activations", name_of(dtype), "B/s", counted.nbytes, left)
 
 
 def _model(transformers: Any, dtype: torch.dtype, device: torch.device | str) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from planner.errors import InputError
-from simulate.calibration.figures import Figure, Meter, figure_of
+from simulate.calibration.figures import Figure, Meter, figure_of, rate_of
 
 # One read; a multiple of any disk's blocks.
 CHUNK_BYTES = 8 * 2**20
@@ -90,9 +90,9 @@ def direct_read(meter: Meter, file: File) -> Figure | None:
         os.close(descriptor)
 
 
-def cached_read(meter: Meter, file: File) -> Figure:
-    """Return what reads from the page cache reach."""
-    return _read(meter, file, file.descriptor, "read from the cache", drops=False)
+def buffered_read(meter: Meter, file: File, *, cached: bool) -> Figure:
+    """Return what reads through the page cache reach, of files that it holds or does not."""
+    return _read(meter, file, file.descriptor, f"read, {'cached' if cached else 'not cached'}", drops=not cached)
 
 
 def latency(meter: Meter, file: File) -> Figure:
@@ -161,5 +161,5 @@ def mapped_compute(meter: Meter, file: File, *, cached: bool) -> Figure:
         inside = statistics.median(meter.samples(passed(resident)))
         taken = meter.samples(passed(mapped), before=None if cached else forget)
     # What cannot be told from nothing is taken as a hundredth of the computing.
-    rates = [count * each / max(sample - inside, inside / FREE_TIMES) for sample in taken]
-    return figure_of("disk", f"mapped, {'cached' if cached else 'not cached'}", "B/s", rates)
+    beside = [max(sample - inside, inside / FREE_TIMES) for sample in taken]
+    return rate_of("disk", f"mapped, {'cached' if cached else 'not cached'}", "B/s", count * each, beside)

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Unit = Literal["FLOP/s", "B/s", "ns"]
@@ -21,7 +21,8 @@ _COVERED = 0.9
 class Figure:
     """A measured rate or time: the median of its samples.
 
-    group, name: what was measured, as tables print it. spread: 9 of 10 samples lie so far from it, as a fraction of it.
+    group, name: what was measured, as tables print it.
+    spread: 9 of 10 samples took at most so much more or less time, as a fraction of it.
     """
 
     group: str
@@ -41,6 +42,12 @@ def figure_of(group: str, name: str, unit: Unit, values: Iterable[float]) -> Fig
     return Figure(
         group=group, name=name, value=max(1, round(middle)), unit=unit, spread=round(spread, 4), samples=len(samples)
     )
+
+
+def rate_of(group: str, name: str, unit: Unit, work: float, seconds: Iterable[float]) -> Figure:
+    """Return the rate at which `work` is done in the median of `seconds`, with their spread."""
+    taken = figure_of(group, name, unit, (each * 1e9 for each in seconds))
+    return replace(taken, value=max(1, round(work * 1e9 / taken.value)))
 
 
 class Meter:
@@ -107,4 +114,4 @@ class Meter:
     ) -> Figure:
         """Return how much of `work`, which one call does, is done in a second."""
         self.report(f"measuring {group}: {name}")
-        return figure_of(group, name, unit, (work / taken for taken in self.samples(call, before=before, after=after)))
+        return rate_of(group, name, unit, work, self.samples(call, before=before, after=after))

@@ -156,22 +156,26 @@ def _disk(held: _Held, meter: Meter, folder: Path, nbytes: int) -> None:
         latency = disk.latency(meter, file)
         cold = disk.mapped_compute(meter, file, cached=False)
         warm = disk.mapped_compute(meter, file, cached=True)
-        direct, cached = disk.direct_read(meter, file), disk.cached_read(meter, file)
-        held.take(*([direct] if direct is not None else []), cached, cold, warm, latency)
+        direct = disk.direct_read(meter, file)
+        read, cached = (disk.buffered_read(meter, file, cached=each) for each in (False, True))
+        held.take(*([] if direct is None else [direct]), read, cached, cold, warm, latency)
         with contextlib.closing(mmap.mmap(-1, disk.CHUNK_BYTES)) as buffer:
             held.take(*together.pair(meter, together.computing(), together.reading(file, file.descriptor, buffer)))
-    # GPUs read past the cache into a ring; the CPU computes straight from mapped files.
-    chosen = cold if direct is None or not held.hardware.gpus else direct
+    # What waits there for a GPU is read into memory; for the CPU, it is computed with straight from mapped files.
+    chosen, again = (read, cached) if held.hardware.gpus else (cold, warm)
     held.link(
         replace(
             held.hardware.link("disk", "cpu"),
             bytes_per_s=chosen.value,
             latency_ns=latency.value,
             spread=chosen.spread,
-            cached_bytes_per_s=warm.value,
+            cached_bytes_per_s=again.value,
         )
     )
-    held.notes.append(f"disk: measured in {folder.resolve()}, by {chosen.name} reads; files are not in the page cache")
+    held.notes.append(
+        f"disk: measured in {folder.resolve()} as {chosen.name!r}, and where the page cache holds the files as "
+        f"{again.name!r}"
+    )
 
 
 def _gpu(held: _Held, meter: Meter, device: torch.device) -> None:
