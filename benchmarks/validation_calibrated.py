@@ -166,9 +166,8 @@ def main() -> None:
     for row in rows(hardware, folder=options.folder):
         found.append(row)
         if not options.json:
-            print(
-                f"{row.id:26} {row.metric:20} {row.predicted / 1e6:9.1f} ms  {row.measured / 1e6:9.1f} ms  {row.error:+.1%}"
-            )
+            figures = f"{row.predicted / 1e6:9.1f} ms  {row.measured / 1e6:9.1f} ms"
+            print(f"{row.id:26} {row.metric:20} {figures}  {row.error:+.1%}", flush=True)
     errors = sorted(abs(row.error) for row in found)
     summary = {"median": round(statistics.median(errors), 4), "worst": errors[-1], "rows": len(errors)}
     if options.json:

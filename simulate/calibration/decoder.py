@@ -39,10 +39,11 @@ class _Counted(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         made = [value for value in _flat((out,)) if isinstance(value, torch.Tensor)]
         mutates = func._schema.is_mutable
-        if not made or (func.is_view and not mutates):
+        read = [value for value in _flat(args) if isinstance(value, torch.Tensor)]
+        looks = {t.untyped_storage().data_ptr() for t in read} & {t.untyped_storage().data_ptr() for t in made}
+        if not made or (looks and not mutates):
             return out
         self.operators += 1
-        read = [value for value in _flat(args) if isinstance(value, torch.Tensor)]
         self.nbytes += sum(t.nbytes for t in read if t.untyped_storage().data_ptr() not in self.weights)
         self.nbytes += 0 if mutates else sum(t.nbytes for t in made)
         return out

@@ -105,7 +105,7 @@ def _processor(held: _Held, meter: Meter, *, quick: bool) -> None:
     overheads, activations = [], []
     for dtype in processor.DTYPES:
         measured += processor.matmuls(meter, dtype, widths=widths, rows=rows)
-        measured += processor.slices(meter, dtype)
+        measured += processor.slices(meter, dtype, widths=_QUICK_WIDTHS if quick else processor.SLICE_INPUTS)
         measured += processor.attention(meter, dtype, rows=attention)
         overheads.append(decoder.operators(meter, dtype))
         activations.append(decoder.activations(meter, dtype, overheads[-1].value))

@@ -17,7 +17,8 @@ ROWS = (1, 4, 16, 64, 256, 1024)
 # Outputs of the products, whose inputs are as many as the one in the middle; inputs of slices.
 WIDTHS = (512, 2048, 8192)
 INPUTS = 2048
-SLICE_INPUTS = (1024, 2048, 4096)
+# Rearranging weights takes longer where rows are a power of two apart, so that both sorts of width are measured.
+SLICE_INPUTS = (768, 1024, 1536, 2048, 3072, 4096)
 # Rows of attention; one row looks at a context as long as the longest.
 ATTENTION_ROWS = (1, 64, 256, 1024)
 _HEADS, _HEAD_DIM, _CONTEXT = 16, 64, 1024
@@ -90,10 +91,10 @@ def _product(
     return lambda: torch.addmm(bias, states[0], next(weights))
 
 
-def slices(meter: Meter, dtype: torch.dtype) -> Measured:
+def slices(meter: Meter, dtype: torch.dtype, *, widths: tuple[int, ...] = SLICE_INPUTS) -> Measured:
     """Return what the product of a prompt's last token with a vocabulary's weights reaches."""
     found: Measured = []
-    for inputs in SLICE_INPUTS:
+    for inputs in widths:
         weights = torch.randn(_SLICE_ELEMENTS // inputs, inputs).to(dtype)
         states = torch.randn(1, 16, inputs).to(dtype)
         figure = meter.rate(
