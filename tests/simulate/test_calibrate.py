@@ -261,6 +261,7 @@ def test_with_page_cache_reads_at_the_cached_rate_and_says_so() -> None:
     warm = known.with_page_cache()
     assert warm.link("disk", "cpu").bytes_per_s == 77 * 10**9
     assert "page cache" in warm.assumptions[-1]
+    assert warm.with_max_memory({"cpu": "1GB"}).link("disk", "cpu") == warm.link("disk", "cpu")
     with pytest.raises(InputError, match="plan calibrate"):
         Hardware.from_options(0).with_page_cache()
 
@@ -431,8 +432,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         (processor, "INPUTS", 32), (together, "INPUTS", 32), (processor, "_SLICE_ELEMENTS", 4096),
         (processor, "_CONTEXT", 32), (processor, "_MOST_ROTATED_BYTES", 2**20), (machine, "_QUICK_WIDTHS", (32,)),
         (machine, "_QUICK_ROWS", (1, 8)), (machine, "QUICK_FILE_BYTES", 2 * disk.CHUNK_BYTES),
-        (disk, "_MATRIX", (512, 512)), (decoder, "PROMPT_TOKENS", 16), (decoder, "STEPS", 2), (decoder, "LEAST_RUNS", 1),
-        (figures, "LEAST_SAMPLE_S", 1e-4), (machine, "QUICK_SECONDS", 1e-4),
+        (disk, "_MATRIX", (512, 512)), (decoder, "PROMPT_TOKENS", 16), (decoder, "STEPS", 2),
+        (decoder, "LEAST_RUNS", 1), (figures, "LEAST_SAMPLE_S", 1e-4), (machine, "QUICK_SECONDS", 1e-4),
     ]  # fmt: skip
     for module, name, value in sizes:
         monkeypatch.setattr(module, name, value)
