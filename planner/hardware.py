@@ -65,7 +65,7 @@ class MatmulRate:
     kind: with weights as torch.nn.Linear keeps them, or as transformers' Conv1D does, transposed; "slice" is a Linear
         of each prompt's last token alone, taken from all of them, for which torch may rearrange the weights each time;
         "attention", whose rate counts every pair of a row and a token of the context.
-    width: outputs of a Linear or Conv1D, inputs of a slice; None: of any.
+    width, inputs: outputs and inputs of the product; None: of any.
     """
 
     dtype: str
@@ -73,6 +73,7 @@ class MatmulRate:
     flops_per_s: int
     kind: Literal["linear", "conv1d", "slice", "attention"] = field(default="linear", metadata=OMITTED)
     width: int | None = field(default=None, metadata=OMITTED)
+    inputs: int | None = field(default=None, metadata=OMITTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -449,7 +450,8 @@ def _check_sizes(hardware: Hardware) -> None:
         for each in device.matmuls:
             what = f"of a {each.kind} on {device.name} in {each.dtype}"
             counts += [(f"rows {what}", each.rows, 1), (f"flops_per_s {what}", each.flops_per_s, 1)]
-            counts.append((f"width {what}", 1 if each.width is None else each.width, 1))
+            sizes = {"width": each.width, "inputs": each.inputs}
+            counts += [(f"{name} {what}", 1 if size is None else size, 1) for name, size in sizes.items()]
     for pool in hardware.pools:
         counts.append((f"capacity_bytes of {pool.name}", pool.capacity_bytes, 0))
         counts.append((f"reserved_bytes of {pool.name}", pool.reserved_bytes, 0))

@@ -11,11 +11,10 @@ import bisect
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from planner.graph import LayerKind, Span, Tensor, WeightGroup
 from planner.hardware import Device, MatmulRate
-
-_ByRows = tuple[tuple[float, float], ...]
 
 
 def measured_ns(kind: LayerKind, span: Span, device: Device, *, tokens: int, dtype: str) -> int:
@@ -34,11 +33,12 @@ def measured_ns(kind: LayerKind, span: Span, device: Device, *, tokens: int, dty
     seconds = 0.0
     operators = float(span.operators)
     if rows and len(matrices) == 1 and rows < tokens:
-        seconds += 2 * elements * rows / rate("slice", rows=rows, width=matrices[0].shape[-1])
+        outputs, inputs = matrices[0].shape
+        seconds += 2 * elements * rows / rate("slice", rows=rows, width=outputs, inputs=inputs)
     elif rows:
         layout = "conv1d" if _is_transposed(kind) else "linear"
-        outputs = -1 if layout == "conv1d" else 0
-        seconds += sum(2 * m.elements * rows / rate(layout, rows=rows, width=m.shape[outputs]) for m in matrices)
+        second = -1 if layout == "conv1d" else 0
+        seconds += sum(2 * m.elements * rows / rate(layout, rows=rows, width=m.shape[second]) for m in matrices)
     for group in experts:
         used = group.expected_slices(tokens)
         each = tokens * group.used_slices / used
@@ -61,8 +61,10 @@ def measured_ns(kind: LayerKind, span: Span, device: Device, *, tokens: int, dty
     return int(max(seconds * 1e9, overhead))
 
 
-def flops_per_s(device: Device, kind: str, *, dtype: str, rows: float, width: int | None) -> float:
-    """Return the rate measured, between measured rows and widths interpolated in their logarithms.
+def flops_per_s(
+    device: Device, kind: str, *, dtype: str, rows: float, width: int | None, inputs: int | None = None
+) -> float:
+    """Return the rate measured, between measured rows, widths and inputs interpolated in their logarithms.
 
     Beyond the first and last it stays as it is there. What was not measured of a kind is a "linear"; of a dtype, the
     device's `flops_per_s`.
@@ -70,18 +72,27 @@ def flops_per_s(device: Device, kind: str, *, dtype: str, rows: float, width: in
     table = _table(device.matmuls, kind, dtype) or _table(device.matmuls, "linear", dtype)
     if not table:
         return device.flops_for(dtype)
-    at_width = [(math.log(known), _between(by_rows, math.log(max(rows, 1)))) for known, by_rows in table]
-    return math.exp(_between(at_width, math.log(max(width or 1, 1))))
+    at = [math.log(max(size or 1, 1)) for size in (inputs, width, rows)]
+    return math.exp(_interpolated(table, at))
 
 
 @functools.lru_cache(maxsize=256)
-def _table(matmuls: tuple[MatmulRate, ...], kind: str, dtype: str) -> tuple[tuple[int, _ByRows], ...]:
-    """Return (width, ((log rows, log rate), ...)) of one kind and dtype, in order."""
-    found: dict[int, dict[float, float]] = {}
+def _table(matmuls: tuple[MatmulRate, ...], kind: str, dtype: str) -> dict[float, Any]:
+    """Return {log inputs: {log width: {log rows: log rate}}} of one kind and dtype."""
+    found: dict[float, Any] = {}
     for each in matmuls:
         if (each.kind, each.dtype) == (kind, dtype):
-            found.setdefault(each.width or 1, {})[math.log(each.rows)] = math.log(each.flops_per_s)
-    return tuple((width, tuple(sorted(rates.items()))) for width, rates in sorted(found.items()))
+            sizes = [math.log(each.inputs or 1), math.log(each.width or 1), math.log(each.rows)]
+            by_width = found.setdefault(sizes[0], {})
+            by_width.setdefault(sizes[1], {})[sizes[2]] = math.log(each.flops_per_s)
+    return found
+
+
+def _interpolated(table: dict[float, Any], at: Sequence[float]) -> float:
+    """Return the value of nested tables at so many coordinates, linear between the entries of each."""
+    first, *others = at
+    points = [(x, _interpolated(y, others) if others else y) for x, y in sorted(table.items())]
+    return _between(points, first)
 
 
 def _between(points: Sequence[tuple[float, float]], at: float) -> float:

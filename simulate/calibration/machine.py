@@ -21,6 +21,7 @@ SECONDS, QUICK_SECONDS = 0.3, 0.02
 FILE_BYTES, QUICK_FILE_BYTES = 512 * 2**20, 128 * 2**20
 # Of the products, where it has to be quick; what lies between is interpolated.
 _QUICK_WIDTHS, _QUICK_ROWS = (2048,), (1, 16, 256)
+_QUICK_SLICES: dict[str, tuple[int, ...]] = {"widths": (32768,), "inputs": (1024,)}
 # Two links of which both together reach less than this part of their sum share a root.
 _ALONE = 0.9
 _GPU_WIDTHS, _GPU_ROWS = (2048, 8192), (1, 16, 256, 4096)
@@ -105,7 +106,7 @@ def _processor(held: _Held, meter: Meter, *, quick: bool) -> None:
     overheads, activations = [], []
     for dtype in processor.DTYPES:
         measured += processor.matmuls(meter, dtype, widths=widths, rows=rows)
-        measured += processor.slices(meter, dtype, widths=_QUICK_WIDTHS if quick else processor.SLICE_INPUTS)
+        measured += processor.slices(meter, dtype, **(_QUICK_SLICES if quick else {}))
         measured += processor.attention(meter, dtype, rows=attention)
         overheads.append(decoder.operators(meter, dtype))
         activations.append(decoder.activations(meter, dtype, overheads[-1].value))

@@ -14,16 +14,16 @@ from simulate.calibration.figures import Figure, Meter
 
 DTYPES = (torch.float32, torch.bfloat16)
 ROWS = (1, 4, 16, 64, 256, 1024)
-# Outputs of the products, whose inputs are as many as the one in the middle; inputs of slices.
+# Outputs of the products, whose inputs are as many as the one in the middle.
 WIDTHS = (512, 2048, 8192)
 INPUTS = 2048
-# Rearranging weights takes longer where rows are a power of two apart, so that both sorts of width are measured.
-SLICE_INPUTS = (768, 1024, 1536, 2048, 3072, 4096)
+# Outputs and inputs of the last token's: small and large vocabularies, and widths that are powers of two or not, for
+# which rearranging weights is slower.
+SLICE_WIDTHS = (16384, 49152)
+SLICE_INPUTS = (768, 1024, 2048)
 # Rows of attention; one row looks at a context as long as the longest.
 ATTENTION_ROWS = (1, 64, 256, 1024)
 _HEADS, _HEAD_DIM, _CONTEXT = 16, 64, 1024
-# A vocabulary's weights, of which a slice is the last product of a prompt.
-_SLICE_ELEMENTS = 32 * 2**20
 # Where the operating system does not tell of caches.
 _ASSUMED_CACHE_BYTES = 64 * 2**20
 _MOST_ROTATED_BYTES = 2**30
@@ -91,17 +91,21 @@ def _product(
     return lambda: torch.addmm(bias, states[0], next(weights))
 
 
-def slices(meter: Meter, dtype: torch.dtype, *, widths: tuple[int, ...] = SLICE_INPUTS) -> Measured:
+def slices(
+    meter: Meter, dtype: torch.dtype, *, widths: tuple[int, ...] = SLICE_WIDTHS, inputs: tuple[int, ...] = SLICE_INPUTS
+) -> Measured:
     """Return what the product of a prompt's last token with a vocabulary's weights reaches."""
     found: Measured = []
-    for inputs in widths:
-        weights = torch.randn(_SLICE_ELEMENTS // inputs, inputs).to(dtype)
-        states = torch.randn(1, 16, inputs).to(dtype)
+    for width, each in itertools.product(widths, inputs):
+        weights = torch.randn(width, each).to(dtype)
+        states = torch.randn(1, 16, each).to(dtype)
         figure = meter.rate(
-            f"last token, {name_of(dtype)}", f"1 x {inputs} x {len(weights)}", "FLOP/s",
+            f"last token, {name_of(dtype)}", f"1 x {each} x {width}", "FLOP/s",
             _product("linear", states[:, -1:], itertools.repeat(weights), weights), 2.0 * weights.numel(),
         )  # fmt: skip
-        rate = MatmulRate(dtype=name_of(dtype), rows=1, flops_per_s=figure.value, kind="slice", width=inputs)
+        rate = MatmulRate(
+            dtype=name_of(dtype), rows=1, flops_per_s=figure.value, kind="slice", width=width, inputs=each
+        )
         found.append((rate, figure))
     return found
 

@@ -141,6 +141,18 @@ def test_rates_between_measured_ones_are_interpolated_in_logarithms() -> None:
         found = rates.flops_per_s(device, "linear", dtype="float32", rows=rows, width=width)
         assert found == pytest.approx(1e9 * known * at, rel=1e-9)
     assert rates.flops_per_s(device, "linear", dtype="float16", rows=1, width=64) == 10**9
+    sliced = cpu(
+        tuple(
+            MatmulRate(
+                dtype="float32", rows=1, flops_per_s=width * 10**5 // inputs, kind="slice", width=width, inputs=inputs
+            )
+            for w in (10**4, 10**5)
+            for i in (100, 1000)
+        )
+    )
+    for width, inputs in ((10**4, 1000), (10**5, 100), (31_623, 316), (20_000, 500)):
+        found = rates.flops_per_s(sliced, "slice", dtype="float32", rows=1, width=width, inputs=inputs)
+        assert found == pytest.approx(1e5 * width / inputs, rel=1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 256])
@@ -429,7 +441,7 @@ def test_a_layer_of_a_model_is_counted_as_the_trace_counts_it(dtype: str) -> Non
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything measured on sizes that take no time."""
     sizes: list[tuple[Any, str, Any]] = [
-        (processor, "INPUTS", 32), (together, "INPUTS", 32), (processor, "_SLICE_ELEMENTS", 4096),
+        (processor, "INPUTS", 32), (together, "INPUTS", 32), (machine, "_QUICK_SLICES", {"widths": (64,), "inputs": (32, 64)}),
         (processor, "_CONTEXT", 32), (processor, "_MOST_ROTATED_BYTES", 2**20), (machine, "_QUICK_WIDTHS", (32,)),
         (machine, "_QUICK_ROWS", (1, 8)), (machine, "QUICK_FILE_BYTES", 2 * disk.CHUNK_BYTES),
         (disk, "_MATRIX", (512, 512)), (decoder, "PROMPT_TOKENS", 16), (decoder, "STEPS", 2),
