@@ -69,23 +69,46 @@ def flops_per_s(
     Beyond the first and last it stays as it is there. What was not measured of a kind is a "linear"; of a dtype, the
     device's `flops_per_s`.
     """
-    table = _table(device.matmuls, kind, dtype) or _table(device.matmuls, "linear", dtype)
-    if not table:
-        return device.flops_for(dtype)
-    at = [math.log(max(size or 1, 1)) for size in (inputs, width, rows)]
-    return math.exp(_interpolated(table, at))
+    return _rates_of(device).flops_per_s(kind, dtype, rows, width, inputs) or device.flops_for(dtype)
 
 
-@functools.lru_cache(maxsize=256)
-def _table(matmuls: tuple[MatmulRate, ...], kind: str, dtype: str) -> dict[float, Any]:
-    """Return {log inputs: {log width: {log rows: log rate}}} of one kind and dtype."""
-    found: dict[float, Any] = {}
-    for each in matmuls:
-        if (each.kind, each.dtype) == (kind, dtype):
+class _Rates:
+    """The measured rates of one device as nested tables, {log inputs: {log width: {log rows: log rate}}}."""
+
+    def __init__(self, matmuls: tuple[MatmulRate, ...]):
+        self.matmuls = matmuls
+        self.tables: dict[tuple[str, str], dict[float, Any]] = {}
+        self.known: dict[tuple[Any, ...], float] = {}
+        for each in matmuls:
             sizes = [math.log(each.inputs or 1), math.log(each.width or 1), math.log(each.rows)]
-            by_width = found.setdefault(sizes[0], {})
+            by_width = self.tables.setdefault((each.kind, each.dtype), {}).setdefault(sizes[0], {})
             by_width.setdefault(sizes[1], {})[sizes[2]] = math.log(each.flops_per_s)
-    return found
+
+    def flops_per_s(self, kind: str, dtype: str, rows: float, width: int | None, inputs: int | None) -> float | None:
+        """Return the rate of a kind, or of a linear; None where the dtype was not measured."""
+        key = kind, dtype, rows, width, inputs
+        if key not in self.known:
+            table = self.tables.get((kind, dtype)) or self.tables.get(("linear", dtype))
+            if table is None:
+                return None
+            at = [math.log(max(size or 1, 1)) for size in (inputs, width, rows)]
+            self.known[key] = math.exp(_interpolated(table, at))
+        return self.known[key]
+
+
+# By identity: to hash a hundred rates takes longer than to look one up. They hold what they are of, so that no other
+# can have its number.
+_known: dict[int, _Rates] = {}
+_MOST_KNOWN = 64
+
+
+def _rates_of(device: Device) -> _Rates:
+    number = id(device.matmuls)
+    if number not in _known:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[number] = _Rates(device.matmuls)
+    return _known[number]
 
 
 def _interpolated(table: dict[float, Any], at: Sequence[float]) -> float:

@@ -143,9 +143,7 @@ def test_rates_between_measured_ones_are_interpolated_in_logarithms() -> None:
     assert rates.flops_per_s(device, "linear", dtype="float16", rows=1, width=64) == 10**9
     sliced = cpu(
         tuple(
-            MatmulRate(
-                dtype="float32", rows=1, flops_per_s=width * 10**5 // inputs, kind="slice", width=width, inputs=inputs
-            )
+            MatmulRate(dtype="float32", rows=1, flops_per_s=w * 10**5 // i, kind="slice", width=w, inputs=i)
             for w in (10**4, 10**5)
             for i in (100, 1000)
         )
@@ -441,12 +439,21 @@ def test_a_layer_of_a_model_is_counted_as_the_trace_counts_it(dtype: str) -> Non
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything measured on sizes that take no time."""
     sizes: list[tuple[Any, str, Any]] = [
-        (processor, "INPUTS", 32), (together, "INPUTS", 32), (machine, "_QUICK_SLICES", {"widths": (64,), "inputs": (32, 64)}),
-        (processor, "_CONTEXT", 32), (processor, "_MOST_ROTATED_BYTES", 2**20), (machine, "_QUICK_WIDTHS", (32,)),
-        (machine, "_QUICK_ROWS", (1, 8)), (machine, "QUICK_FILE_BYTES", 2 * disk.CHUNK_BYTES),
-        (disk, "_MATRIX", (512, 512)), (decoder, "PROMPT_TOKENS", 16), (decoder, "STEPS", 2),
-        (decoder, "LEAST_RUNS", 1), (figures, "LEAST_SAMPLE_S", 1e-4), (machine, "QUICK_SECONDS", 1e-4),
-    ]  # fmt: skip
+        (processor, "INPUTS", 32),
+        (together, "INPUTS", 32),
+        (machine, "_QUICK_SLICES", {"widths": (64,), "inputs": (32, 64)}),
+        (processor, "_CONTEXT", 32),
+        (processor, "_MOST_ROTATED_BYTES", 2**20),
+        (machine, "_QUICK_WIDTHS", (32,)),
+        (machine, "_QUICK_ROWS", (1, 8)),
+        (machine, "QUICK_FILE_BYTES", 2 * disk.CHUNK_BYTES),
+        (disk, "_MATRIX", (512, 512)),
+        (decoder, "PROMPT_TOKENS", 16),
+        (decoder, "STEPS", 2),
+        (decoder, "LEAST_RUNS", 1),
+        (figures, "LEAST_SAMPLE_S", 1e-4),
+        (machine, "QUICK_SECONDS", 1e-4),
+    ]
     for module, name, value in sizes:
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(processor, "cache_bytes", lambda: 2**22)
