@@ -3,10 +3,11 @@
 A layer takes the longest of: its FLOPs at the device's matmul rate, its bytes at the device's memory rate (the
 roofline of Williams, Waterman and Patterson, CACM 2009), and its operators at the host's price of each; or what it was
 measured to take. On a calibrated device its time follows from rates measured by rows instead (planner/rates.py).
-Weights that must come from elsewhere take their bytes over the narrowest link of the way, and a
-latency. Experts that the CPU computes where they wait take the longer of their bytes at its memory rate and their FLOPs
-at its matmul rate, and two latencies of the link to hand the hidden states over and back. The experts that wait are the
-least popular ones of a layer, and each counts as often as it is expected to be used.
+Weights that must come from elsewhere take their bytes over the narrowest link of the way, and a latency. Experts that
+the CPU computes where they wait take the longer of their bytes at its memory rate, as slow as it is while weights are
+copied from the same memory, and their FLOPs at its matmul rate, and two latencies of the link to hand the hidden states
+over and back. The experts that wait are the least popular ones of a layer, and each counts as often as it is expected
+to be used.
 
 In one pass, layers run one after another, so the times of the devices add up. A device takes
 
@@ -43,7 +44,7 @@ from planner.rates import measured_ns
 from planner.steps import transfers
 from planner.workload import Workload
 
-COST_MODEL = "roofline layers, prefetched groups, transfers by link (planner/cost.py, version 2)"
+COST_MODEL = "roofline layers, prefetched groups, transfers by link (planner/cost.py, version 3)"
 
 Memory = Literal["device", "pinned", "pageable", "disk"]
 
@@ -126,28 +127,47 @@ def waiting_copy_ns(
 
 
 def slice_cpu_ns(
-    hardware: Hardware, group: WeightGroup, bucket: Bucket, home: str, device: str, *, tokens: int, dtype: str
+    hardware: Hardware,
+    group: WeightGroup,
+    bucket: Bucket,
+    home: str,
+    device: str,
+    *,
+    tokens: int,
+    dtype: str,
+    beside_copies: bool = True,
 ) -> int:
     """Return the expected time per pass in which the CPU `home` computes one expert that waits there for `device`.
 
-    A multiply-add of each weight for each token that is routed to it; hidden states go there and back.
+    A multiply-add of each weight for each token that is routed to it; hidden states go there and back. beside_copies:
+    weights are copied to the device from the same memory meanwhile.
     """
     host = hardware.device(home)
     used = group.used(bucket, tokens)
     elements = sum(tensor.elements for tensor in group.tensors) // group.slices
     routed = tokens * bucket.chance
-    memory = used * group.slice_slab_bytes * 1e9 / host.bytes_per_s
+    rate = hardware.cpu_bytes_per_s(device) if beside_copies else host.bytes_per_s
+    memory = used * group.slice_slab_bytes * 1e9 / rate
     arithmetic = 2.0 * routed * elements * 1e9 / host.flops_for(dtype)
     latencies = hardware.link(home, device).latency_ns + hardware.link(device, home).latency_ns
     return int(max(memory, arithmetic) + used * latencies)
 
 
 def waiting_cpu_ns(
-    hardware: Hardware, group: WeightGroup, home: str, device: str, *, waiting: int, tokens: int, dtype: str
+    hardware: Hardware,
+    group: WeightGroup,
+    home: str,
+    device: str,
+    *,
+    waiting: int,
+    tokens: int,
+    dtype: str,
+    beside_copies: bool = True,
 ) -> int:
     """Return the expected time per pass in which the CPU computes the waiting experts of a layer's group."""
     return sum(
-        count * slice_cpu_ns(hardware, group, bucket, home, device, tokens=tokens, dtype=dtype)
+        count
+        * slice_cpu_ns(hardware, group, bucket, home, device, tokens=tokens, dtype=dtype, beside_copies=beside_copies)
         for count, bucket in group.waiting(waiting)
     )
 

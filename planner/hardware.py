@@ -41,6 +41,9 @@ CUBLAS_WORKSPACE_BYTES = {"large": 32 * 2**20, "small": 8_519_680}
 
 DEFAULT_RAM_BYTES = 128 * GB
 DEFAULT_DISK_BYTES = 1 * TB
+# What a host's memory gives to its CPU and to copies together, against what its CPU alone reaches: an assumption, 90 %
+# of the wire rate against the 75 % that cores reach (`products.json`). `plan calibrate` measures it.
+MEMORY_TOGETHER = 1.2
 # A desktop with two channels of DDR5: 60 GB/s read by all cores, 1 TFLOP/s of matmul.
 CPU_PRODUCT = "desktop with two channels of DDR5"
 CPU_BYTES_PER_S = 60 * GB
@@ -160,8 +163,7 @@ class Hardware:
     pinned_limit_bytes: how much of a host's memory may be pinned for GPUs to copy from; None where only its size
         limits that.
     pageable_fraction: of a link's rate, what copies between pageable host memory and a GPU reach.
-    shared: roots that links have in common, and memories ("cpu memory"); a host's memory that is not named is shared
-        by its CPU and all links that begin or end there, at the rate that the CPU reads it.
+    shared: roots that links have in common, and memories ("cpu memory"); one that is not named is `memory_of` its host.
     """
 
     devices: tuple[Device, ...]
@@ -189,6 +191,27 @@ class Hardware:
         if found is None:
             found = self._links[source, target] = self._over_hosts(source, target)
         return found
+
+    def memory_of(self, host: str) -> Shared:
+        """Return what a host's CPU shares with all links that begin or end there."""
+        name, links = f"{host} memory", [link for link in self.links if host in (link.source, link.target)]
+        # What one link reaches, memory gives.
+        least = max((link.bytes_per_s for link in links), default=0)
+        return next((entry for entry in self.shared if entry.name == name), None) or Shared(
+            name=name,
+            bytes_per_s=max(int(self.device(host).bytes_per_s * MEMORY_TOGETHER), least),
+            users=(host, *(f"{link.source}→{link.target}" for link in links)),
+        )
+
+    def cpu_bytes_per_s(self, name: str) -> int:
+        """Return what the CPU of a device's host reads from memory while weights are copied from it to the device."""
+        host = self.device(self.host(name))
+        asked = host.bytes_per_s + self.link(host.name, name).bytes_per_s
+        return host.bytes_per_s * min(self._together[host.name], asked) // asked
+
+    @functools.cached_property
+    def _together(self) -> dict[str, int]:
+        return {host.name: self.memory_of(host.name).bytes_per_s for host in self.hosts}
 
     def host(self, name: str) -> str:
         """Return the CPU of the node that a device or memory is in: "cpu", or "node0/cpu"."""

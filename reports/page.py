@@ -26,6 +26,7 @@ from reports.style import (
     kind_words,
     place_colours,
 )
+from simulate.energy import energy_joules
 from simulate.timeline import Timeline
 
 # Nothing may be fetched: the browser itself refuses what this policy does not name.
@@ -56,6 +57,7 @@ def page_html(plan: Plan, timeline: Timeline) -> str:
         _headline(plan),
         _numbers(plan, timeline),
         *(_figure_section(plan, key, drawn.get(key)) for key in _FIGURES),
+        _lane_table(plan, timeline),
         _device_table(plan),
         _placement_table(plan),
         _assumptions(plan),
@@ -283,6 +285,31 @@ def _table(heads: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]], capt
         f'aria-label="{_text(caption)}"><table><thead><tr>{top}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def _lane_table(plan: Plan, timeline: Timeline) -> str:
+    """Return how busy each lane is, and the energy of the call; nothing where nothing was simulated."""
+    uses = {use.lane: use for use in timeline.utilisation()}
+    if not uses:
+        return ""
+    most = {"prefill": timeline.bottleneck(prefill=True), "decode": timeline.bottleneck()}
+    rows = []
+    for lane in time_figures.ordered_lanes(plan, timeline.lanes()):
+        bounds = " and ".join(phase for phase in most if most[phase] == lane)
+        rows.append([_text(lane), f"{uses[lane].prefill:.1%}", f"{uses[lane].decode:.1%}", bounds])
+    heads = [("lane", ""), ("prefill", "n"), ("decode", "n"), ("busiest in", "place")]
+    caption = (
+        "The part of the time in which each lane is busy; the busiest is what to make faster, or to give less to do"
+    )
+    joules = energy_joules(plan, timeline)
+    energy = (
+        f"<p>Energy of the call: about {sum(joules.values()):,.0f} J ("
+        + _text(", ".join(f"{name} {value:,.0f}" for name, value in joules.items()))
+        + "), an estimate: the largest power of each product while it computes, a tenth of it else.</p>"
+        if joules
+        else ""
+    )
+    return f"<section><h2>How busy every lane is</h2>{_table(heads, rows, caption)}{energy}</section>"
 
 
 def _device_table(plan: Plan) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import plotly.graph_objects as go
@@ -22,11 +22,6 @@ MAX_SAMPLES = 1500
 MAX_BARS = 1200
 # On a lane with more bars than this their edges would be all that is seen.
 BARS_WITH_EDGES = 80
-
-
-def step_starts(timeline: Timeline) -> list[int]:
-    """Return when every step begins, in ns from the start of the call, and last when the call ends."""
-    return [0, *accumulate(timeline.step_ns)]
 
 
 def memory_over_time(plan: Plan, timeline: Timeline) -> Any:
@@ -141,7 +136,7 @@ def _blocks(timeline: Timeline, samples: list[MemorySample]) -> list[tuple[list[
 
     The last sample of a device holds to the end of the call.
     """
-    starts = step_starts(timeline)
+    starts = timeline.step_starts()
     steps = sorted(timeline.simulated_steps) or [0]
     openings = [step for step in steps if step == steps[0] or step - 1 not in timeline.simulated_steps]
     begins = [starts[min(step, len(starts) - 1)] for step in openings]
@@ -159,7 +154,7 @@ def _blocks(timeline: Timeline, samples: list[MemorySample]) -> list[tuple[list[
 
 def _zoom_menu(timeline: Timeline, rows: int) -> list[dict[str, Any]]:
     """Return buttons that show the whole call, the prefill or one decode step; none for one step."""
-    starts = step_starts(timeline)
+    starts = timeline.step_starts()
     if len(timeline.step_ns) < 2:
         return []
     views = [("whole call", 0, starts[-1])]
@@ -206,7 +201,7 @@ def step_lanes(plan: Plan, timeline: Timeline, steps: Sequence[int] | None = Non
     """
     chosen = tuple(drawn_steps(timeline) if steps is None else steps)
     lanes = ordered_lanes(plan, timeline.lanes())
-    starts = step_starts(timeline)
+    starts = timeline.step_starts()
     rows = max(len(chosen), 1)
     panel = 24 * len(lanes) + 12
     height = rows * (panel + 58) + 30

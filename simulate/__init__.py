@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from simulate.energy import energy_joules
 from simulate.simulator import run
-from simulate.timeline import Interval, MemorySample, Timeline
+from simulate.timeline import Interval, LaneUse, MemorySample, Timeline
 
 if TYPE_CHECKING:
     from simulate.virtual_machine import virtual
 
-__all__ = ["Interval", "MemorySample", "Timeline", "run", "virtual"]
+__all__ = ["Interval", "LaneUse", "MemorySample", "Timeline", "energy_joules", "run", "virtual"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,14 +1,24 @@
 """A Plan → the Timeline of one call: prefill, then decode steps with a growing cache.
 
-The first steps and the last ones are simulated one by one; those between are interpolated, because a step's work is
-affine in the context length. So are the calls of a prefill in chunks, which together are step 0. Experts are taken at
-their expected number per pass, spread evenly.
+The first steps and the last ones are kept interval by interval. Between them only a few are simulated, each repeated
+until it takes as long as the time before: then copies that run ahead have settled. A step between two of these is
+interpolated where the one in the middle lies on their line, and looked at more closely where it does not, for a step's
+work is affine in the context, and its time is piecewise so. Calls of a prefill in chunks, which together are step 0,
+are treated alike.
+
+What waits of experts is taken at its expected number per pass; with a seed it is drawn, pass by pass.
+
+Operators are launched by the host, one after another, ahead of what they make a GPU do; the host waits at the end of a
+step, for router ids that it reads, and while the CPU computes. Copies from and to host memory and what the CPU computes
+share that memory (`planner.hardware.Shared`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from planner import cost
 from planner.chunks import chunks_of
@@ -19,20 +29,29 @@ from planner.host_cache import down_ns, host_layers, is_prefetched, up_ns
 from planner.memory import Usage, static_usage
 from planner.plan import Plan
 from planner.steps import LayerRun, Part, Transfer, layer_runs, prefetch_order
-from simulate.engine import Engine
+from simulate.engine import Action, After, Engine, Kind
+from simulate.routing import Routing
 from simulate.timeline import Interval, MemorySample, Timeline
 
-# Steps simulated at either end; a call of at most twice as many is simulated whole.
+# Steps kept at either end; a call of at most twice as many is simulated whole.
 STEPS_AT_EACH_END = 4
+# A step is settled when it takes as long as the time before, or after so many times.
+_REPEATS = 6
+# Of steps whose experts are drawn no two are alike: so many, evenly spread, are simulated.
+STEPS_DRAWN = 256
+# How far from its neighbours' line a step may lie before those between are looked at, as a fraction.
+_LINE = 1e-4
 
 
-def run(plan: Plan) -> Timeline:
+def run(plan: Plan, *, seed: int | None = None) -> Timeline:
     """Simulate the plan's workload on its hardware, nothing else needed.
+
+    seed: draws the experts that tokens are routed to; None: as many as are expected.
 
     Raises:
         PlanFormatError: the plan's graph has no pass for its workload.
     """
-    return _Simulation(plan).run()
+    return _Simulation(plan, seed).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,65 +68,133 @@ class _Call:
         return self.step == 0
 
 
+@dataclass(slots=True)
+class _Kept:
+    """A call whose intervals are kept: when it was simulated, and when it begins in the whole run."""
+
+    step: int
+    simulated_ns: int
+    begins_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What a device holds from the end of `after` on, or from the start of the call."""
+
+    call: int
+    after: After
+    device: str
+    usage: Usage
+    kv_cache: int
+    activations: int
+
+
 class _Simulation:
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: Plan, seed: int | None):
         if not plan.graph.passes:
             raise PlanFormatError("the plan's graph holds no pass to simulate")
         self.plan, self.graph, self.hardware = plan, plan.graph, plan.hardware
+        self.routing = None if seed is None else Routing(seed)
         self.dtype = cost.weight_dtype(plan.graph)
         self.runs = layer_runs(plan.graph, plan.placements)
         self.static = static_usage(plan.graph, plan.hardware, plan.placements, plan.slots)
-        self.engine = Engine()
+        self.users, capacities = _shared(plan.hardware)
+        self.engine = Engine(capacities)
         self.leaves: dict[int, list[Transfer]] = {}
         for move in (move for run in self.runs for move in run.takes if not move.waits):
             self.leaves.setdefault(move.source, []).append(move)
-        self.sent: dict[Transfer, int] = {}
-        # Layers with a cache in host memory; when the last of them began; when the next one's is there.
+        self.sent: dict[Transfer, After] = {}
+        # Layers with a cache in host memory, and when it is there.
         self.on_host = sorted(host_layers(plan.graph))
-        self.cached_ns = 0
-        self.ups: dict[int, int] = {}
-        self.samples: list[MemorySample] = []
-        self.copied: dict[str, list[int]] = {}
+        self.ups: dict[int, After] = {}
+        # What each host's launches follow.
+        self.launched: dict[str, After] = {}
+        self.copied: dict[str, list[After]] = {}
         self.queue: dict[str, list[Part]] = {}
         self.spans = {entry.name: entry.per_layer() for entry in plan.graph.passes}
         self.passes = {entry.name: entry for entry in plan.graph.passes}
+        self.times: dict[tuple[int, str, bool], tuple[int, int]] = {}
+        self.calls: list[_Kept] = []
+        self.keeps = True
+        self.actions: list[Action] = []
+        self.held: list[_Held] = []
 
     def run(self) -> Timeline:
         steps = self.plan.workload.decode_steps
-        for usage_device, usage in self.static.items():
-            self._sample(0, usage_device, usage)
-        self._begin_prefetch()
-        now, prefill_ns = self._prefill()
-        ends = {0: prefill_ns}
-        for step in _at_both_ends(1, steps):
-            started = now
-            now = self._call(self._decode(step), now)
-            ends[step] = now - started
-        simulated, durations = sorted(ends), _interpolate(ends, steps)
-        intervals = sorted(self.engine.intervals, key=_order)
-        memory = sorted(self.samples, key=lambda sample: sample.time_ns)
-        return Timeline(
-            intervals=tuple(intervals),
-            memory=tuple(memory),
-            simulated_steps=tuple(simulated),
-            step_ns=tuple(durations),
-        )
-
-    def _prefill(self) -> tuple[int, int]:
-        """Return when the prefill ends as simulated, and how long it takes with the chunks that were not."""
         chunks = chunks_of(self.graph, self.plan.workload)
         whole = chunks.whole - 1
-        now, ends = 0, {}
-        for number in (0, *_at_both_ends(1, whole)):
-            started = now
-            now = self._call(self._chunk(number, whole), now)
-            ends[number] = now - started
-        prefill_ns = sum(_interpolate(ends, whole))
+        self.calls.append(_Kept(0, 0))
+        for device, usage in self.static.items():
+            self._hold((), device, usage)
+        self._begin_prefetch()
+        prefill = self._series(0, whole, lambda number: self._chunk(number, whole))
         if chunks.rest:
-            started = now
-            now = self._call(_Call(0, self.passes["prefill_rest"], self.passes["prefill_rest"]), now)
-            prefill_ns += now - started
-        return now, prefill_ns
+            prefill += self._series(0, 0, lambda _: _Call(0, self.passes["prefill_rest"], self.passes["prefill_rest"]))
+        decode = self._series(1, steps, self._decode)
+        # Copies that run ahead go on when the call has ended.
+        self.engine.settle(tuple(self.actions))
+        begins, stretches = 0, []
+        for kept, taken in prefill + decode:
+            if kept is not None:
+                self.calls[kept].begins_ns = begins
+                stretches.append((begins, begins + taken))
+            begins += taken
+        return Timeline(
+            intervals=tuple(sorted(self._intervals(), key=_order)),
+            memory=tuple(sorted(self._samples(), key=lambda sample: sample.time_ns)),
+            simulated_steps=tuple(sorted({0} | {entry.step for entry in self.calls})),
+            step_ns=(sum(taken for _, taken in prefill), *(taken for _, taken in decode)),
+            kept_ns=tuple(stretches),
+        )
+
+    def _series(self, first: int, last: int, call_of: Callable[[int], _Call]) -> list[tuple[int | None, int]]:
+        """Return for each number which kept call it is, if any, and how long it takes in ns."""
+        if last < first:
+            return []
+        drawn = self.routing is not None and any(p.waiting and p.group.slices > 1 for r in self.runs for p in r.parts)
+        near = set(_at_both_ends(first, last))
+        known: dict[int, int] = {}
+        kept: dict[int, int] = {}
+        chosen = sorted(near | set(_spread(first, last, STEPS_DRAWN))) if drawn else sorted(near)
+        for number in chosen:
+            call = call_of(number)
+            if number - 1 not in known and known and not drawn:
+                known |= self._between(max(known), number - 1, known[max(known)], call_of)
+            if number in near:
+                kept[number] = len(self.calls)
+            known[number] = self._simulate(call, kept=number in near)
+        return [(kept.get(n), taken) for n, taken in zip(range(first, last + 1), _interpolate(known), strict=True)]
+
+    def _between(self, first: int, last: int, taken: int, call_of: Callable[[int], _Call]) -> dict[int, int]:
+        """Return the settled durations of as many numbers after `first`, to `last`, as their lines need."""
+        known = {last: self._settled(call_of(last))}
+        open_ends = [(first, taken, last, known[last])]
+        while open_ends:
+            low, low_ns, high, high_ns = open_ends.pop()
+            if high - low < 2:
+                continue
+            middle = (low + high) // 2
+            found = known[middle] = self._settled(call_of(middle))
+            straight = _between(low_ns, high_ns, (middle - low) / (high - low))
+            if abs(found - straight) > max(2 * len(self.runs), _LINE * found):
+                open_ends += [(low, low_ns, middle, found), (middle, found, high, high_ns)]
+        self._settled(call_of(last))
+        return known
+
+    def _settled(self, call: _Call) -> int:
+        taken = self._simulate(call, kept=False)
+        for _ in range(_REPEATS):
+            before, taken = taken, self._simulate(call, kept=False)
+            if abs(taken - before) <= len(self.runs):
+                break
+        return taken
+
+    def _simulate(self, call: _Call, *, kept: bool) -> int:
+        started = self.engine.clock_ns
+        self.keeps = kept
+        if kept:
+            self.calls.append(_Kept(call.step, started))
+        return self.engine.settle(self._call(call)) - started
 
     def _chunk(self, number: int, whole: int) -> _Call:
         """Return a whole chunk of the prompt; `whole` is the number of the last."""
@@ -123,7 +210,10 @@ class _Simulation:
         steps = self.plan.workload.decode_steps
         return _Call(step, first, last, (step - 1) / (steps - 1) if steps > 1 else 0.0)
 
-    def _call(self, call: _Call, now: int) -> int:
+    def _call(self, call: _Call) -> After:
+        """Issue one call, which begins now; return what it ends with."""
+        now: After = ()
+        self.launched = {}
         first, last, weight = self.spans[call.first.name], self.spans[call.last.name], call.weight
         cached: dict[str, int] = dict.fromkeys(self.static, 0)
         for run in self.runs:
@@ -133,141 +223,186 @@ class _Simulation:
                     first[run.index].kv_host_bytes, last[run.index].kv_host_bytes, weight
                 )
         for host in sorted({self.hardware.host(run.device) for run in self.runs if last[run.index].kv_host_bytes}):
-            self._sample(now, host, self.static[host], cached[host])
+            self._hold(now, host, self.static[host], cached[host])
         for run in self.runs:
             span, other = first[run.index], last[run.index]
-            now = self._take(run, now, call.step)
+            now = self._take(run, now, call)
             held = _between(span.requested_bytes, other.requested_bytes, weight)
-            self._sample(now, run.device, self.static[run.device], cached[run.device], held)
+            self._hold(now, run.device, self.static[run.device], cached[run.device], held)
             now = self._layer(run, call, now)
             cached[run.device] += _between(
                 span.kv_after_bytes - span.kv_before_bytes, other.kv_after_bytes - other.kv_before_bytes, weight
             )
-            self._sample(now, run.device, self.static[run.device], cached[run.device], 0)
-            self._send(run, now, call.step)
+            self._hold(now, run.device, self.static[run.device], cached[run.device], 0)
+            self._send(run, now, call)
         return now
 
-    def _layer(self, run: LayerRun, call: _Call, now: int) -> int:
-        device, step = self.hardware.device(run.device), call.step
+    def _layer(self, run: LayerRun, call: _Call, now: After) -> After:
         tokens = call.first.tokens * self.graph.batch_size
-        begun, ended = (
-            cost.layer_ns(
-                self.graph, run.index, self.spans[entry.name][run.index], device, tokens=tokens, dtype=self.dtype,
-                prefill=call.prefill,
-            )
-            for entry in (call.first, call.last)
-        )  # fmt: skip
+        computing, launching, read = self._work(run, call)
         now = self._bring_cache(run, call, now)
-        whole = _between(begun, ended, call.weight)
-        pending = 0
+        pending, pending_launches = 0, 0
         for part in run.parts:
-            own = round(whole * part.share)
+            own, launches = round(computing * part.share), launching // len(run.parts)
             if part.waiting and not part.prefetched:
-                now = self._run(run, "", pending, now, step)
-                now = self._fetch(run, part, tokens, now, step)
-                now = self._run(run, part.group.name, own, now, step)
-                pending = 0
+                now = self._run(run, "", pending, pending_launches, read, now)
+                # The host has read what the router chose, and goes on when the copies are under way.
+                self.launched[self.hardware.host(run.device)] = now
+                now = self._fetch(run, part, tokens, now)
+                now = self._run(run, part.group.name, own, launches, read, now)
+                pending, pending_launches = 0, 0
             elif part.prefetched:
                 ready = self.copied[run.device].pop(0)
-                now = self._run(run, part.group.name, pending + own, max(now, ready), step)
-                self._prefetch(run.device, now, step)
-                pending = 0
+                launches += pending_launches
+                now = self._run(run, part.group.name, pending + own, launches, read, (*now, *ready))
+                self._prefetch(run.device, now)
+                pending, pending_launches = 0, 0
             else:
                 pending += own
-        return self._run(run, "", pending, now, step)
+                pending_launches += launches
+        return self._run(run, "", pending, pending_launches, read, now)
 
-    def _bring_cache(self, run: LayerRun, call: _Call, now: int) -> int:
-        """Copy a layer's cache to host memory, and begin to bring the next one's; return when computing goes on.
+    def _work(self, run: LayerRun, call: _Call) -> tuple[int, int, int]:
+        """Return how long a layer computes and is launched, in ns, and the bytes per second that it reads and writes.
+
+        What was measured has its launches in it. A CPU launches what it computes itself.
+        """
+        device = self.hardware.device(run.device)
+        begun, ended = (self._time(run.index, run.device, entry, call.prefill) for entry in (call.first, call.last))
+        taken = _between(begun[0], ended[0], call.weight)
+        launching = _between(begun[1], ended[1], call.weight)
+        span = self.spans[call.first.name][run.index]
+        tokens = call.first.tokens * self.graph.batch_size
+        moved = span.moved_bytes + sum(
+            int(group.expected_slices(tokens) * group.nbytes / group.slices)
+            for group in self.graph.kind_of(run.index).groups
+            if group.slices > 1
+        )
+        rate = min(device.bytes_per_s, moved * 10**9 // taken) if taken else 0
+        return taken, launching, rate
+
+    def _time(self, index: int, name: str, entry: Pass, prefill: bool) -> tuple[int, int]:
+        known = self.times.get((index, entry.name, prefill))
+        if known is not None:
+            return known
+        device, span = self.hardware.device(name), self.spans[entry.name][index]
+        launching = 0
+        if device.kind != "cpu" and self.graph.measured_ns(index, name, prefill=prefill) is None:
+            launching = span.operators * device.operator_ns
+            device = dataclasses.replace(device, operator_ns=0)
+        taken = cost.layer_ns(
+            self.graph, index, span, device, tokens=entry.tokens * self.graph.batch_size, dtype=self.dtype,
+            prefill=prefill,
+        )  # fmt: skip
+        self.times[index, entry.name, prefill] = taken, launching
+        return taken, launching
+
+    def _bring_cache(self, run: LayerRun, call: _Call, now: After) -> After:
+        """Copy a layer's cache to host memory, and begin to bring the next one's; return what computing follows.
 
         Where the next one's device is not one that it is prefetched to, it is brought up when its layer begins.
         """
         if run.index not in self.on_host:
             return now
-        if run.index in self.ups:
-            now = max(now, self.ups.pop(run.index))
-        else:
-            # The first layer's is begun while the last one of the call before runs.
-            begun = self.cached_ns if is_prefetched(self.hardware, run.device) else now
-            now = max(now, self._up(run, call, begun))
-        self.cached_ns = now
-        later = self.on_host[self.on_host.index(run.index) + 1 :]
-        if later and is_prefetched(self.hardware, self.runs[later[0]].device):
-            self.ups[later[0]] = self._up(self.runs[later[0]], call, now)
+        # The first layer's is begun while the last one of the call before runs.
+        now = (*now, *(self.ups.pop(run.index) if run.index in self.ups else self._up(run, call, now)))
+        at = self.on_host.index(run.index) + 1
+        following = self.on_host[at] if at < len(self.on_host) else self.on_host[0]
+        if is_prefetched(self.hardware, self.runs[following].device):
+            self.ups[following] = self._up(self.runs[following], call, now, growing=at == len(self.on_host))
         return self._cache_copy(run, call, down_ns, now, up=False)
 
-    def _up(self, run: LayerRun, call: _Call, after: int) -> int:
+    def _up(self, run: LayerRun, call: _Call, after: After, *, growing: bool = False) -> After:
+        """Bring a layer's cache up; `growing`: for the next call, with what this one has added to it."""
+        if growing:
+            return self._cache_copy(run, call, down_ns, after, up=True)
         return self._cache_copy(run, call, up_ns, after, up=True)
 
     def _cache_copy(
-        self, run: LayerRun, call: _Call, priced: Callable[[Hardware, Span, str], int], after: int, *, up: bool
-    ) -> int:
+        self, run: LayerRun, call: _Call, priced: Callable[[Hardware, Span, str], int], after: After, *, up: bool
+    ) -> After:
         first, last = (self.spans[entry.name][run.index] for entry in (call.first, call.last))
         host, device = self.hardware.host(run.device), run.device
         duration = _between(priced(self.hardware, first, device), priced(self.hardware, last, device), call.weight)
-        if duration == 0:
-            return after
-        lane = self._lane(host, device) if up else self._lane(device, host)
+        ends = (host, device) if up else (device, host)
         waits = not (up and is_prefetched(self.hardware, device))
-        lanes = (lane, f"{device} compute") if waits else (lane,)
-        return self.engine.issue(
-            "copy", f"{run.name} cache", lanes=lanes, duration_ns=duration, after=after, step=call.step
-        )
+        lanes = (self._lane(*ends), f"{device} compute") if waits else (self._lane(*ends),)
+        return self._issue("copy", f"{run.name} cache", lanes, duration, after, self._draws(*ends))
 
-    def _run(self, run: LayerRun, part: str, duration: int, after: int, step: int) -> int:
-        label = f"{run.name} {part}".strip()
-        lanes = (f"{run.device} compute",)
-        return self.engine.issue("run", label, lanes=lanes, duration_ns=duration, after=after, step=step)
+    def _run(self, run: LayerRun, part: str, duration: int, launching: int, read: int, after: After) -> After:
+        label, host = f"{run.name} {part}".strip(), self.hardware.host(run.device)
+        launched = self.launched.get(host, ())
+        draws = [(name, read) for name in self.users.get(run.device, ())]
+        ended = self._issue("run", label, (f"{run.device} compute",), duration, (*after, *launched), draws)
+        if launching:
+            launches = self._issue("launch", label, (f"{host} launches",), launching, launched)
+            self.launched[host] = launches
+            return (*ended, *launches)
+        if self.hardware.device(run.device).kind == "cpu":
+            self.launched[host] = ended
+        return ended
 
-    def _take(self, run: LayerRun, now: int, step: int) -> int:
-        """Bring what other devices made and this layer is the first here to take; return when it is there."""
-        ready = max([now, *(self.sent.pop(move, now) for move in run.takes)])
+    def _take(self, run: LayerRun, now: After, call: _Call) -> After:
+        """Bring what other devices made and this layer is the first here to take; return what it follows."""
+        ready = tuple(action for move in run.takes for action in self.sent.pop(move, ()))
         for move in run.takes:
             if move.waits:
-                now = self._move(move, now, step)
-        return max(now, ready)
+                now = self._move(move, now, call)
+        return (*now, *ready)
 
-    def _send(self, run: LayerRun, now: int, step: int) -> None:
+    def _send(self, run: LayerRun, now: After, call: _Call) -> None:
         """Send what a layer made and nothing waits for: it is under way before it is taken."""
         for move in self.leaves.get(run.index, ()):
-            self.sent[move] = self._move(move, now, step)
+            self.sent[move] = self._move(move, now, call)
 
-    def _move(self, move: Transfer, after: int, step: int) -> int:
-        duration = move.ns(self.hardware, prefill=step == 0)
-        if duration == 0:
-            return after
-        return self.engine.issue(
-            "hop",
-            f"→ {self.graph.layers[move.target].name}",
-            lanes=(self._lane(move.origin, move.device),),
-            duration_ns=duration,
-            after=after,
-            step=step,
-        )
+    def _move(self, move: Transfer, after: After, call: _Call) -> After:
+        label = f"→ {self.graph.layers[move.target].name}"
+        duration = move.ns(self.hardware, prefill=call.prefill)
+        return self._issue("hop", label, (self._lane(move.origin, move.device),), duration, after)
 
-    def _fetch(self, run: LayerRun, part: Part, tokens: int, now: int, step: int) -> int:
-        """Copy what the router asked for, or read what the CPU is about to use; return when it is there.
+    def _fetch(self, run: LayerRun, part: Part, tokens: int, now: After) -> After:
+        """Copy what the router asked for, or read what the CPU is about to use; return what computing follows.
 
         What the CPU computes where it waits takes its time there, and the device waits.
         """
         home, kind = part.placement.home, part.placement.memory
         label = f"{run.name} {part.group.name}"
-        if kind != "disk" and part.on_cpu(tokens):
-            taken = cost.waiting_cpu_ns(
-                self.hardware, part.group, home, run.device, waiting=part.waiting, tokens=tokens, dtype=self.dtype
-            )
-            lanes: tuple[str, ...] = (f"{home} compute",)
-            return self.engine.issue("run", label, lanes=lanes, duration_ns=taken, after=now, step=step)
-        taken = cost.waiting_copy_ns(
-            self.hardware, part.group, home, run.device, kind, waiting=part.waiting, tokens=tokens
-        )
-        return self.engine.issue(
-            "read" if kind == "disk" else "copy",
-            label,
-            lanes=self._lanes(home, run.device, kind),
-            duration_ns=taken,
-            after=now,
-            step=step,
-        )
+        on_cpu = kind != "disk" and part.on_cpu(tokens)
+        for taken in self._fetches(run, part, tokens, on_cpu=on_cpu):
+            if on_cpu:
+                host = self.hardware.device(home)
+                draws = [(name, host.bytes_per_s) for name in self.users.get(home, ())]
+                now = self._issue("run", label, (f"{home} compute",), taken, now, draws)
+                self.launched[home] = now
+            else:
+                lanes, draws = self._way(home, run.device, kind)
+                now = self._issue("read" if kind == "disk" else "copy", label, lanes, taken, now, draws)
+        return now
+
+    def _fetches(self, run: LayerRun, part: Part, tokens: int, *, on_cpu: bool) -> Iterator[int]:
+        """Yield how long each copy of slices takes, or their computing by the CPU, in ns."""
+        group, home, memory = part.group, part.placement.home, part.placement.memory
+        if self.routing is None or group.slices == 1:
+            if on_cpu:
+                yield cost.waiting_cpu_ns(
+                    self.hardware, group, home, run.device, waiting=part.waiting, tokens=tokens, dtype=self.dtype,
+                    beside_copies=False,
+                )  # fmt: skip
+            else:
+                yield cost.waiting_copy_ns(
+                    self.hardware, group, home, run.device, memory, waiting=part.waiting, tokens=tokens
+                )
+            return
+        whole = cost.copy_ns(self.hardware, home, run.device, memory, cost.waiting_bytes(group, memory))
+        for bucket in self.routing.waiting(group, waiting=part.waiting, tokens=tokens):
+            if on_cpu:
+                expected = cost.slice_cpu_ns(
+                    self.hardware, group, bucket, home, run.device, tokens=tokens, dtype=self.dtype,
+                    beside_copies=False,
+                )  # fmt: skip
+                yield round(expected / group.used(bucket, tokens))
+            else:
+                yield whole
 
     def _begin_prefetch(self) -> None:
         """Fill every slot: nothing is copied before the call begins."""
@@ -277,48 +412,95 @@ class _Simulation:
             self.queue[entry.device] = list(prefetch_order(self.runs, entry.device))
             self.copied[entry.device] = []
             for _ in range(entry.count):
-                self._prefetch(entry.device, 0, 0)
+                self._prefetch(entry.device, ())
 
-    def _prefetch(self, device: str, slot_free: int, step: int) -> None:
-        """Copy the next group in the known, circular order into a slot that is free from the given instant."""
+    def _prefetch(self, device: str, slot_free: After) -> None:
+        """Copy the next group in the known, circular order into a slot that is free when `slot_free` has ended."""
         if not self.queue.get(device):
             return
         part = self.queue[device].pop(0)
         self.queue[device].append(part)
         home, kind = part.placement.home, part.placement.memory
-        end = self.engine.issue(
-            "copy",
-            f"{part.placement.layer} {part.group.name}",
-            lanes=self._lanes(home, device, kind),
-            duration_ns=cost.copy_ns(self.hardware, home, device, kind, cost.waiting_bytes(part.group, kind)),
-            after=slot_free,
-            step=step,
-        )
-        self.copied[device].append(end)
+        lanes, draws = self._way(home, device, kind)
+        taken = cost.copy_ns(self.hardware, home, device, kind, cost.waiting_bytes(part.group, kind))
+        label = f"{part.placement.layer} {part.group.name}"
+        self.copied[device].append(self._issue("copy", label, lanes, taken, slot_free, draws))
 
-    def _lanes(self, home: str, device: str, kind: str) -> tuple[str, ...]:
+    def _way(self, home: str, device: str, kind: cost.Memory) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
+        """Return the lanes of a copy, and what it draws from what they share."""
         host = self.hardware.host(device)
-        if kind == "disk":
-            read = f"{home}→{host} read"
-            return (read,) if device == host else (read, self._lane(host, device))
-        return (self._lane(home, device),)
+        rate, _ = cost.path_rate(self.hardware, home, device, kind)
+        if kind != "disk":
+            return (self._lane(home, device),), self._draws(home, device, rate)
+        read = f"{home}→{host} read"
+        if device == host:
+            return (read,), self._draws(home, host, rate)
+        return (read, self._lane(host, device)), self._draws(home, host, rate) + self._draws(host, device, rate)
+
+    def _draws(self, source: str, target: str, rate: int | None = None) -> list[tuple[str, int]]:
+        asked = self.hardware.link(source, target).bytes_per_s if rate is None else rate
+        return [(name, asked) for name in self.users.get(f"{source}→{target}", ())]
 
     def _lane(self, source: str, target: str) -> str:
         return self.hardware.link(source, target).lane or f"{source}→{target} copy"
 
-    def _sample(self, now: int, device: str, usage: Usage, kv_cache: int = 0, activations: int = 0) -> None:
-        self.samples.append(
-            MemorySample(
-                time_ns=now,
-                device=device,
-                weights=usage.weights,
-                kv_cache=kv_cache,
-                activations=activations,
-                slots=usage.slots,
-                workspace=usage.workspace,
-                context=usage.context,
-            )
+    def _issue(
+        self, kind: Kind, label: str, lanes: tuple[str, ...], duration: int, after: After,
+        draws: list[tuple[str, int]] | None = None,
+    ) -> After:  # fmt: skip
+        """Issue an action; one that takes no time is left out, and what it would follow is returned."""
+        if duration == 0:
+            return after
+        call = len(self.calls) - 1
+        action = self.engine.issue(
+            kind, label, lanes=lanes, duration_ns=duration, after=after, call=call, draws=draws or ()
         )
+        if self.keeps:
+            self.actions.append(action)
+        return (action,)
+
+    def _hold(self, after: After, device: str, usage: Usage, kv_cache: int = 0, activations: int = 0) -> None:
+        if self.keeps:
+            self.held.append(_Held(len(self.calls) - 1, after, device, usage, kv_cache, activations))
+
+    def _intervals(self) -> Iterator[Interval]:
+        for action in self.actions:
+            assert action.start_ns is not None
+            assert action.end_ns is not None
+            call = self.calls[action.call]
+            shift = call.begins_ns - call.simulated_ns
+            for lane in action.lanes:
+                yield Interval(
+                    lane=lane, start_ns=action.start_ns + shift, end_ns=action.end_ns + shift, action=action.kind,
+                    label=action.label, step=call.step,
+                )  # fmt: skip
+
+    def _samples(self) -> Iterator[MemorySample]:
+        for held in self.held:
+            call = self.calls[held.call]
+            ended = max((action.end_ns or 0 for action in held.after), default=call.simulated_ns)
+            yield MemorySample(
+                time_ns=max(ended, call.simulated_ns) + call.begins_ns - call.simulated_ns,
+                device=held.device,
+                weights=held.usage.weights,
+                kv_cache=held.kv_cache,
+                activations=held.activations,
+                slots=held.usage.slots,
+                workspace=held.usage.workspace,
+                context=held.usage.context,
+            )
+
+
+def _shared(hardware: Hardware) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """Return what each user shares with others, and the bytes per second of all that is shared."""
+    named = {
+        entry.name: entry for entry in (*map(hardware.memory_of, [h.name for h in hardware.hosts]), *hardware.shared)
+    }
+    users: dict[str, list[str]] = {}
+    for entry in named.values():
+        for user in entry.users:
+            users.setdefault(user, []).append(entry.name)
+    return users, {name: entry.bytes_per_s for name, entry in named.items()}
 
 
 def _between(first: int, last: int, weight: float) -> int:
@@ -327,22 +509,24 @@ def _between(first: int, last: int, weight: float) -> int:
 
 def _at_both_ends(first: int, last: int) -> list[int]:
     """Return the numbers from `first` to `last`, of many only those at either end."""
-    near = range(first, min(last, first + STEPS_AT_EACH_END - 1) + 1)
-    return sorted({*near, *range(max(first, last - STEPS_AT_EACH_END + 1), last + 1)})
+    if last - first < 2 * STEPS_AT_EACH_END:
+        return list(range(first, last + 1))
+    return [*range(first, first + STEPS_AT_EACH_END), *range(last - STEPS_AT_EACH_END + 1, last + 1)]
 
 
-def _interpolate(simulated: dict[int, int], steps: int) -> list[int]:
-    """Return every step's duration; those not simulated lie on the line between their simulated neighbours."""
-    known = sorted(simulated)
-    result = []
-    for step in range(steps + 1):
-        if step in simulated:
-            result.append(simulated[step])
-            continue
-        below = max(k for k in known if k < step)
-        above = min(k for k in known if k > step)
-        result.append(_between(simulated[below], simulated[above], (step - below) / (above - below)))
-    return result
+def _spread(first: int, last: int, count: int) -> list[int]:
+    """Return at most `count` numbers from `first` to `last`, evenly spread."""
+    numbers = last - first + 1
+    return list(range(first, last + 1)) if numbers <= count else [first + i * numbers // count for i in range(count)]
+
+
+def _interpolate(known: Mapping[int, int]) -> list[int]:
+    """Return all durations from the first number to the last; those not known lie on the line of their neighbours."""
+    result: list[int] = []
+    numbers = sorted(known)
+    for low, high in pairwise(numbers):
+        result += [_between(known[low], known[high], (n - low) / (high - low)) for n in range(low, high)]
+    return [*result, known[numbers[-1]]]
 
 
 def _order(interval: Interval) -> tuple[int, int, str, str]:

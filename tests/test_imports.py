@@ -217,7 +217,7 @@ def test_reports_know_values_and_timelines(name: str) -> None:
             # `memory` tells which slices wait, `phrases` says so: arithmetic and words on values alone.
             assert room(target) in VALUES | {"memory", "phrases"}, f"{name} imports {target}"
         elif top(target) == "simulate":
-            assert target == "simulate.timeline", f"{name} imports {target}"
+            assert target in ("simulate.timeline", "simulate.energy"), f"{name} imports {target}"
         else:
             assert top(target) not in ("dispatch", "torch"), f"{name} imports {target}"
 
@@ -263,7 +263,7 @@ PUBLIC = {
         "Rules", "Sensitivity", "TraceError", "Violation", "Workload", "explain", "frontier", "place", "plan_model",
         "predict", "predict_memory", "verify_plan",
     ],
-    "simulate": ["Interval", "MemorySample", "Timeline", "run", "virtual"],
+    "simulate": ["Interval", "LaneUse", "MemorySample", "Timeline", "energy_joules", "run", "virtual"],
     "dispatch": ["Checkpoint", "Measurement", "apply", "measure", "remove"],
     "reports": ["page_html", "write_report"],
 }  # fmt: skip

@@ -149,7 +149,13 @@ def _spread(figures: list[Figure]) -> float:
 
 
 def _links_at(hardware: Hardware, name: str) -> tuple[str, ...]:
-    return tuple(f"{link.source}→{link.target}" for link in hardware.links if name in (link.source, link.target))
+    """Return the links between a host and its GPUs: what the CPU reads of mapped files it computes with as it does."""
+    ends = {name, *(gpu.name for gpu in hardware.gpus)}
+    return tuple(
+        f"{link.source}→{link.target}"
+        for link in hardware.links
+        if name in (link.source, link.target) and {link.source, link.target} <= ends
+    )
 
 
 def _disk(held: _Held, meter: Meter, folder: Path, nbytes: int) -> None:

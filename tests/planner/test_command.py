@@ -538,6 +538,28 @@ def test_files_that_are_no_plans(capsys: pytest.CaptureFixture[str], tmp_path: P
         assert (code, out, err.count("\n")) == (5, "", 1)
 
 
+def test_simulate_prints_lanes_and_writes_a_trace(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path, trace = tmp_path / "plan.json", tmp_path / "trace.json"
+    plan = planned(capsys, *MIXTRAL)
+    plan.save(path)
+    code, out, err = ask(capsys, "simulate", str(path), "--trace", str(trace))
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    assert re.search(r"^cpu compute +0\.0% +\d+\.\d%  bounds decode$", out, flags=re.MULTILINE)
+    assert {event["ph"] for event in json.loads(trace.read_text())["traceEvents"]} == {"M", "X", "C"}
+    expected, drawn, again = (
+        json.loads(ask(capsys, "simulate", str(path), "--json", *words)[1])
+        for words in ((), ("--seed", "7"), ("--seed", "7"))
+    )
+    assert plan.prediction is not None
+    assert expected["total_ns"] == plan.prediction.total_ns
+    assert drawn == again != expected
+    assert drawn["decode_ns"]["p5"] < drawn["decode_ns"]["p50"] < drawn["decode_ns"]["p95"]
+    code, out, err = ask(capsys, "simulate", str(path), "--trace", str(path))
+    assert code == 2
+    assert Plan.load(path) == plan
+
+
 def test_verify_lists_what_is_broken(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     plan = planned(capsys, "--model", "gpt2")
     pools = tuple(dataclasses.replace(pool, capacity_bytes=10**8) for pool in plan.hardware.pools)

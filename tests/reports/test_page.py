@@ -278,3 +278,17 @@ def test_memory_is_proven_in_bytes(plan: Plan, timeline: Timeline) -> None:
     visible = Reader(own(page_html(fit, timeline))).visible
     assert "fit: 3.00 GB, bound 3.00 GB" in visible
     assert "whose bound is" not in visible
+
+
+def test_how_busy_lanes_are_is_told(plan: Plan, timeline: Timeline) -> None:
+    page = page_html(plan, timeline)
+    section = page[page.index("How busy every lane is") : page.index("<h2>Devices</h2>")]
+    for use in timeline.utilisation():
+        row = f">{use.lane}</th>"
+        assert row in section
+        assert f"{use.decode:.1%}" in section[section.index(row) :].split("</tr>")[0]
+    busiest = f">{timeline.bottleneck()}</th>"
+    assert "decode" in section[section.index(busiest) :].split("</tr>")[0]
+    assert "Energy of the call: about" in section
+    empty = dataclasses.replace(timeline, intervals=())
+    assert "How busy every lane is" not in page_html(plan, empty)

@@ -480,7 +480,7 @@ def test_calibrating_fills_in_what_plans_take_and_the_command_writes_it(
     assert hardware.is_spread
     assert hardware.with_page_cache().link("disk", "cpu").bytes_per_s > 0
     assert [shared.name for shared in hardware.shared] == ["cpu memory"]
-    assert hardware.shared[0].users == ("cpu", "disk→cpu")
+    assert hardware.shared[0].users == ("cpu",)
     assert hardware.shared[0].bytes_per_s >= host.bytes_per_s
     notes = " ".join(hardware.assumptions)
     assert "threads" in notes
@@ -524,6 +524,11 @@ def test_nothing_is_left_where_calibrating_breaks_off(tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(KeyboardInterrupt):
         calibrate(folder=tmp_path, hardware=calibrated())
+
+
+def test_a_memory_is_shared_by_its_cpu_and_the_links_to_gpus() -> None:
+    links = machine._links_at(Hardware.from_options("2x24GB"), "cpu")
+    assert set(links) == {"cpu→cuda:0", "cuda:0→cpu", "cpu→cuda:1", "cuda:1→cpu"}
 
 
 def test_links_keep_what_was_not_measured() -> None:

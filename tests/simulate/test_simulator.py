@@ -16,11 +16,11 @@ import planner
 import simulate
 from planner import cost
 from planner.graph import LayerKind
+from planner.hardware import Shared
 from planner.plan import Plan
 from planner.rules import NO_RULES, Rules
 from planner.workload import Workload
-from simulate import Interval, Timeline
-from simulate.engine import Engine
+from simulate import Interval, Timeline, simulator
 from small_cases import MIB, Case, build_graph, end_kind, gpu, group, machine, plan_of, span
 
 GPU = "cuda:0 compute"
@@ -168,7 +168,9 @@ def test_random_chains_take_what_their_cost_says(seed: int, experts: int) -> Non
     if plan.slots_on("cuda:0", "groups") and 0.8 < lane.groups / lane.computing < 1.25:
         assert 0.98 <= found <= 1.08
     else:
-        assert found == pytest.approx(1, rel=0.02)
+        # The cost has the CPU read experts as slowly as beside copies, also where there are few.
+        by_cpu = any(placement.cpu_up_to_tokens for placement in plan.placements)
+        assert (0.97 if by_cpu else 0.98) <= found <= 1.02
 
 
 def test_no_step_is_faster_than_its_busiest_lane(plan: Plan) -> None:
@@ -246,28 +248,27 @@ def test_every_streamed_group_is_copied_once_a_step(plan: Plan) -> None:
 
 
 def layer_ns(plan: Plan, step: int) -> int:
-    """Return the sum of all layers' times on cuda:0 in a step, by the roofline."""
+    """Return what all layers take on cuda:0 in a step, by the roofline; the host launches them ahead."""
     device = plan.hardware.device("cuda:0")
     passes = plan.graph.passes
     first = passes[0] if step == 0 else passes[1]
     last = passes[0] if step == 0 else passes[-1]
     steps = plan.workload.decode_steps
     weight = (step - 1) / (steps - 1) if step and steps > 1 else 0.0
-    total = 0
+    computed = launched = 0
     for one, other in zip(first.per_layer(), last.per_layer(), strict=True):
-        times = [
-            max(s.flops * 10**9 // 10**14, s.moved_bytes * 10**9 // 10**12, s.operators * device.operator_ns)
-            for s in (one, other)
-        ]
-        total += times[0] + round((times[1] - times[0]) * weight)
-    return total
+        times = [max(s.flops * 10**9 // 10**14, s.moved_bytes * 10**9 // 10**12) for s in (one, other)]
+        # It begins when its first operator is launched, and does not end before its last one is.
+        computed = max(computed, launched) + times[0] + round((times[1] - times[0]) * weight)
+        launched += one.operators * device.operator_ns
+    return max(computed, launched)
 
 
 def test_a_resident_plan_takes_the_sum_of_its_layers(plans: dict[str, Plan]) -> None:
     plan = plans["resident"]
     assert all(p.home == p.run_on == "cuda:0" for p in plan.placements)
     timeline = simulate.run(plan)
-    assert timeline.lanes() == (GPU,)
+    assert set(timeline.lanes()) == {GPU, "cpu launches"}
     for step in timeline.simulated_steps:
         assert abs(timeline.step_ns[step] - layer_ns(plan, step)) <= 2 * len(plan.graph.layers)
 
@@ -327,14 +328,33 @@ def test_experts_are_fetched_when_their_layer_runs(plans: dict[str, Plan]) -> No
         assert not [i for i in on_lane(timeline, GPU) if i.start_ns < fetch.end_ns and i.end_ns > fetch.start_ns]
 
 
-def test_steps_between_the_simulated_ones_lie_on_their_line(plans: dict[str, Plan]) -> None:
+@pytest.mark.parametrize("name", ["many tokens", "experts", "experts on the cpu", "from disk", "streamed on two"])
+def test_steps_that_are_left_out_take_what_they_would_have(
+    name: str, plans: dict[str, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = CASES[name]
+    # Copies and computing change places somewhere on the way: not all steps lie on one line.
+    long = dataclasses.replace(entry, workload=Workload(prompt_tokens=8, new_tokens=300))
+    plan = dataclasses.replace(plans[name], workload=long.workload)
+    timeline = simulate.run(plan)
+    assert timeline.simulated_steps == (*range(5), *range(296, 300))
+    monkeypatch.setattr(simulator, "STEPS_AT_EACH_END", 200)
+    whole = simulate.run(plan)
+    assert whole.simulated_steps == tuple(range(300))
+    assert timeline.step_ns == pytest.approx(whole.step_ns, rel=1e-2)
+    assert timeline.total_ns == pytest.approx(whole.total_ns, rel=2e-4)
+
+
+def test_what_is_kept_stands_where_it_happens(plans: dict[str, Plan], monkeypatch: pytest.MonkeyPatch) -> None:
     timeline = simulate.run(plans["many tokens"])
-    assert len(timeline.simulated_steps) < 12
-    decode = timeline.step_ns[5:-5]
-    rising = all(one <= other for one, other in pairwise(decode))
-    assert rising or all(one >= other for one, other in pairwise(decode))
-    least, most = min(timeline.step_ns[4], timeline.step_ns[-4]), max(timeline.step_ns[4], timeline.step_ns[-4])
-    assert all(least <= duration <= most for duration in decode)
+    monkeypatch.setattr(simulator, "STEPS_AT_EACH_END", 200)
+    whole = simulate.run(plans["many tokens"])
+    for step in (0, 1, 4, 297, 299):
+        mine, all_of_it = ([i for i in on_lane(t, GPU) if i.step == step] for t in (timeline, whole))
+        assert [i.label for i in mine] == [i.label for i in all_of_it]
+        assert mine[0].start_ns == pytest.approx(all_of_it[0].start_ns, rel=2e-4)
+    last = max(sample.time_ns for sample in timeline.memory)
+    assert last == pytest.approx(timeline.total_ns, rel=1e-3)
 
 
 def test_a_longer_context_never_takes_less(plans: dict[str, Plan]) -> None:
@@ -346,6 +366,86 @@ def test_a_plan_without_passes_is_refused(plans: dict[str, Plan]) -> None:
     graph = dataclasses.replace(plans["resident"].graph, passes=())
     with pytest.raises(planner.PlanFormatError, match="pass"):
         simulate.run(dataclasses.replace(plans["resident"], graph=graph))
+
+
+# Experts that are drawn
+
+
+def test_drawn_experts_take_what_is_expected_of_them(plans: dict[str, Plan]) -> None:
+    plan = dataclasses.replace(plans["experts"], workload=Workload(prompt_tokens=8, new_tokens=200))
+    expected = simulate.run(plan)
+    drawn = [simulate.run(plan, seed=seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(set(drawn[0].step_ns)) > 20
+    for timeline in drawn:
+        assert timeline.total_ns == pytest.approx(expected.total_ns, rel=0.03)
+        for step in timeline.simulated_steps[1:]:
+            fetches = [i for i in on_lane(timeline, LINK) if i.label.endswith("experts") and i.step == step]
+            whole = 10_000 + 2 * MIB * 10**9 // (20 * 10**9)
+            # One of eight for one token: a layer fetches one expert, or has it.
+            assert {i.duration_ns for i in fetches} <= {whole}
+            assert len({i.label for i in fetches}) == len(fetches)
+
+
+def test_where_nothing_is_routed_a_seed_changes_nothing(plans: dict[str, Plan]) -> None:
+    assert simulate.run(plans["streamed"], seed=1) == simulate.run(plans["streamed"])
+
+
+# What is shared
+
+
+def test_copies_beside_the_cpu_share_its_memory(plans: dict[str, Plan]) -> None:
+    plan = plans["experts on the cpu"]
+    assert any(p.cpu_up_to_tokens for p in plan.placements)
+    memory = plan.hardware.memory_of("cpu")
+    assert (memory.name, memory.bytes_per_s) == ("cpu memory", 60 * 10**9)
+    assert {"cpu", "cpu→cuda:0", "disk→cpu"} <= set(memory.users)
+    ample = dataclasses.replace(memory, bytes_per_s=10**12)
+    free = dataclasses.replace(plan.hardware, shared=(ample,))
+    scarce = dataclasses.replace(plan.hardware, shared=(dataclasses.replace(memory, bytes_per_s=50 * 10**9),))
+    times = [
+        simulate.run(dataclasses.replace(plan, hardware=hardware)).decode_ns_per_token
+        for hardware in (free, plan.hardware, scarce)
+    ]
+    assert times == sorted(times)
+    # The CPU reads at 50 GB/s and the link at 20: together 70 of 60, and of 50.
+    assert times[0] < times[1] <= times[0] * 7 / 6
+    assert times[1] < times[2] <= times[0] * 7 / 5
+
+
+def test_what_comes_from_disk_goes_through_memory_twice(plans: dict[str, Plan]) -> None:
+    plan = plans["from disk"]
+    memory = dataclasses.replace(plan.hardware.memory_of("cpu"), bytes_per_s=4 * 10**9)
+    timelines = [
+        simulate.run(dataclasses.replace(plan, hardware=dataclasses.replace(plan.hardware, shared=shared)))
+        for shared in ((), (memory,))
+    ]
+    # Written and read at the disk's 3 GB/s each: 6 of 4.
+    free, scarce = (min(i.duration_ns for i in on_lane(timeline, "disk→cpu read")) for timeline in timelines)
+    assert scarce == pytest.approx(free * 3 / 2, rel=0.01)
+
+
+def test_the_host_waits_for_the_router(plans: dict[str, Plan]) -> None:
+    timeline = simulate.run(plans["experts"])
+    launches = [i for i in on_lane(timeline, "cpu launches") if i.label.endswith("experts")]
+    assert launches
+    for launch in launches:
+        label = launch.label.removesuffix(" experts")
+        assert launch.start_ns >= max(
+            i.end_ns for i in on_lane(timeline, GPU) if (i.label, i.step) == (label, launch.step)
+        )
+
+
+def test_two_links_of_one_root_slow_each_other() -> None:
+    entry = CASES["streamed on two"]
+    root = Shared(name="root", bytes_per_s=10**10, users=("cpu→cuda:0", "cpu→cuda:1"))
+    plan = plan_of(entry)
+    apart = simulate.run(plan)
+    together = simulate.run(dataclasses.replace(plan, hardware=dataclasses.replace(plan.hardware, shared=(root,))))
+    # Each link asks for twice what the root has.
+    longest = max(i.duration_ns for i in on_lane(apart, LINK))
+    assert max(i.duration_ns for i in on_lane(together, LINK)) >= 2 * longest
+    assert together.total_ns > 1.5 * apart.total_ns
 
 
 # Views
@@ -371,20 +471,6 @@ def test_the_trace_is_valid_for_perfetto(plan: Plan) -> None:
         assert names[event["tid"]] == interval.lane
         assert (event["ts"], event["dur"]) == (interval.start_ns / 1e3, interval.duration_ns / 1e3)
         assert event["pid"] == 0
-
-
-# The engine
-
-
-def test_lanes_wait_for_each_other() -> None:
-    engine = Engine()
-    assert engine.issue("run", "a", lanes=("x",), duration_ns=10, after=0, step=0) == 10
-    assert engine.issue("copy", "b", lanes=("y",), duration_ns=4, after=3, step=0) == 7
-    assert engine.issue("copy", "c", lanes=("x", "y"), duration_ns=5, after=0, step=0) == 15
-    assert engine.issue("run", "d", lanes=("y",), duration_ns=0, after=99, step=0) == 99
-    assert [(i.lane, i.start_ns, i.end_ns) for i in engine.intervals] == [
-        ("x", 0, 10), ("y", 3, 7), ("x", 10, 15), ("y", 10, 15),
-    ]  # fmt: skip
 
 
 # Models of the catalogue

@@ -419,10 +419,15 @@ class Ledger:
         elements = sum(math.prod(tensor.shape) for tensor in entry.tensors) // entry.slices
         size = _slab(entry, _sizes(entry, how.dtype))
         rate = host.flops_per_s.get("bfloat16", host.flops_per_s["default"])
+        # The CPU gets its part of what the memory gives to it and a copy together: 1.2 times what it reaches alone, or
+        # what the fastest link from there or to there reaches.
+        both = host.bytes_per_s + self.machine.way(how.home, device)[0]
+        fastest = max(rate for ends, (rate, _) in self.machine.links.items() if how.home in ends)
+        alone = host.bytes_per_s * min(max(int(host.bytes_per_s * 1.2), fastest), both) // both
         there_and_back = self.machine.way(how.home, device)[1] + self.machine.way(device, how.home)[1]
         found = []
         for chance in _chances(entry):
-            read = _used(chance, tokens) * size * 1e9 / host.bytes_per_s
+            read = _used(chance, tokens) * size * 1e9 / alone
             multiplied = 2.0 * (tokens * chance) * elements * 1e9 / rate
             found.append(int(max(read, multiplied) + _used(chance, tokens) * there_and_back))
         return found
