@@ -81,7 +81,10 @@ def render(found: Calibration, *, color: bool) -> str:
 def _value(figure: Figure) -> str:
     if figure.unit == "ns":
         return format_ns(figure.value)
-    return _rate(figure.value) if figure.unit == "B/s" else f"{figure.value / 10**9:,.1f} GFLOP/s"
+    if figure.unit == "B/s":
+        return _rate(figure.value)
+    value = figure.value / 10**9
+    return f"{value:,.{1 if value >= 10 else 3}f} GFLOP/s"
 
 
 def _rate(bytes_per_s: int) -> str:

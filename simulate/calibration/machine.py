@@ -6,7 +6,7 @@ import contextlib
 import mmap
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -92,10 +92,21 @@ class _Held:
         hardware = replace(
             self.hardware,
             shared=(*self.hardware.shared, *self.shared),
-            assumptions=(*self.hardware.assumptions, *self.notes),
+            assumptions=(*_left(self.hardware.assumptions), *self.notes),
         )
         hardware.check()
         return Calibration(hardware=hardware, figures=tuple(self.figures))
+
+
+def _left(notes: Iterable[str]) -> Iterator[str]:
+    """Yield the assumptions of `Hardware.local` without what is measured now."""
+    for note in notes:
+        if note.startswith("CPU of this machine:"):
+            yield note.partition(",")[0]
+        elif note.startswith("disk"):
+            yield note.partition("; what reading reaches")[0].partition(", read at")[0]
+        elif not note.startswith(("CPU: ", "host to GPU ")) and "host time for an operator" not in note:
+            yield note
 
 
 def _processor(held: _Held, meter: Meter, *, quick: bool) -> None:

@@ -484,6 +484,9 @@ def test_calibrating_fills_in_what_plans_take_and_the_command_writes_it(
     assert hardware.shared[0].bytes_per_s >= host.bytes_per_s
     notes = " ".join(hardware.assumptions)
     assert "threads" in notes
+    assert "not measured" not in notes
+    for rate in ("GB/s (assumed)", "from memory", "FLOP", "read at", "for an operator"):
+        assert rate not in notes
     assert "disk: measured in" in notes
     plan = planner.place(small_graph(), hardware, Workload(prompt_tokens=32, new_tokens=5))
     assert plan.prediction is not None
@@ -495,14 +498,17 @@ def test_the_table_is_no_wider_than_a_terminal(
 ) -> None:
     figure = Figure(group="linear, bfloat16", name="1024 x 2048 x 8192", value=123_456_000_000, unit="FLOP/s",
                     spread=0.0123, samples=9)  # fmt: skip
-    others = (dataclasses.replace(figure, group="memory", name="read", unit="B/s"),
-              dataclasses.replace(figure, group="operators", name="float32", unit="ns", value=12_345))  # fmt: skip
+    others = (
+        dataclasses.replace(figure, value=123_456_789),
+        dataclasses.replace(figure, group="memory", name="read", unit="B/s"),
+        dataclasses.replace(figure, group="operators", name="float32", unit="ns", value=12_345),
+    )
     found = machine.Calibration(hardware=calibrated(), figures=(figure, *others))
     monkeypatch.setattr("simulate.calibration.calibrate", lambda **asked: found)
     assert main(["calibrate"]) == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
-    for word in ("123.5 GFLOP/s", "123.46 GB/s", "1.2%"):
+    for word in ("123.5 GFLOP/s", "0.123 GFLOP/s", "123.46 GB/s", "1.2%"):
         assert word in text
 
 
