@@ -59,9 +59,7 @@ def with_memory(hardware: Hardware, names: Collection[str], added_bytes: int) ->
 
 def with_faster_links(hardware: Hardware, links: Collection[Link], times: int) -> Hardware:
     """Return the machine with `times` the rate on the links given."""
-    changed = (
-        replace(link, bytes_per_s=link.bytes_per_s * times) if link in links else link for link in hardware.links
-    )
+    changed = (link.times(times) if link in links else link for link in hardware.links)
     return replace(hardware, links=tuple(changed))
 
 

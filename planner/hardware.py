@@ -128,7 +128,8 @@ class Link:
 
     lane: links of the same lane share one resource, and copy one after the other; None: a resource of its own.
     spread: of the rate, as a fraction of it.
-    cached_bytes_per_s: from a disk, what is reached where the page cache holds the files; 0: not measured.
+    mapped_bytes_per_s: from a disk, what is reached beside computing straight from a mapped file; 0: as `bytes_per_s`.
+    cached_bytes_per_s, cached_mapped_bytes_per_s: both where the page cache holds the files; 0: not measured.
     """
 
     source: str
@@ -137,7 +138,19 @@ class Link:
     latency_ns: int
     lane: str | None = None
     spread: float = field(default=0.0, metadata=OMITTED)
+    mapped_bytes_per_s: int = field(default=0, metadata=OMITTED)
     cached_bytes_per_s: int = field(default=0, metadata=OMITTED)
+    cached_mapped_bytes_per_s: int = field(default=0, metadata=OMITTED)
+
+    def times(self, factor: float) -> Link:
+        """Return this link with `factor` times all its rates."""
+        return replace(
+            self,
+            bytes_per_s=_scaled_rate(self.bytes_per_s, factor),
+            mapped_bytes_per_s=int(self.mapped_bytes_per_s * factor),
+            cached_bytes_per_s=int(self.cached_bytes_per_s * factor),
+            cached_mapped_bytes_per_s=int(self.cached_mapped_bytes_per_s * factor),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -361,7 +374,12 @@ class Hardware:
         return replace(
             self,
             links=tuple(
-                replace(link, bytes_per_s=link.cached_bytes_per_s, latency_ns=0)
+                replace(
+                    link,
+                    bytes_per_s=link.cached_bytes_per_s,
+                    mapped_bytes_per_s=link.cached_mapped_bytes_per_s,
+                    latency_ns=0,
+                )
                 if link.source in disks and link.cached_bytes_per_s
                 else link
                 for link in self.links
@@ -387,17 +405,7 @@ class Hardware:
         return replace(
             self,
             devices=tuple(_scaled_device(device, (1 + device.spread) ** sign) for device in self.devices),
-            links=tuple(
-                replace(
-                    link,
-                    bytes_per_s=_scaled_rate(link.bytes_per_s, (1 + link.spread) ** sign),
-                    cached_bytes_per_s=int(link.cached_bytes_per_s * (1 + link.spread) ** sign),
-                    latency_ns=int(link.latency_ns / (1 + link.spread) ** sign),
-                )
-                if link.spread
-                else link
-                for link in self.links
-            ),
+            links=tuple(_scaled_link(link, (1 + link.spread) ** sign) for link in self.links),
         )
 
     def check(self) -> None:
@@ -413,6 +421,10 @@ class Hardware:
 
 def _scaled_rate(rate: int, factor: float) -> int:
     return max(1, int(rate * factor))
+
+
+def _scaled_link(link: Link, factor: float) -> Link:
+    return replace(link.times(factor), latency_ns=int(link.latency_ns / factor)) if factor != 1 else link
 
 
 def _scaled_device(device: Device, factor: float) -> Device:
@@ -481,7 +493,8 @@ def _check_sizes(hardware: Hardware) -> None:
     for link in hardware.links:
         counts.append((f"bytes_per_s from {link.source} to {link.target}", link.bytes_per_s, 1))
         counts.append((f"latency_ns from {link.source} to {link.target}", link.latency_ns, 0))
-        counts.append((f"cached_bytes_per_s from {link.source} to {link.target}", link.cached_bytes_per_s, 0))
+        for name in ("mapped_bytes_per_s", "cached_bytes_per_s", "cached_mapped_bytes_per_s"):
+            counts.append((f"{name} from {link.source} to {link.target}", getattr(link, name), 0))
     counts += [(f"bytes_per_s of {shared.name}", shared.bytes_per_s, 1) for shared in hardware.shared]
     if hardware.pinned_limit_bytes is not None:
         counts.append(("pinned_limit_bytes", hardware.pinned_limit_bytes, 0))

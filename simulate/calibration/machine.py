@@ -179,21 +179,18 @@ def _disk(held: _Held, meter: Meter, folder: Path, nbytes: int) -> None:
         held.take(*([] if direct is None else [direct]), read, cached, cold, warm, latency)
         with contextlib.closing(mmap.mmap(-1, disk.CHUNK_BYTES)) as buffer:
             held.take(*together.pair(meter, together.computing(), together.reading(file, file.descriptor, buffer)))
-    # What waits there for a GPU is read into memory; for the CPU, it is computed with straight from mapped files.
-    chosen, again = (read, cached) if held.hardware.gpus else (cold, warm)
     held.link(
         replace(
             held.hardware.link("disk", "cpu"),
-            bytes_per_s=chosen.value,
+            bytes_per_s=read.value,
+            mapped_bytes_per_s=cold.value,
+            cached_bytes_per_s=cached.value,
+            cached_mapped_bytes_per_s=warm.value,
             latency_ns=latency.value,
-            spread=chosen.spread,
-            cached_bytes_per_s=again.value,
+            spread=max(read.spread, cold.spread),
         )
     )
-    held.notes.append(
-        f"disk: measured in {folder.resolve()} as {chosen.name!r}, and where the page cache holds the files as "
-        f"{again.name!r}"
-    )
+    held.notes.append(f"disk: measured in {folder.resolve()}; the page cache is taken not to hold what is read")
 
 
 def _gpu(held: _Held, meter: Meter, device: torch.device) -> None:

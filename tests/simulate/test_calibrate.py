@@ -214,7 +214,10 @@ def calibrated(spread: float = 0.25) -> Hardware:
         plain.device("cpu"), matmuls=table(lambda kind, rows, width: 10**10 * rows), activation_bytes_per_s=10**10,
         spread=spread,
     )  # fmt: skip
-    disk_link = dataclasses.replace(plain.link("disk", "cpu"), spread=spread, cached_bytes_per_s=77 * 10**9)
+    disk_link = dataclasses.replace(
+        plain.link("disk", "cpu"), spread=spread, mapped_bytes_per_s=10**9, cached_bytes_per_s=77 * 10**9,
+        cached_mapped_bytes_per_s=10**11,
+    )  # fmt: skip
     return dataclasses.replace(plain, devices=(host,), links=(disk_link,))
 
 
@@ -227,7 +230,9 @@ def test_slower_and_faster_move_every_rate_by_its_spread() -> None:
         assert after.activation_bytes_per_s == pytest.approx(before.activation_bytes_per_s * factor)
         for old, new in zip(before.matmuls, after.matmuls, strict=True):
             assert new == dataclasses.replace(old, flops_per_s=int(old.flops_per_s * factor))
-        assert other.links[0].bytes_per_s == pytest.approx(known.links[0].bytes_per_s * factor)
+        for name in ("", "mapped_", "cached_", "cached_mapped_"):
+            old, new = (getattr(each.links[0], f"{name}bytes_per_s") for each in (known, other))
+            assert new == pytest.approx(old * factor)
     plain = Hardware.from_options("2x24GB")
     assert plain.slower() == plain == plain.faster()
     assert not plain.is_spread
@@ -269,11 +274,26 @@ def test_a_file_with_an_impossible_figure_is_refused(
 def test_with_page_cache_reads_at_the_cached_rate_and_says_so() -> None:
     known = calibrated()
     warm = known.with_page_cache()
-    assert warm.link("disk", "cpu").bytes_per_s == 77 * 10**9
+    link = warm.link("disk", "cpu")
+    assert (link.bytes_per_s, link.mapped_bytes_per_s, link.latency_ns) == (77 * 10**9, 10**11, 0)
     assert "page cache" in warm.assumptions[-1]
     assert warm.with_max_memory({"cpu": "1GB"}).link("disk", "cpu") == warm.link("disk", "cpu")
     with pytest.raises(InputError, match="plan calibrate"):
         Hardware.from_options(0).with_page_cache()
+
+
+def test_the_cpu_maps_whole_groups_and_reads_single_experts() -> None:
+    known = calibrated()
+    whole, stacked = group(matrix("w", 512, 512)), group(matrix("w", 8, 128, 256), slices=8, used=8)
+    rates_of = {"whole": (whole, 10**9), "expert": (stacked, known.link("disk", "cpu").bytes_per_s)}
+    for each, rate in rates_of.values():
+        (_, bucket), *_ = each.waiting(1)
+        found = cost.slice_copy_ns(known, each, bucket, "disk", "cpu", "disk", tokens=1)
+        assert found == known.link("disk", "cpu").latency_ns + each.slice_slab_bytes * 10**9 // rate
+    plain = Hardware.from_options(0)
+    (_, bucket), *_ = whole.waiting(1)
+    found = cost.slice_copy_ns(plain, whole, bucket, "disk", "cpu", "disk", tokens=1)
+    assert found == cost.copy_ns(plain, "disk", "cpu", "disk", whole.slice_slab_bytes)
 
 
 def small_graph() -> LayerGraph:
