@@ -5,6 +5,7 @@ No test asserts how long anything takes: clocks are made up, and copies are fake
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -20,6 +21,7 @@ import transformers
 
 import planner
 from planner import cost, rates
+from planner.commands import options
 from planner.commands.main import main
 from planner.errors import InputError
 from planner.graph import Layer, LayerGraph, LayerKind, Pass, Span, Tensor, WeightGroup
@@ -566,3 +568,14 @@ def test_links_keep_what_was_not_measured() -> None:
     assert [each for each in held.hardware.links if each != link] == [
         each for each in before.links if (each.source, each.target) != ("disk", "cpu")
     ]
+
+
+def test_page_cache_is_asked_for_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "here.json"
+    calibrated().save(path)
+    parser = argparse.ArgumentParser()
+    options.add_machine_options(parser)
+    asked = parser.parse_args(["--hardware", str(path), "--page-cache"])
+    assert options.hardware(asked) == Hardware.load(path).with_page_cache()
+    assert main(["--model", "gpt2", "--page-cache"]) == 2
+    assert "plan calibrate" in " ".join(capsys.readouterr().err.split())
