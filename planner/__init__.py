@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from planner.api import frontier, place, plan_model, predict, predict_memory
+    from planner.api import frontier, place, plan_from_device_map, plan_model, predict, predict_memory
     from planner.errors import (
         InfeasibleError,
         InputError,
@@ -50,6 +50,7 @@ _HOMES = {
     "explain": "planner.explanation",
     "frontier": "planner.api",
     "place": "planner.api",
+    "plan_from_device_map": "planner.api",
     "plan_model": "planner.api",
     "predict": "planner.api",
     "predict_memory": "planner.api",
@@ -79,6 +80,7 @@ __all__ = [
     "explain",
     "frontier",
     "place",
+    "plan_from_device_map",
     "plan_model",
     "predict",
     "predict_memory",

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from planner import cache, loading, memory, search
 from planner.chunks import chunks
 from planner.cost import weight_dtype
+from planner.device_map import MAPPED, DeviceMap, placed
 from planner.errors import InfeasibleError, InputError, PlanFormatError
 from planner.fixes import GraphQuestion, with_fixes
 from planner.given import build_on_meta, dtype_of, source_of
 from planner.graph import LayerGraph
 from planner.hardware import Hardware
 from planner.headers import find_headers
-from planner.plan import SCHEMA_VERSION, Execution, ModelInfo, Plan, Prediction
+from planner.plan import SCHEMA_VERSION, Execution, ModelInfo, Placement, Plan, Prediction, Slots, Solver
 from planner.popularity import Popularity
 from planner.products import product
 from planner.question import Question
@@ -111,6 +112,28 @@ def frontier(model: Any, **options: Any) -> tuple[search.FrontierPoint, ...]:
         )  # fmt: skip
 
 
+def plan_from_device_map(model: Any, device_map: Mapping[str, int | str], **options: Any) -> Plan:
+    """Return what an Accelerate device map ({"model.layers.0": 0, "lm_head": "cpu", "": "disk"}) would take, run by
+    this project's engine: a plan that no solver chose, with its prediction, whether or not it fits (`verify_plan`).
+
+    Options are those of `plan_model`, without rules; for a layer graph `hardware` and `workload`.
+
+    Raises:
+        InputError: the map names a module or a device that is not there, leaves weights out, or splits a layer between
+            two GPUs; or an argument cannot be used. TraceError: the model is of a kind not carried yet.
+    """
+    if options.get("rules", NO_RULES) != NO_RULES:
+        raise InputError("a device map says where everything goes; rules cannot be followed beside it")
+    if isinstance(model, LayerGraph):
+        return _mapped_graph(model, device_map, **options)
+    asked = _asked(model, **options)
+    if asked.workload.objective in _SIZED:
+        raise InputError(f"{asked.workload.objective} looks for another size of work, and a device map is for one")
+    with _collector_paused():
+        plan = asked.question.mapped(asked.hardware, asked.workload, device_map)
+        return replace(plan, prediction=predict(plan))
+
+
 def place(
     graph: LayerGraph,
     hardware: Hardware,
@@ -131,6 +154,36 @@ def place(
     """
     from planner.placement.solution import find
 
+    _check_graph(graph, workload)
+    rules.check(graph, hardware)
+    routed = Popularity.of(popularity)
+    graph = graph if routed is None else routed.on(graph)
+    report("placing")
+    try:
+        placements, slots, solver = find(graph, hardware, workload, rules)
+    except InfeasibleError as error:
+        raise with_fixes(error, GraphQuestion(graph, workload, report), hardware, workload, rules) from None
+    assumptions = hardware.assumptions if routed is None else (routed.note(graph), *hardware.assumptions)
+    plan = _of_graph(graph, hardware, workload, rules, assumptions, placements, slots, solver)
+    report("simulating")
+    return replace(plan, prediction=predict(plan))
+
+
+def _mapped_graph(
+    graph: LayerGraph, device_map: Mapping[str, int | str], *, hardware: Hardware, workload: Workload
+) -> Plan:
+    _check_graph(graph, workload)
+    mapped = DeviceMap.read(device_map, hardware)
+    mapped.check_names(graph)
+    found, notes = placed(graph, hardware, mapped)
+    slots = memory.needed_slots(graph, hardware, found)
+    assumptions = (MAPPED, *notes, *hardware.assumptions)
+    plan = _of_graph(graph, hardware, workload, NO_RULES, assumptions, found, slots, None)
+    return replace(plan, prediction=predict(plan))
+
+
+def _check_graph(graph: LayerGraph, workload: Workload) -> None:
+    """Raise InputError where a graph cannot be planned for, or is not of this work."""
     graph.check()
     if not graph.passes:
         raise InputError("the graph has no pass; a plan needs what at least one forward call takes")
@@ -146,15 +199,20 @@ def place(
         )
     if graph.batch_size != workload.rows:
         raise InputError(f"the graph is of {graph.batch_size} sequences at a time, and the work of {workload.rows}")
-    rules.check(graph, hardware)
-    routed = Popularity.of(popularity)
-    graph = graph if routed is None else routed.on(graph)
-    report("placing")
-    try:
-        placements, slots, solver = find(graph, hardware, workload, rules)
-    except InfeasibleError as error:
-        raise with_fixes(error, GraphQuestion(graph, workload, report), hardware, workload, rules) from None
-    plan = Plan(
+
+
+def _of_graph(
+    graph: LayerGraph,
+    hardware: Hardware,
+    workload: Workload,
+    rules: Rules,
+    assumptions: tuple[str, ...],
+    placements: Sequence[Placement],
+    slots: Sequence[Slots],
+    solver: Solver | None,
+) -> Plan:
+    """Return a plan for a graph that was given as one; it has no prediction yet."""
+    return Plan(
         schema_version=SCHEMA_VERSION,
         model=ModelInfo(
             id=graph.model,
@@ -172,14 +230,12 @@ def place(
         workload=workload,
         rules=rules,
         execution=Execution(attention=None, experts=None),
-        assumptions=hardware.assumptions if routed is None else (routed.note(graph), *hardware.assumptions),
-        placements=placements,
-        slots=slots,
+        assumptions=assumptions,
+        placements=tuple(placements),
+        slots=tuple(slots),
         prediction=None,
         solver=solver,
     )
-    report("simulating")
-    return replace(plan, prediction=predict(plan))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,14 +7,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from planner import cache, loading
+from planner.device_map import MAPPED, DeviceMap, placed
 from planner.errors import InfeasibleError
 from planner.graph import LayerGraph
 from planner.hardware import Hardware
+from planner.memory import needed_slots
 from planner.models import ModelSource, load_config
-from planner.plan import SCHEMA_VERSION, Execution, ModelInfo, Placement, Plan
+from planner.plan import SCHEMA_VERSION, Execution, ModelInfo, Placement, Plan, Slots, Solver
 from planner.popularity import Popularity
 from planner.products import kernels_of
-from planner.rules import Rules
+from planner.rules import NO_RULES, Rules
 from planner.tracer import ASSUMED_CPU, Report, Tracer
 from planner.workload import Workload
 
@@ -61,8 +63,7 @@ class Question:
         )
         may_group = self.dtype == "bfloat16" and fits_whole
         graph, execution = self._trace(tracer, routed=not may_group)
-        if not graph.decode_passes and workload.decode_steps:
-            workload = replace(workload, caller="forward", new_tokens=1, prefill_chunk=None, cache="dynamic")
+        workload = _carried(graph, workload)
         self.report("placing")
         rules.check(graph, hardware)
         # The name is planner.execution.GROUPED_EXPERTS, whose module would load torch on a path that has the trace
@@ -80,6 +81,44 @@ class Question:
             self.report("tracing routed experts")
             graph, execution = self._trace(tracer, routed=True)
             placements, slots, solver = find(graph, hardware, workload, rules)
+        return self._finished(tracer, graph, execution, hardware, workload, rules, placements, slots, solver)
+
+    def mapped(self, hardware: Hardware, workload: Workload, given: Mapping[str, int | str]) -> Plan:
+        """Return the plan that a device map is; it has no prediction yet.
+
+        Raises:
+            InputError: the map cannot be followed. TraceError: the model is of a kind not carried yet.
+        """
+        mapped = DeviceMap.read(given, hardware)
+        tracer = self._tracer(hardware, workload)
+        may_group = self.dtype == "bfloat16"
+        graph, execution = self._trace(tracer, routed=not may_group)
+        if mapped.unknown(graph):
+            mapped.check_names(graph, {name for name, _ in tracer.built().named_modules()})
+        found, notes = placed(graph, hardware, mapped)
+        if execution.experts is not None and may_group and not _experts_stay(found):
+            self.report("tracing routed experts")
+            graph, execution = self._trace(tracer, routed=True)
+            found, notes = placed(graph, hardware, mapped)
+        plan = self._finished(
+            tracer, graph, execution, hardware, _carried(graph, workload), NO_RULES, found,
+            needed_slots(graph, hardware, found), None,
+        )  # fmt: skip
+        return replace(plan, assumptions=(MAPPED, *notes, *plan.assumptions))
+
+    def _finished(
+        self,
+        tracer: Tracer,
+        graph: LayerGraph,
+        execution: Execution,
+        hardware: Hardware,
+        workload: Workload,
+        rules: Rules,
+        placements: Sequence[Placement],
+        slots: Sequence[Slots],
+        solver: Solver | None,
+    ) -> Plan:
+        """Return the plan with these placements, and with what was assumed."""
         plan = Plan(
             schema_version=SCHEMA_VERSION,
             model=ModelInfo(
@@ -104,8 +143,8 @@ class Question:
                 *self.notes, *tracer.notes, *_execution_notes(workload, execution, hardware, self._routed(graph)),
                 *hardware.assumptions,
             ),
-            placements=placements,
-            slots=slots,
+            placements=tuple(placements),
+            slots=tuple(slots),
             prediction=None,
             solver=solver,
         )  # fmt: skip
@@ -157,6 +196,13 @@ class Question:
     def _routed(self, graph: LayerGraph) -> str | None:
         """Return what is assumed of the experts' popularity where that was given."""
         return None if self._popularity is None else self._popularity.note(graph)
+
+
+def _carried(graph: LayerGraph, workload: Workload) -> Workload:
+    """Return the work as the graph carries it: one forward call of what generates nothing."""
+    if graph.decode_passes or not workload.decode_steps:
+        return workload
+    return replace(workload, caller="forward", new_tokens=1, prefill_chunk=None, cache="dynamic")
 
 
 def _experts_stay(placements: Sequence[Placement]) -> bool:
