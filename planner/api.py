@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -338,6 +338,7 @@ def predict(plan: Plan) -> Prediction:
     peaks = memory.peak(plan.graph, plan.hardware, plan.placements, plan.slots)
     outputs = memory.operator_outputs(plan.graph, plan.placements)
     asked = memory.operator_outputs(plan.graph, plan.placements, with_scratch=True)
+    prefill_range, decode_range = _ranges(plan, simulate.run)
     decode_ns = timeline.decode_ns_per_token
     per_token = decode_ns or timeline.prefill_ns
     return Prediction(
@@ -350,7 +351,18 @@ def predict(plan: Plan) -> Prediction:
         tokens_per_s=round(plan.workload.batch_size * 1e9 / per_token, 3) if per_token else 0.0,
         load_ns=loading.read_ns(plan),
         load_peak_bytes=loading.load_peak_bytes(plan),
+        prefill_ns_range=prefill_range,
+        decode_ns_range=decode_range,
     )
+
+
+def _ranges(plan: Plan, run: Callable[[Plan], Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return from what to what prefill and decode step may take: with all rates higher and lower by their spread."""
+    if not plan.hardware.is_spread:
+        return (), ()
+    ends = [run(replace(plan, hardware=each)) for each in (plan.hardware.faster(), plan.hardware.slower())]
+    prefill, decode = tuple(end.prefill_ns for end in ends), tuple(end.decode_ns_per_token for end in ends)
+    return prefill, decode if any(decode) else ()
 
 
 def _counters(

@@ -44,7 +44,7 @@ def _facts(hardware: Hardware, name: str) -> tuple[str, ...]:
             rates = sorted(device.flops_per_s.items())
             numbers = (device.bytes_per_s, device.operator_ns, device.context_bytes, device.workspace_bytes)
             size = hardware.pool(device.pool).usable_bytes
-            return (device.kind, device.product, str(rates), *map(str, numbers), str(size))
+            return (device.kind, device.product, str(rates), str(device.matmuls), *map(str, numbers), str(size))
     return ("disk",)
 
 
@@ -59,9 +59,7 @@ def with_memory(hardware: Hardware, names: Collection[str], added_bytes: int) ->
 
 def with_faster_links(hardware: Hardware, links: Collection[Link], times: int) -> Hardware:
     """Return the machine with `times` the rate on the links given."""
-    changed = (
-        replace(link, bytes_per_s=link.bytes_per_s * times) if link in links else link for link in hardware.links
-    )
+    changed = (link.times(times) if link in links else link for link in hardware.links)
     return replace(hardware, links=tuple(changed))
 
 

@@ -2,11 +2,12 @@
 
 A layer takes the longest of: its FLOPs at the device's matmul rate, its bytes at the device's memory rate (the
 roofline of Williams, Waterman and Patterson, CACM 2009), and its operators at the host's price of each; or what it was
-measured to take. Weights that must come from elsewhere take their bytes over the narrowest link of the way, and a
-latency. Experts that the CPU computes where they wait take the longer of their bytes at its memory rate, as slow as it
-is while weights are copied from the same memory, and their FLOPs at its matmul rate, and two latencies of the link to
-hand the hidden states over and back. The experts that wait are the least popular ones of a layer, and each counts as
-often as it is expected to be used.
+measured to take. On a calibrated device its time follows from rates measured by rows instead (planner/rates.py).
+Weights that must come from elsewhere take their bytes over the narrowest link of the way, and a latency. Experts that
+the CPU computes where they wait take the longer of their bytes at its memory rate, as slow as it is while weights are
+copied from the same memory, and their FLOPs at its matmul rate, and two latencies of the link to hand the hidden states
+over and back. The experts that wait are the least popular ones of a layer, and each counts as often as it is expected
+to be used.
 
 In one pass, layers run one after another, so the times of the devices add up. A device takes
 
@@ -39,6 +40,7 @@ from planner.hardware import Device, Hardware
 from planner.host_cache import is_on_host, up_ns, waited_ns
 from planner.memory import SLOT_COUNT, waiting_slices, with_groups
 from planner.plan import Placement, Slots
+from planner.rates import measured_ns
 from planner.steps import transfers
 from planner.workload import Workload
 
@@ -62,6 +64,8 @@ def compute_ns(kind: LayerKind, span: Span, device: Device, *, tokens: int, dtyp
 
     tokens: of the whole batch in this pass; it decides how many distinct experts are expected to be read.
     """
+    if device.matmuls:
+        return measured_ns(kind, span, device, tokens=tokens, dtype=dtype)
     experts = sum(
         int(group.expected_slices(tokens) * group.nbytes / group.slices) for group in kind.groups if group.slices > 1
     )
@@ -106,8 +110,12 @@ def slice_copy_ns(
     hardware: Hardware, group: WeightGroup, bucket: Bucket, home: str, device: str, memory: Memory, *, tokens: int
 ) -> int:
     """Return the expected time per pass that one waiting slice of a bucket costs: its copy, times the chance that it
-    is used.
+    is used. The CPU computes with whole groups straight from mapped files.
     """
+    if memory == "disk" and group.slices == 1 and device == hardware.host(device):
+        link = hardware.link(home, device)
+        rate = link.mapped_bytes_per_s or link.bytes_per_s
+        return link.latency_ns + waiting_bytes(group, memory) * 10**9 // rate
     whole = copy_ns(hardware, home, device, memory, waiting_bytes(group, memory))
     return int(whole * group.used(bucket, tokens))
 

@@ -5,15 +5,15 @@ Values alone; `planner.machines` makes them from options and files.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.resources
 import itertools
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,11 +63,20 @@ _NAMES_LISTED = 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatmulRate:
-    """What matmuls of so many rows with weights of one torch dtype reach, their weights read from memory."""
+    """What products of so many rows in one torch dtype reach, measured; weights are read from memory, not from a cache.
+
+    kind: with weights as torch.nn.Linear keeps them, or as transformers' Conv1D does, transposed; "slice" is a Linear
+        of each prompt's last token alone, taken from all of them, for which torch may rearrange the weights each time;
+        "attention", whose rate counts every pair of a row and a token of the context.
+    width, inputs: outputs and inputs of the product; None: of any.
+    """
 
     dtype: str
     rows: int
     flops_per_s: int
+    kind: Literal["linear", "conv1d", "slice", "attention"] = field(default="linear", metadata=OMITTED)
+    width: int | None = field(default=None, metadata=OMITTED)
+    inputs: int | None = field(default=None, metadata=OMITTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +87,7 @@ class Device:
     operator_ns: host time per operator; a layer takes at least its operators times this.
     context_bytes, workspace_bytes: taken by the driver and the matmul library before any tensor.
     matmuls: measured rates by rows, where the device was calibrated; used instead of `flops_per_s`.
+    activation_bytes_per_s: measured of operators on activations, what they read and write together; 0: not measured.
     spread: of its rates, as a fraction of them: measurements lay so far to either side.
     """
 
@@ -91,6 +101,7 @@ class Device:
     context_bytes: int
     workspace_bytes: int
     matmuls: tuple[MatmulRate, ...] = field(default=(), metadata=OMITTED)
+    activation_bytes_per_s: int = field(default=0, metadata=OMITTED)
     spread: float = field(default=0.0, metadata=OMITTED)
 
     def flops_for(self, dtype: str) -> int:
@@ -117,6 +128,8 @@ class Link:
 
     lane: links of the same lane share one resource, and copy one after the other; None: a resource of its own.
     spread: of the rate, as a fraction of it.
+    mapped_bytes_per_s: from a disk, what is reached beside computing straight from a mapped file; 0: as `bytes_per_s`.
+    cached_bytes_per_s, cached_mapped_bytes_per_s: both where the page cache holds the files; 0: not measured.
     """
 
     source: str
@@ -125,6 +138,19 @@ class Link:
     latency_ns: int
     lane: str | None = None
     spread: float = field(default=0.0, metadata=OMITTED)
+    mapped_bytes_per_s: int = field(default=0, metadata=OMITTED)
+    cached_bytes_per_s: int = field(default=0, metadata=OMITTED)
+    cached_mapped_bytes_per_s: int = field(default=0, metadata=OMITTED)
+
+    def times(self, factor: float) -> Link:
+        """Return this link with `factor` times all its rates."""
+        return replace(
+            self,
+            bytes_per_s=_scaled_rate(self.bytes_per_s, factor),
+            mapped_bytes_per_s=int(self.mapped_bytes_per_s * factor),
+            cached_bytes_per_s=int(self.cached_bytes_per_s * factor),
+            cached_mapped_bytes_per_s=int(self.cached_mapped_bytes_per_s * factor),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,15 +348,64 @@ class Hardware:
         for pool in self.pools:
             limits = [caps[name] for name in {pool.name, _own_name(pool.name)} if name in caps]
             if limits:
-                pool = dataclasses.replace(pool, capacity_bytes=min(pool.capacity_bytes, *limits), reserved_bytes=0)
+                pool = replace(pool, capacity_bytes=min(pool.capacity_bytes, *limits), reserved_bytes=0)
             pools.append(pool)
         notes = tuple(f"{name} limited to {format_bytes(size)} by max_memory" for name, size in sorted(caps.items()))
         pinned = [limit for limit in (self.pinned_limit_bytes, caps.get("pinned")) if limit is not None]
-        return dataclasses.replace(
+        return replace(
             self,
             pools=tuple(pools),
             assumptions=self.assumptions + notes,
             pinned_limit_bytes=min(pinned, default=None),
+        )
+
+    def with_page_cache(self) -> Hardware:
+        """Return this machine with the page cache holding all files: its disks as fast as was measured then.
+
+        Raises:
+            InputError: that was not measured (`plan calibrate` does).
+        """
+        disks = {self.disk(host.name) for host in self.hosts}
+        if not any(link.cached_bytes_per_s for link in self.links if link.source in disks):
+            raise InputError(
+                "what reads from the page cache reach is not known of this machine; measure it with plan calibrate "
+                "--out FILE, and give --hardware FILE"
+            )
+        return replace(
+            self,
+            links=tuple(
+                replace(
+                    link,
+                    bytes_per_s=link.cached_bytes_per_s,
+                    mapped_bytes_per_s=link.cached_mapped_bytes_per_s,
+                    latency_ns=0,
+                )
+                if link.source in disks and link.cached_bytes_per_s
+                else link
+                for link in self.links
+            ),
+            assumptions=(*self.assumptions, "the page cache holds every file that is read"),
+        )
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether any rate was measured with a spread, so that predictions have a range."""
+        return any(device.spread for device in self.devices) or any(link.spread for link in self.links)
+
+    def slower(self) -> Hardware:
+        """Return this machine with every rate lower by its spread."""
+        return self._scaled(-1)
+
+    def faster(self) -> Hardware:
+        """Return this machine with every rate higher by its spread."""
+        return self._scaled(1)
+
+    def _scaled(self, sign: int) -> Hardware:
+        """Return it with rates times 1 + spread, or 1 / (1 + spread) for a negative sign; times by the inverse."""
+        return replace(
+            self,
+            devices=tuple(_scaled_device(device, (1 + device.spread) ** sign) for device in self.devices),
+            links=tuple(_scaled_link(link, (1 + link.spread) ** sign) for link in self.links),
         )
 
     def check(self) -> None:
@@ -342,6 +417,27 @@ class Hardware:
         _check_names(self)
         _check_sizes(self)
         _check_links(self)
+
+
+def _scaled_rate(rate: int, factor: float) -> int:
+    return max(1, int(rate * factor))
+
+
+def _scaled_link(link: Link, factor: float) -> Link:
+    return replace(link.times(factor), latency_ns=int(link.latency_ns / factor)) if factor != 1 else link
+
+
+def _scaled_device(device: Device, factor: float) -> Device:
+    if factor == 1:
+        return device
+    return replace(
+        device,
+        flops_per_s={key: _scaled_rate(rate, factor) for key, rate in device.flops_per_s.items()},
+        bytes_per_s=_scaled_rate(device.bytes_per_s, factor),
+        operator_ns=int(device.operator_ns / factor),
+        matmuls=tuple(replace(each, flops_per_s=_scaled_rate(each.flops_per_s, factor)) for each in device.matmuls),
+        activation_bytes_per_s=int(device.activation_bytes_per_s * factor),
+    )
 
 
 def _check_names(hardware: Hardware) -> None:
@@ -384,19 +480,32 @@ def _check_sizes(hardware: Hardware) -> None:
         counts.append((f"bytes_per_s of {device.name}", device.bytes_per_s, 1))
         counts += [
             (f"{name} of {device.name}", getattr(device, name), 0)
-            for name in ("operator_ns", "context_bytes", "workspace_bytes")
+            for name in ("operator_ns", "context_bytes", "workspace_bytes", "activation_bytes_per_s")
         ]
+        for each in device.matmuls:
+            what = f"of a {each.kind} on {device.name} in {each.dtype}"
+            counts += [(f"rows {what}", each.rows, 1), (f"flops_per_s {what}", each.flops_per_s, 1)]
+            sizes = {"width": each.width, "inputs": each.inputs}
+            counts += [(f"{name} {what}", 1 if size is None else size, 1) for name, size in sizes.items()]
     for pool in hardware.pools:
         counts.append((f"capacity_bytes of {pool.name}", pool.capacity_bytes, 0))
         counts.append((f"reserved_bytes of {pool.name}", pool.reserved_bytes, 0))
     for link in hardware.links:
         counts.append((f"bytes_per_s from {link.source} to {link.target}", link.bytes_per_s, 1))
         counts.append((f"latency_ns from {link.source} to {link.target}", link.latency_ns, 0))
+        for name in ("mapped_bytes_per_s", "cached_bytes_per_s", "cached_mapped_bytes_per_s"):
+            counts.append((f"{name} from {link.source} to {link.target}", getattr(link, name), 0))
+    counts += [(f"bytes_per_s of {shared.name}", shared.bytes_per_s, 1) for shared in hardware.shared]
     if hardware.pinned_limit_bytes is not None:
         counts.append(("pinned_limit_bytes", hardware.pinned_limit_bytes, 0))
     for what, value, least in counts:
         if value < least:
             raise InputError(f"hardware: {what} must be at least {least}, and is {value}")
+    spreads = [(device.name, device.spread) for device in hardware.devices]
+    spreads += [(f"the link from {link.source} to {link.target}", link.spread) for link in hardware.links]
+    for what, spread in spreads:
+        if not 0 <= spread < math.inf:
+            raise InputError(f"hardware: the spread of {what} must be at least 0, and is {spread}")
     if not 0 < hardware.pageable_fraction <= 1:
         raise InputError(f"hardware: pageable_fraction must lie in (0, 1], and is {hardware.pageable_fraction}")
 

@@ -5,7 +5,7 @@ machines; its canonical JSON has no times of day in it, and the same finished qu
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from planner.errors import InputError, PlanFormatError
 from planner.graph import LayerGraph
 from planner.hardware import Hardware
 from planner.rules import Rules
-from planner.serial import canonical, decode, encode, write_text
+from planner.serial import OMITTED, canonical, decode, encode, write_text
 from planner.workload import Workload
 
 SCHEMA_VERSION = 2
@@ -104,6 +104,8 @@ class Prediction:
         the caching allocator, and "device_used" with the context.
     load_peak_bytes: per memory but the disk, the most while `dispatch.apply` loads (see `planner.loading`): bytes
         requested on the host, device-used on GPUs.
+    prefill_ns_range, decode_ns_range: from and to, where rates were measured with a spread: all of them higher by it,
+        and all lower.
     """
 
     peak_bytes: dict[str, int]
@@ -115,6 +117,8 @@ class Prediction:
     tokens_per_s: float
     load_ns: int
     load_peak_bytes: dict[str, int]
+    prefill_ns_range: tuple[int, ...] = field(default=(), metadata=OMITTED)
+    decode_ns_range: tuple[int, ...] = field(default=(), metadata=OMITTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

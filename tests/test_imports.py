@@ -30,6 +30,7 @@ ORDER = (
     ("memory", "cuda_allocator", "cache", "models"),
     ("phrases",),
     ("headers",),
+    ("rates",),
     ("steps", "cost", "loading"),
     ("execution", "kernels"),
     ("conversions", "stored", "journal", "storages", "layers", "recorder", "inputs"),
@@ -53,6 +54,11 @@ TORCH = {
 HEAVY = {"torch", "transformers", "ortools", "pandas", "plotly", "numpy", "networkx", "safetensors", "huggingface_hub"}
 # Devices to run real code on: they measure.
 VIRTUAL = ("simulate.virtual_clock", "simulate.virtual_device", "simulate.virtual_machine")
+CALIBRATION = tuple(
+    f"simulate.calibration{name}"
+    for name in ("", ".decoder", ".disk", ".figures", ".gpu", ".machine", ".processor", ".together")
+)
+MEASURES = (*VIRTUAL, *CALIBRATION)
 
 
 @dataclass(frozen=True)
@@ -170,7 +176,7 @@ def test_heavy_packages_load_late(name: str) -> None:
             continue
         package = top(entry.target)
         allowed = (
-            (package == "torch" and (name in TORCH or name in VIRTUAL))
+            (package == "torch" and (name in TORCH or name in MEASURES))
             or (package == "ortools" and name.startswith("planner.placement."))
             or (package == "numpy" and name in NUMPY)
             or (package in ("plotly", "pandas") and top(name) == "reports")
@@ -178,18 +184,18 @@ def test_heavy_packages_load_late(name: str) -> None:
         assert allowed, f"{name} loads {package} when it is imported"
 
 
-@pytest.mark.parametrize("name", VIRTUAL)
+@pytest.mark.parametrize("name", MEASURES)
 def test_what_measures_knows_nothing_that_predicts(name: str) -> None:
     for entry in modules()[name]:
         target = module_in(entry.target)
         if top(target) in PACKAGES:
-            assert target in {*VIRTUAL, "planner.errors", "planner.hardware"}, f"{name} imports {target}"
+            assert target in {*MEASURES, "planner.errors", "planner.hardware"}, f"{name} imports {target}"
     for other, imports in modules().items():
-        if other not in VIRTUAL:
+        if other not in MEASURES:
             assert all(entry.lazy or entry.typing_only for entry in imports if module_in(entry.target) == name), other
 
 
-@pytest.mark.parametrize("name", [name for name in modules() if top(name) == "simulate" and name not in VIRTUAL])
+@pytest.mark.parametrize("name", [name for name in modules() if top(name) == "simulate" and name not in MEASURES])
 def test_simulate_knows_values_steps_memory_and_cost(name: str) -> None:
     for entry in modules()[name]:
         target = module_in(entry.target)

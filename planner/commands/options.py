@@ -81,6 +81,9 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a JSON file that describes it all (docs/hardware.md), or local: this machine",
     )
+    machine.add_argument(
+        "--page-cache", action="store_true", help="files on disk are in the page cache (with a calibrated --hardware)"
+    )
 
 
 def hardware(args: argparse.Namespace) -> Hardware:
@@ -89,6 +92,11 @@ def hardware(args: argparse.Namespace) -> Hardware:
     Raises:
         InputError: an option cannot be used, or a file is given besides what it describes.
     """
+    found = _described(args)
+    return found.with_page_cache() if args.page_cache else found
+
+
+def _described(args: argparse.Namespace) -> Hardware:
     max_memory = parse_max_memory(args.max_memory)
     said = {name: value for name in _DESCRIBED if (value := getattr(args, name)) is not None}
     if args.hardware is None:

@@ -24,6 +24,7 @@ commands:
   plan verify PLAN.json   check a saved plan against its own constraints
   plan explain PLAN.json  why a saved plan, or a layer of it, is as it is
   plan compare --model X  beside device maps: Accelerate's own, or from files
+  plan calibrate          measure this machine into a file for --hardware
 
 examples:
   plan --model mistralai/Mixtral-8x7B --gpus 2x24GB

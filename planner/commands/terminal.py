@@ -230,13 +230,19 @@ def _time(page: Page, plan: Plan, prediction: Prediction) -> None:
     work = plan.workload
     page.heading("Time, simulated")
     cut = "" if work.prefill_chunk is None else f", in chunks of {work.prefill_chunk:,}"
-    rows = [("prefill", format_ns(prediction.prefill_ns), f"for {work.prompt_tokens:,} tokens of prompt{cut}")]
+    rows = [
+        (
+            "prefill",
+            format_ns(prediction.prefill_ns),
+            f"for {work.prompt_tokens:,} tokens of prompt{cut}{_range(prediction.prefill_ns_range)}",
+        )
+    ]
     if prediction.decode_ns_per_token:
         rows.append(
             (
                 "decode",
                 format_ns(prediction.decode_ns_per_token),
-                f"per token, which is {_rate(plan, prediction)}",
+                f"per token, which is {_rate(plan, prediction)}{_range(prediction.decode_ns_range)}",
             )
         )
     elif work.caller == "generate":
@@ -249,7 +255,12 @@ def _time(page: Page, plan: Plan, prediction: Prediction) -> None:
     words = f"once, from disk; takes at most {held} of {where}"
     rows.append(("loading", format_ns(prediction.load_ns), words))
     for name, duration, words in rows:
-        page.line(f"  {name:<10}  {duration:>9}  {words}")
+        page.paragraph(words, first=f"  {name:<10}  {duration:>9}  ")
+
+
+def _range(ends: Sequence[int]) -> str:
+    """Return from what to what a time lies by the spread of what was measured, if any was."""
+    return f"; {format_ns(ends[0])} to {format_ns(ends[1])} by the spread of the rates" if ends else ""
 
 
 def _proof(page: Page, plan: Plan) -> None:

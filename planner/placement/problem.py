@@ -388,6 +388,7 @@ def likeness(hardware: Hardware, device: Device, rules: Rules) -> object:
     return (
         device.kind, device.product, tuple(sorted(device.flops_per_s.items())), device.bytes_per_s, device.operator_ns,
         device.context_bytes, device.workspace_bytes, hardware.pool(device.pool).usable_bytes, pinned,
+        device.matmuls, device.activation_bytes_per_s,
         tuple(sorted((kinds.get(other, "disk"), out, link.bytes_per_s, link.latency_ns, link.lane or "")
                      for other, out, link in links)),
     )  # fmt: skip

@@ -1,0 +1,165 @@
+"""The disk: what reads reach past the page cache and from it, and what computing straight from a mapped file costs."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from planner.errors import InputError
+from simulate.calibration.figures import Figure, Meter, figure_of, rate_of
+
+# One read; a multiple of any disk's blocks.
+CHUNK_BYTES = 8 * 2**20
+_BLOCK_BYTES = 4096
+# A layer's matrix as it waits in a mapped file.
+_MATRIX = (4096, 4096)
+# Not measurably slower than memory: so many times as fast as what memory reaches.
+FREE_TIMES = 100
+
+
+class File:
+    """A file of noise in `folder`, removed at the end.
+
+    Raises:
+        InputError: it cannot be written there.
+    """
+
+    def __init__(self, folder: Path, nbytes: int):
+        self.nbytes = nbytes // CHUNK_BYTES * CHUNK_BYTES
+        # Numbers as weights are: special ones would be slower to compute with.
+        noise = torch.randn(CHUNK_BYTES // 2).to(torch.bfloat16).view(torch.int16)
+        with contextlib.ExitStack() as stack:
+            try:
+                held = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".plan-calibrate."))
+                for number in range(self.nbytes // CHUNK_BYTES):
+                    held.write(noise.roll(number).numpy().tobytes())
+                held.flush()
+                os.fsync(held.fileno())
+            except OSError as exc:
+                raise InputError(
+                    f"cannot write {self.nbytes // 2**20} MiB to {folder} to measure its disk "
+                    f"({exc.strerror or exc}); give another --folder"
+                ) from exc
+            self.path, self.descriptor = Path(held.name), held.fileno()
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> File:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def drop(self) -> None:
+        """Let the page cache forget it; what is mapped stays."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    @contextlib.contextmanager
+    def mapped(self) -> Iterator[mmap.mmap]:
+        """Map it privately, as dispatch maps a checkpoint."""
+        pages = mmap.mmap(self.descriptor, self.nbytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        try:
+            yield pages
+        finally:
+            with contextlib.suppress(BufferError):
+                pages.close()
+
+
+def direct_read(meter: Meter, file: File) -> Figure | None:
+    """Return what reads past the page cache reach; None where the file system has none."""
+    flag = getattr(os, "O_DIRECT", None)
+    if flag is None:
+        return None
+    try:
+        descriptor = os.open(file.path, os.O_RDONLY | flag)
+    except OSError:
+        return None
+    try:
+        return _read(meter, file, descriptor, "read past the cache", drops=True)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def buffered_read(meter: Meter, file: File, *, cached: bool) -> Figure:
+    """Return what reads through the page cache reach, of files that it holds or does not."""
+    return _read(meter, file, file.descriptor, f"read, {'cached' if cached else 'not cached'}", drops=not cached)
+
+
+def latency(meter: Meter, file: File) -> Figure:
+    """Return what a small read past the page cache takes, in ns."""
+    count = file.nbytes // _BLOCK_BYTES
+    offsets = (torch.randperm(min(count, 4096)) * (count // min(count, 4096))).tolist()
+
+    def read() -> None:
+        os.pread(file.descriptor, _BLOCK_BYTES, offsets.pop() * _BLOCK_BYTES if offsets else 0)
+
+    def before() -> None:
+        file.drop()
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+    meter.report("measuring disk: latency")
+    try:
+        return figure_of("disk", "latency", "ns", (taken * 1e9 for taken in meter.samples(read, before=before)))
+    finally:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_NORMAL)
+
+
+def _read(meter: Meter, file: File, descriptor: int, name: str, *, drops: bool) -> Figure:
+    # Anonymous pages are aligned as direct reads want it.
+    with contextlib.closing(mmap.mmap(-1, CHUNK_BYTES)) as buffer:
+
+        def whole() -> None:
+            for offset in range(0, file.nbytes, CHUNK_BYTES):
+                if os.preadv(descriptor, [buffer], offset) != CHUNK_BYTES:
+                    raise OSError("the file ended early")
+
+        return meter.rate("disk", name, "B/s", whole, float(file.nbytes), before=file.drop if drops else None)
+
+
+def mapped_compute(meter: Meter, file: File, *, cached: bool) -> Figure:
+    """Return what weights that are computed with straight from a mapped file reach, beside the computing itself.
+
+    That takes the time of products with the mapped weights less that of the same with weights in memory. cached: the
+    file's pages are in memory; else each pass reads them from the disk.
+    """
+    meter.report(f"measuring disk: mapped, {'cached' if cached else 'not cached'}")
+    rows, columns = _MATRIX
+    each = rows * columns * 2
+    count = file.nbytes // each
+    vector = torch.ones(1, 1, columns, dtype=torch.bfloat16)
+    resident = [torch.zeros(_MATRIX, dtype=torch.bfloat16) for _ in range(count)]
+    with file.mapped() as pages:
+        mapped = [
+            torch.frombuffer(pages, dtype=torch.bfloat16, count=rows * columns, offset=number * each).view(_MATRIX)
+            for number in range(count)
+        ]
+
+        def forget() -> None:
+            if hasattr(mmap, "MADV_DONTNEED"):
+                pages.madvise(mmap.MADV_DONTNEED)
+            file.drop()
+
+        def passed(weights: list[torch.Tensor]) -> Callable[[], None]:
+            def call() -> None:
+                for weight in weights:
+                    functional.linear(vector, weight)
+
+            return call
+
+        inside = statistics.median(meter.samples(passed(resident)))
+        taken = meter.samples(passed(mapped), before=None if cached else forget)
+    # What cannot be told from nothing is taken as a hundredth of the computing.
+    beside = [max(sample - inside, inside / FREE_TIMES) for sample in taken]
+    return rate_of("disk", f"mapped, {'cached' if cached else 'not cached'}", "B/s", count * each, beside)
