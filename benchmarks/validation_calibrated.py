@@ -3,8 +3,8 @@
     python benchmarks/validation_calibrated.py [--hardware here.json] [--folder DIR] [--json]
 
 Every row is predicted before anything of it is run. Models have random weights. "warm": the page cache holds the files;
-"cold": it is emptied before every pass, as where memory is too short to keep them. Times are medians of a
-few calls of `generate`, one sequence, greedy.
+"cold": it is emptied before every pass, as where memory is too short to keep them. Times are those of the
+quickest tenth of passes of `generate`, one sequence, greedy: what calibration takes too.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import planner
 from machine import describe
 from planner import Hardware, Plan
 from simulate.calibration import calibrate
+from simulate.calibration.figures import quick
 
 PROMPT_TOKENS, NEW_TOKENS = 256, 9
 CALLS = {"memory": 4, "warm": 4, "cold": 2}
@@ -126,7 +127,9 @@ class Stamps(transformers.StoppingCriteria):  # type: ignore[misc]
 
 
 def measured(model: Any, *, calls: int, before_each_pass: Callable[[], None] | None = None) -> tuple[int, int]:
-    """Return the median times of a prefill and of a decode step, in ns; the first call warms up."""
+    """Return the times of a prefill and of a decode step, in ns: the quickest tenth, as calibration takes it. The first
+    call warms up.
+    """
     prefills, steps = [], []
     prompt = torch.randint(5, 30000, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
     asked = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
@@ -137,7 +140,7 @@ def measured(model: Any, *, calls: int, before_each_pass: Callable[[], None] | N
             first, *later = [done - begun for begun, done in stamps.times[:-1]]
             prefills.append(first)
             steps += later
-    return round(statistics.median(prefills) * 1e9), round(statistics.median(steps) * 1e9)
+    return round(quick(prefills) * 1e9), round(quick(steps) * 1e9)
 
 
 def drop(folder: Path) -> None:

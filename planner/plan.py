@@ -104,8 +104,8 @@ class Prediction:
         the caching allocator, and "device_used" with the context.
     load_peak_bytes: per memory but the disk, the most while `dispatch.apply` loads (see `planner.loading`): bytes
         requested on the host, device-used on GPUs.
-    prefill_ns_range, decode_ns_range: from and to, where rates were measured with a spread: all of them higher by it,
-        and all lower.
+    prefill_ns_range, decode_ns_range: from and to, where rates were measured with a spread: with the rates as they are,
+        and with all of them lower by it.
     """
 
     peak_bytes: dict[str, int]

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simulate.calibration.figures import Figure, Meter, figure_of, rate_of
+from simulate.calibration.figures import Figure, Meter, quick, rate_of, time_of
 from simulate.calibration.processor import name_of
 
 PROMPT_TOKENS = 384
@@ -67,19 +67,22 @@ def operators(meter: Meter, dtype: torch.dtype, *, device: torch.device | str = 
     products = _Products(model, 1, _CONTEXT_TOKENS + STEPS // 2)
     stamps = _stamps(transformers, meter, products)
     asked = {"max_new_tokens": STEPS + 1, "min_new_tokens": STEPS + 1, "do_sample": False, "pad_token_id": 0}
-    left: list[float] = []
+    steps: list[float] = []
+    apart: list[float] = []
     spent = 0.0
-    while not left or spent < meter.seconds or len(left) < LEAST_RUNS * STEPS:
+    while not steps or spent < meter.seconds or len(steps) < LEAST_RUNS * STEPS:
         stamps.times.clear()
         model.generate(prompt, stopping_criteria=[stamps], **asked)
-        # Each step, less the products that were done right after it.
-        left += [(token - end) - (end - done) for (done, end), (token, _) in itertools.pairwise(stamps.times)]
+        # Each step, and the products that were done right before it.
+        steps += [token - end for (_, end), (token, _) in itertools.pairwise(stamps.times)]
+        apart += [end - done for done, end in stamps.times[:-1]]
         spent += stamps.times[-1][1] - stamps.times[0][0]
     cache = model(prompt, use_cache=True).past_key_values
     with _Counted(model) as counted:
         model(prompt[:, :1], past_key_values=cache, use_cache=True)
-    values = [max(1.0, seconds * 1e9 / counted.operators) for seconds in left]
-    return figure_of("operators", name_of(dtype), "ns", values)
+    products_s = quick(apart)
+    left = [max(1.0, (seconds - products_s) * 1e9 / counted.operators) for seconds in steps]
+    return time_of("operators", name_of(dtype), left)
 
 
 @torch.no_grad()
@@ -94,17 +97,21 @@ def activations(meter: Meter, dtype: torch.dtype, operator_ns: int, *, device: t
         model(prompt)
     products = _Products(model, PROMPT_TOKENS, PROMPT_TOKENS)
     overhead = counted.operators * operator_ns / 1e9
-    left: list[float] = []
+    passes: list[float] = []
+    apart: list[float] = []
     spent = 0.0
-    while len(left) < LEAST_RUNS or spent < meter.seconds:
+    while len(passes) < LEAST_RUNS or spent < meter.seconds:
         started = meter.clock()
         model(prompt)
         between = meter.clock()
         products()
         ended = meter.clock()
-        # Where nothing is left, it is lost in the noise of the rest: then it is taken to be a hundredth.
-        left.append(max((between - started) - (ended - between) - overhead, (between - started) / 100))
+        passes.append(between - started)
+        apart.append(ended - between)
         spent += ended - started
+    products_s = quick(apart)
+    # Where nothing is left, it is lost in the noise of the rest: then it is taken to be a hundredth.
+    left = [max(seconds - products_s - overhead, seconds / 100) for seconds in passes]
     return rate_of("activations", name_of(dtype), "B/s", counted.nbytes, left)
 
 

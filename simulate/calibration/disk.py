@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from planner.errors import InputError
-from simulate.calibration.figures import Figure, Meter, figure_of, rate_of
+from simulate.calibration.figures import Figure, Meter, quick, rate_of, time_of
 
 # One read; a multiple of any disk's blocks.
 CHUNK_BYTES = 8 * 2**20
@@ -110,7 +109,7 @@ def latency(meter: Meter, file: File) -> Figure:
 
     meter.report("measuring disk: latency")
     try:
-        return figure_of("disk", "latency", "ns", (taken * 1e9 for taken in meter.samples(read, before=before)))
+        return time_of("disk", "latency", (taken * 1e9 for taken in meter.samples(read, before=before)))
     finally:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_NORMAL)
@@ -158,7 +157,7 @@ def mapped_compute(meter: Meter, file: File, *, cached: bool) -> Figure:
 
             return call
 
-        inside = statistics.median(meter.samples(passed(resident)))
+        inside = quick(meter.samples(passed(resident)))
         taken = meter.samples(passed(mapped), before=None if cached else forget)
     # What cannot be told from nothing is taken as a hundredth of the computing.
     beside = [max(sample - inside, inside / FREE_TIMES) for sample in taken]

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from simulate.calibration.disk import CHUNK_BYTES, File
-from simulate.calibration.figures import Figure, Meter, figure_of
+from simulate.calibration.figures import Figure, Meter, rate_of
 from simulate.calibration.processor import INPUTS, cache_bytes, rotated
 
 _WINDOWS = 3
@@ -68,10 +68,14 @@ def pair(meter: Meter, first: Work, second: Work) -> tuple[Figure, Figure, Figur
     one, other = together(meter, (first, second), seconds=max(meter.seconds, 0.05))
     both = [a + b for a, b in zip(one, other, strict=True)]
     return (
-        figure_of(group, first.name, "B/s", one),
-        figure_of(group, second.name, "B/s", other),
-        figure_of(group, "together", "B/s", both),
+        _reached(group, first.name, one),
+        _reached(group, second.name, other),
+        _reached(group, "together", both),
     )
+
+
+def _reached(group: str, name: str, rates: Sequence[float]) -> Figure:
+    return rate_of(group, name, "B/s", 1.0, (1 / max(rate, 1e-9) for rate in rates))
 
 
 def computing() -> Work:
