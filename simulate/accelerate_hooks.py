@@ -181,7 +181,7 @@ class _Run:
                 self._sample(name, cached[name], held, nbytes)
             self._layer(index, layer, span, entry, step)
             cached[layer.device] += span.kv_after_bytes - span.kv_before_bytes
-            for name in {layer.device, *brought}:
+            for name in dict.fromkeys((layer.device, *brought)):
                 self._sample(name, cached[name])
         return self.now - begun
 
