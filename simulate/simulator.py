@@ -358,7 +358,8 @@ class _Simulation:
     def _move(self, move: Transfer, after: After, call: _Call) -> After:
         label = f"→ {self.graph.layers[move.target].name}"
         duration = move.ns(self.hardware, prefill=call.prefill)
-        return self._issue("hop", label, (self._lane(move.origin, move.device),), duration, after)
+        ends = (move.origin, move.device)
+        return self._issue("hop", label, (self._lane(*ends),), duration, after, self._draws(*ends))
 
     def _fetch(self, run: LayerRun, part: Part, tokens: int, now: After) -> After:
         """Copy what the router asked for, or read what the CPU is about to use; return what computing follows.
@@ -432,14 +433,18 @@ class _Simulation:
         rate, _ = cost.path_rate(self.hardware, home, device, kind)
         if kind != "disk":
             return (self._lane(home, device),), self._draws(home, device, rate)
-        read = f"{home}→{host} read"
+        read = self.hardware.link(home, host).lane or f"{home}→{host} read"
         if device == host:
             return (read,), self._draws(home, host, rate)
         return (read, self._lane(host, device)), self._draws(home, host, rate) + self._draws(host, device, rate)
 
     def _draws(self, source: str, target: str, rate: int | None = None) -> list[tuple[str, int]]:
         asked = self.hardware.link(source, target).bytes_per_s if rate is None else rate
-        return [(name, asked) for name in self.users.get(f"{source}→{target}", ())]
+        return [
+            (name, asked)
+            for link in self.hardware.way(source, target)
+            for name in self.users.get(f"{link.source}→{link.target}", ())
+        ]
 
     def _lane(self, source: str, target: str) -> str:
         return self.hardware.link(source, target).lane or f"{source}→{target} copy"
