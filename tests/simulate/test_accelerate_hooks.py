@@ -276,6 +276,14 @@ def test_hardware_without_gpus_is_carried() -> None:
     assert simulate.run_accelerate(plan).peak_bytes("cpu") > plan.graph.weight_bytes
 
 
+def test_a_map_is_drawn_by_a_seed_as_its_plan_is() -> None:
+    device_map: dict[str, int | str] = {"": 0, "model.layers.1": "cpu"}
+    plan = planned("mixtral", device_map)
+    options: dict[str, Any] = {"model": CONFIGS["mixtral"](), "gpus": "2x24GB", "prompt_tokens": 9, "new_tokens": 5}
+    drawn = simulate.run(device_map, seed=2, weight_dtype="float32", **options)
+    assert drawn == simulate.run(plan, seed=2) != simulate.run(plan)
+
+
 def test_every_process_makes_the_same_timeline(tmp_path: Path) -> None:
     """Names of devices are hashed differently in each process."""
     device_map: dict[str, int | str] = {"": 0, "model.layers.0": 1, "model.layers.2": "cpu", "model.norm": 1}

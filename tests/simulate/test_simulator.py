@@ -368,6 +368,32 @@ def test_a_plan_without_passes_is_refused(plans: dict[str, Plan]) -> None:
         simulate.run(dataclasses.replace(plans["resident"], graph=graph))
 
 
+@pytest.mark.parametrize("run", [simulate.run, simulate.run_accelerate])
+def test_a_plan_that_lacks_a_pass_of_its_work_is_refused(run: Any, plans: dict[str, Plan]) -> None:
+    graph = plans["resident"].graph
+    prefill = dataclasses.replace(plans["resident"], graph=dataclasses.replace(graph, passes=graph.passes[:1]))
+    with pytest.raises(planner.PlanFormatError, match=r"no pass 'decode_first', .* 12 out"):
+        run(prefill)
+    assert run(dataclasses.replace(prefill, workload=Workload(prompt_tokens=8, new_tokens=1))).prefill_ns > 0
+    later = dataclasses.replace(graph.passes[1], name="prefill_next", tokens=3)
+    chunked = dataclasses.replace(graph, passes=(graph.passes[0], later))
+    work = Workload(prompt_tokens=8, new_tokens=1, prefill_chunk=3)
+    with pytest.raises(planner.PlanFormatError, match="no pass 'prefill_rest'"):
+        run(dataclasses.replace(plans["resident"], graph=chunked, workload=work))
+
+
+@pytest.mark.parametrize("options", [{"gpus": "24GB"}, {"model": "gpt2"}, {"workload": Workload()}])
+def test_a_plan_has_what_a_map_is_given(options: dict[str, Any], plans: dict[str, Plan]) -> None:
+    with pytest.raises(planner.InputError, match=f"leave out {next(iter(options))}"):
+        simulate.run(plans["resident"], **options)
+
+
+@pytest.mark.parametrize("placed", ["plan.json", None, 3])
+def test_what_is_neither_plan_nor_map_is_refused(placed: Any) -> None:
+    with pytest.raises(planner.InputError, match="neither a Plan nor a device map"):
+        simulate.run(placed, model="gpt2")
+
+
 # Experts that are drawn
 
 
