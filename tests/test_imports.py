@@ -19,7 +19,7 @@ PACKAGES = ("planner", "simulate", "dispatch", "reports")
 ORDER = (
     ("errors",),
     ("units", "serial"),
-    ("hardware", "products", "gpus", "hosts", "machines", "machine_file", "local"),
+    ("hardware", "soundness", "products", "gpus", "hosts", "machines", "machine_file", "local"),
     ("holdings",),
     ("workload", "graph", "rules", "popularity"),
     ("chunks", "host_cache"),
