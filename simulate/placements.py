@@ -42,7 +42,8 @@ def run(
         surplus = [name for name, value in given.items() if value is not None]
         if surplus:
             raise InputError(
-                f"a plan has its model, hardware and workload: leave out {', '.join(surplus)}, or plan again with that"
+                f"a plan has its model, hardware and workload: leave out {', '.join(surplus)}; give them with a "
+                "device map only"
             )
         return simulator.run(placed, seed=seed)
     if not isinstance(placed, Mapping):
