@@ -63,9 +63,10 @@ Inputs = Literal["stated", "assumed", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """error: predicted / measured - 1. inputs: whether all are stated, some assumed, or nothing was predicted.
+    """error: predicted / measured - 1. inputs: whether all are stated, some assumed, or it is not scored: there is no
+    prediction, or it was made of this measurement.
 
-    note: what was assumed, or why there is no prediction.
+    note: what was assumed, or why it is not scored.
     decided_by: of times, whether copies of weights decide it, the host's time for operators, or the device.
     implied_operator_us: of rows that the host decides, what an operator would have to cost for the row to be right.
     """
@@ -140,11 +141,10 @@ def _machine(entry: Mapping[str, str]) -> Hardware:
 
 
 def _rate(entry: Mapping[str, str]) -> Row:
-    """Return the catalogue's achieved rate beside the measured one."""
+    """Return the catalogue's achieved rate beside the one that was measured, which it was taken from: not scored."""
     (gpu,) = _machine(entry).gpus
-    if entry["metric"] == "gemm":
-        return row(entry, gpu.flops_for(entry["weight_dtype"]) / 1e12, ())
-    return row(entry, gpu.bytes_per_s / GB, ())
+    rate = gpu.flops_for(entry["weight_dtype"]) / 1e12 if entry["metric"] == "gemm" else gpu.bytes_per_s / GB
+    return listed(entry, "the catalogue's achieved fraction is this measurement, rounded", predicted=rate)
 
 
 def _weights(entry: Mapping[str, str]) -> Row:
@@ -375,7 +375,7 @@ def summary(rows: Iterable[Row]) -> list[dict[str, object]]:
     """
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for each in rows:
-        if each.error is not None:
+        if each.error is not None and each.inputs != "none":
             groups.setdefault((each.kind, _family(each), each.inputs), []).append(each)
     found: list[dict[str, object]] = []
     for (kind, family, inputs), members in sorted(groups.items()):
@@ -394,8 +394,6 @@ def summary(rows: Iterable[Row]) -> list[dict[str, object]]:
 def _family(each: Row) -> str:
     if each.unit in ("GB", "bytes"):
         return "memory"
-    if each.metric in ("gemm", "device copy"):
-        return "rate"
     return f"{each.decided_by} time" if each.decided_by else "time"
 
 
@@ -416,7 +414,7 @@ def table(rows: list[Row], groups: list[dict[str, object]]) -> str:
     """Return rows and summary as text of at most 80 columns."""
     lines = []
     for inputs, heading in (
-        ("stated", "All inputs stated"), ("assumed", "With assumptions"), ("none", "Not predicted"),
+        ("stated", "All inputs stated"), ("assumed", "With assumptions"), ("none", "Not scored"),
     ):  # fmt: skip
         members = [each for each in rows if each.inputs == inputs]
         if not members:

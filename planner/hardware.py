@@ -205,6 +205,22 @@ class Hardware:
             found = self._links[source, target] = self._over_hosts(source, target)
         return found
 
+    def way(self, source: str, target: str) -> tuple[Link, ...]:
+        """Return the links that a copy goes over: one, or between devices of different nodes those over their hosts.
+
+        Raises:
+            KeyError: the two are not joined.
+        """
+        found = self._own_links.get((source, target))
+        if found is not None:
+            return (found,)
+        stops = (source, self.host(source), self.host(target), target)
+        ways = [pair for pair in itertools.pairwise(stops) if pair[0] != pair[1]]
+        joined = self.node(source) != self.node(target) and {source, target} <= self._devices.keys()
+        if not joined or any(pair not in self._own_links for pair in ways):
+            raise KeyError(f"no link from {source} to {target}")
+        return tuple(self._own_links[pair] for pair in ways)
+
     def memory_of(self, host: str) -> Shared:
         """Return what a host's CPU shares with all links that begin or end there."""
         name, links = f"{host} memory", [link for link in self.links if host in (link.source, link.target)]
@@ -261,19 +277,15 @@ class Hardware:
         return {pool.name: pool for pool in self.pools}
 
     @functools.cached_property
-    def _links(self) -> dict[tuple[str, str], Link]:
+    def _own_links(self) -> dict[tuple[str, str], Link]:
         return {(link.source, link.target): link for link in self.links}
 
+    @functools.cached_property
+    def _links(self) -> dict[tuple[str, str], Link]:
+        return dict(self._own_links)
+
     def _over_hosts(self, source: str, target: str) -> Link:
-        ways = [
-            pair
-            for pair in itertools.pairwise((source, self.host(source), self.host(target), target))
-            if pair[0] != pair[1]
-        ]
-        joined = self.node(source) != self.node(target) and {source, target} <= self._devices.keys()
-        if not joined or any(pair not in self._links for pair in ways):
-            raise KeyError(f"no link from {source} to {target}")
-        links = [self._links[pair] for pair in ways]
+        links = self.way(source, target)
         return Link(
             source=source,
             target=target,
@@ -398,7 +410,15 @@ class Hardware:
             self,
             devices=tuple(_slower_device(device) for device in self.devices),
             links=tuple(_slower_link(link) for link in self.links),
+            shared=tuple(self._slower_shared(entry) for entry in self.shared),
         )
+
+    def _slower_shared(self, entry: Shared) -> Shared:
+        """Return what is shared lower by the largest spread of those that share it."""
+        spreads = {device.name: device.spread for device in self.devices}
+        spreads |= {f"{link.source}→{link.target}": link.spread for link in self.links}
+        spread = max((spreads[user] for user in entry.users), default=0.0)
+        return replace(entry, bytes_per_s=max(1, int(entry.bytes_per_s / (1 + spread)))) if spread else entry
 
     def check(self) -> None:
         """Check that names are unique, that everything named is there, and that what plans need is.
@@ -409,6 +429,7 @@ class Hardware:
         _check_names(self)
         _check_sizes(self)
         _check_links(self)
+        _check_shared(self)
 
 
 def _slower_link(link: Link) -> Link:
@@ -530,6 +551,21 @@ def _check_links(hardware: Hardware) -> None:
         for source, target in needed:
             if (source, target) not in seen:
                 raise InputError(f"hardware: there is no link from {source} to {target}; add it, one for each way")
+
+
+def _check_shared(hardware: Hardware) -> None:
+    twice = [name for name, times in Counter(entry.name for entry in hardware.shared).items() if times > 1]
+    if twice:
+        raise InputError(f"hardware: two of what is shared are called {twice[0]!r}; give each a name of its own")
+    known = {device.name for device in hardware.devices}
+    known |= {f"{link.source}→{link.target}" for link in hardware.links}
+    for entry in hardware.shared:
+        for user in entry.users:
+            if user not in known:
+                raise InputError(
+                    f"hardware: {entry.name!r} is shared by {user!r}, which is no device and no link; write a link as "
+                    f"{hardware.links[0].source}→{hardware.links[0].target}"
+                )
 
 
 def listed(names: Iterable[str]) -> str:

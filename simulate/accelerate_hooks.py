@@ -27,11 +27,12 @@ from typing import Literal
 from planner import cost
 from planner.chunks import chunks_of
 from planner.device_map import DeviceMap
-from planner.errors import InputError, PlanFormatError
+from planner.errors import InputError
 from planner.graph import Edge, Pass, Span, Tensor, WeightGroup
 from planner.host_cache import is_on_host
 from planner.memory import allocation_bytes, fixed_bytes
 from planner.plan import Plan
+from simulate.simulator import passes_of
 from simulate.timeline import Interval, MemorySample, Timeline
 
 MODULE_NS = 6_600
@@ -83,8 +84,7 @@ class _Layer:
 
 class _Run:
     def __init__(self, plan: Plan, device_map: Mapping[str, int | str]):
-        if not plan.graph.passes:
-            raise PlanFormatError("the plan's graph holds no pass to simulate")
+        self.passes = passes_of(plan)
         if is_on_host(plan.graph):
             raise InputError("a cache in host memory is not modelled beside Accelerate's hooks; take a dynamic one")
         self.plan, self.graph, self.hardware = plan, plan.graph, plan.hardware
@@ -107,7 +107,7 @@ class _Run:
         self.samples: list[MemorySample] = []
 
     def timeline(self) -> Timeline:
-        passes = {entry.name: entry for entry in self.graph.passes}
+        passes = self.passes
         for pool in self.hardware.pools:
             self._sample(pool.name)
         step_ns = [self._prefill(passes)]
@@ -181,7 +181,7 @@ class _Run:
                 self._sample(name, cached[name], held, nbytes)
             self._layer(index, layer, span, entry, step)
             cached[layer.device] += span.kv_after_bytes - span.kv_before_bytes
-            for name in {layer.device, *brought}:
+            for name in dict.fromkeys((layer.device, *brought)):
                 self._sample(name, cached[name])
         return self.now - begun
 

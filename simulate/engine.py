@@ -69,13 +69,12 @@ class Engine:
         call: int = 0,
         draws: Iterable[tuple[str, int]] = (),
     ) -> Action:
-        """Occupy `lanes` for `duration_ns`, longer where a resource is scarce, when all of `after` has ended."""
+        """Occupy `lanes`, each once, for `duration_ns` (longer where a resource is scarce) when `after` has ended."""
         asked: dict[str, int] = {}
         for name, rate in draws:
             asked[name] = asked.get(name, 0) + rate
-        action = Action(
-            self._issued, kind, label, tuple(lanes), call, tuple(asked.items()), duration_ns * _FULL_SPEED
-        )  # fmt: skip
+        lanes = tuple(dict.fromkeys(lanes))
+        action = Action(self._issued, kind, label, lanes, call, tuple(asked.items()), duration_ns * _FULL_SPEED)
         self._issued += 1
         before = {each.number: each for each in after if each.end_ns is None}
         for lane in lanes:

@@ -54,6 +54,26 @@ def run(plan: Plan, *, seed: int | None = None) -> Timeline:
     return _Simulation(plan, seed).run()
 
 
+def passes_of(plan: Plan) -> dict[str, Pass]:
+    """Return the passes of the plan's graph by name.
+
+    Raises:
+        PlanFormatError: one that its workload needs is not there.
+    """
+    passes = {entry.name: entry for entry in plan.graph.passes}
+    needed = [*chunks_of(plan.graph, plan.workload).named().values()]
+    needed = ["prefill", *(name for name in needed if name != "prefill_last")]
+    if plan.workload.decode_steps:
+        needed.append("decode_first")
+    missing = next((name for name in needed if name not in passes), None)
+    if missing is not None:
+        raise PlanFormatError(
+            f"the plan's graph has no pass {missing!r}, which its work needs ({plan.workload.prompt_tokens} tokens in, "
+            f"{plan.workload.new_tokens} out): plan again"
+        )
+    return passes
+
+
 @dataclass(frozen=True, slots=True)
 class _Call:
     """One forward call: `weight` of the way from one traced pass to another."""
@@ -91,8 +111,7 @@ class _Held:
 
 class _Simulation:
     def __init__(self, plan: Plan, seed: int | None):
-        if not plan.graph.passes:
-            raise PlanFormatError("the plan's graph holds no pass to simulate")
+        self.passes = passes_of(plan)
         self.plan, self.graph, self.hardware = plan, plan.graph, plan.hardware
         self.routing = None if seed is None else Routing(seed)
         self.dtype = cost.weight_dtype(plan.graph)
@@ -112,7 +131,6 @@ class _Simulation:
         self.copied: dict[str, list[After]] = {}
         self.queue: dict[str, list[Part]] = {}
         self.spans = {entry.name: entry.per_layer() for entry in plan.graph.passes}
-        self.passes = {entry.name: entry for entry in plan.graph.passes}
         self.times: dict[tuple[int, str, bool], tuple[int, int]] = {}
         self.calls: list[_Kept] = []
         self.keeps = True
@@ -358,7 +376,8 @@ class _Simulation:
     def _move(self, move: Transfer, after: After, call: _Call) -> After:
         label = f"→ {self.graph.layers[move.target].name}"
         duration = move.ns(self.hardware, prefill=call.prefill)
-        return self._issue("hop", label, (self._lane(move.origin, move.device),), duration, after)
+        ends = (move.origin, move.device)
+        return self._issue("hop", label, (self._lane(*ends),), duration, after, self._draws(*ends))
 
     def _fetch(self, run: LayerRun, part: Part, tokens: int, now: After) -> After:
         """Copy what the router asked for, or read what the CPU is about to use; return what computing follows.
@@ -432,14 +451,18 @@ class _Simulation:
         rate, _ = cost.path_rate(self.hardware, home, device, kind)
         if kind != "disk":
             return (self._lane(home, device),), self._draws(home, device, rate)
-        read = f"{home}→{host} read"
+        read = self.hardware.link(home, host).lane or f"{home}→{host} read"
         if device == host:
             return (read,), self._draws(home, host, rate)
         return (read, self._lane(host, device)), self._draws(home, host, rate) + self._draws(host, device, rate)
 
     def _draws(self, source: str, target: str, rate: int | None = None) -> list[tuple[str, int]]:
         asked = self.hardware.link(source, target).bytes_per_s if rate is None else rate
-        return [(name, asked) for name in self.users.get(f"{source}→{target}", ())]
+        return [
+            (name, asked)
+            for link in self.hardware.way(source, target)
+            for name in self.users.get(f"{link.source}→{link.target}", ())
+        ]
 
     def _lane(self, source: str, target: str) -> str:
         return self.hardware.link(source, target).lane or f"{source}→{target} copy"

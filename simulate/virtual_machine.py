@@ -272,24 +272,31 @@ def is_active() -> bool:
     return _active is not None
 
 
-def virtual(machine: str | Hardware, *, numbers: bool = True) -> Machine:
+def virtual(machine: str | int | Hardware, *, numbers: bool = True) -> Machine:
     """Return virtual GPUs, "2x24GB" or those of a Hardware: devices that PyTorch code can use on any machine.
 
     Their capacity is what tensors may take: what the hardware has, less its context and workspace. Without `numbers`
     models of any size run, and compute nothing.
 
     Raises:
-        InputError: there is no GPU in it, or this process has a backend of its own already.
+        InputError: there is no GPU in it, or one without room for tensors; or this process has a backend of its own.
     """
     from simulate.virtual_device import set_up
 
-    hardware = Hardware.from_options(machine) if isinstance(machine, str) else machine
+    hardware = machine if isinstance(machine, Hardware) else Hardware.from_options(machine)
     capacities = {
         device.name: hardware.pool(device.pool).usable_bytes - device.context_bytes - device.workspace_bytes
         for device in hardware.gpus
     }
     if not capacities:
         raise InputError("a virtual machine needs at least one GPU, such as virtual('2x24GB')")
+    for device in hardware.gpus:
+        if capacities[device.name] <= 0:
+            taken, usable = device.context_bytes + device.workspace_bytes, hardware.pool(device.pool).usable_bytes
+            raise InputError(
+                f"{device.name} has {usable:,} bytes, and its context and workspace take {taken:,}: "
+                "nothing is left for tensors; take a larger one"
+            )
     set_up()
     return Machine(capacities, numbers=numbers, hardware=hardware)
 

@@ -45,11 +45,15 @@ def test_every_row_names_its_source_a_known_model_and_a_known_machine() -> None:
     assert set(validation.HELD) <= {each["id"] for each in entries}
 
 
-def test_rates_are_the_catalogues_and_engines_that_are_not_modelled_are_listed() -> None:
+def test_rates_that_the_catalogue_was_made_of_and_engines_that_are_not_modelled_are_not_scored() -> None:
     (h200,) = Hardware.from_options("1xh200").gpus
     gemm = validation._of(entry("e-gemm-a100"))
-    assert (gemm.predicted, gemm.inputs) == (h200.flops_for("bfloat16") / 1e12, "stated")
+    assert gemm.predicted == round(h200.flops_for("bfloat16") / 1e12, 5)
     assert gemm.error == round(h200.flops_for("bfloat16") / 1e12 / 788 - 1, 4)
+    # The catalogue's fractions were taken from these rows, which prove nothing of them.
+    rates = [gemm, validation._of(entry("copy-h200"))]
+    assert {each.inputs for each in rates} == {"none"}
+    assert validation.summary(rates) == []
     for name in ("flexgen-opt30-deepspeed", "flexgen-opt30-flexgen", "moeinf-mixtral", "flexgen-opt67-accelerate"):
         found = validation._of(entry(name))
         assert (found.predicted, found.error, found.inputs) == (None, None, "none")

@@ -278,7 +278,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         more = f", +{len(row.over_bytes) - 1}" if len(row.over_bytes) > 1 else ""
         fits = f"no: {worst} by {format_bytes(row.over_bytes[worst])}{more}"
     else:
-        fits = f"yes: {row.fullest} {row.share:.0%}"
+        fits = f"yes: {row.fullest} {int(row.share * 100)}%"
     load = "" if row.load_ns is None else format_ns(row.load_ns)
     token = format_ns(row.decode_ns_per_token) if row.decode_ns_per_token else ""
     return fits, load, format_ns(row.prefill_ns), token

@@ -12,6 +12,7 @@ import json
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from planner import hardware as values
 from planner.commands import options
 from planner.commands.main import main
 from planner.errors import InputError, PlanFormatError
-from planner.hardware import Hardware, Link, products
+from planner.hardware import Hardware, Link, Shared, products
 from planner.serial import canonical, decode
 from planner.units import parse_flops, parse_rate
 
@@ -605,6 +606,7 @@ def link_to(target: str) -> Callable[[dict[str, Any]], None]:
     return lambda data: data["links"].append({**data["links"][0], "target": target})
 
 
+ROOT: dict[str, Any] = {"name": "root", "bytes_per_s": 1, "users": ["node0/cpu→node0/cuda:0"]}
 CHANGES: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (drop("links"), "lacks links"),
     (drop("devices", 0, "pool"), r"devices\[0\] lacks pool"),
@@ -640,6 +642,10 @@ CHANGES: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (drop("links", -1), "no link from node1/cpu to node0/cpu"),
     (set_at("pinned_limit_bytes", to=-1), "pinned_limit_bytes must be at least 0"),
     (set_at("pageable_fraction", to=0.0), "pageable_fraction"),
+    (set_at("shared", to=[ROOT | {"users": ["node0/cuda:7"]}]), "shared by 'node0/cuda:7', which is no device"),
+    (set_at("shared", to=[ROOT | {"users": ["node0/cpu->cuda:0"]}]), "write a link as node0/cpu→node0/cuda:0"),
+    (set_at("shared", to=[ROOT, ROOT]), "two of what is shared are called 'root'"),
+    (set_at("shared", to=[ROOT | {"bytes_per_s": 0}]), "bytes_per_s of root must be at least 1"),
 ]  # fmt: skip
 
 
@@ -651,6 +657,17 @@ def test_hostile_machines_are_refused_by_name(
     change(data)
     with pytest.raises(InputError, match=words):
         Hardware.load(write(tmp_path, data))
+
+
+def test_what_is_shared_is_slower_with_the_worst_of_its_users() -> None:
+    machine = Hardware.from_options("24GB")
+    links = tuple(replace(link, spread=0.25 if link.target == "cuda:0" else 0.0) for link in machine.links)
+    up, down = (
+        Shared(name="up", bytes_per_s=10**9, users=("cpu", "cpu→cuda:0")),
+        Shared(name="down", bytes_per_s=10**9, users=("cuda:0→cpu",)),
+    )
+    slower = replace(machine, links=links, shared=(up, down)).slower()
+    assert [entry.bytes_per_s for entry in slower.shared] == [8 * 10**8, 10**9]
 
 
 def test_every_link_of_a_machine_is_needed(machine: Hardware, tmp_path: Path) -> None:

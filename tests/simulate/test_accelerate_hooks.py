@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -270,3 +274,35 @@ def test_hardware_without_gpus_is_carried() -> None:
     plan = planned("llama", {"": "cpu"}, gpus=0)
     assert isinstance(plan.hardware, Hardware)
     assert simulate.run_accelerate(plan).peak_bytes("cpu") > plan.graph.weight_bytes
+
+
+def test_a_map_is_drawn_by_a_seed_as_its_plan_is() -> None:
+    device_map: dict[str, int | str] = {"": 0, "model.layers.1": "cpu"}
+    plan = planned("mixtral", device_map)
+    options: dict[str, Any] = {"model": CONFIGS["mixtral"](), "gpus": "2x24GB", "prompt_tokens": 9, "new_tokens": 5}
+    drawn = simulate.run(device_map, seed=2, weight_dtype="float32", **options)
+    assert drawn == simulate.run(plan, seed=2) != simulate.run(plan)
+
+
+def test_every_process_makes_the_same_timeline(tmp_path: Path) -> None:
+    """Names of devices are hashed differently in each process."""
+    device_map: dict[str, int | str] = {"": 0, "model.layers.0": 1, "model.layers.2": "cpu", "model.norm": 1}
+    device_map |= {"model.layers.1": 1, "model.layers.1.mlp": "cpu"}
+    plan = planned("llama", device_map)
+    (tmp_path / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+    (tmp_path / "map.json").write_text(json.dumps(device_map), encoding="utf-8")
+    code = (
+        "import json, pathlib, simulate; from planner.plan import Plan; "
+        "plan = Plan.from_json(pathlib.Path('plan.json').read_text()); "
+        "found = json.loads(pathlib.Path('map.json').read_text()); "
+        "print([*map(repr, (simulate.run(plan), simulate.run(plan, seed=1), simulate.run_accelerate(plan, found)))])"
+    )
+    root = Path(planner.__file__).parents[1]
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(root), "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2", "77")
+    }  # fmt: skip
+    assert len(told) == 1

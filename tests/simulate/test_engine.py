@@ -59,6 +59,14 @@ def test_what_draws_twice_counts_twice() -> None:
     assert engine.settle((read,)) == 20
 
 
+def test_a_lane_that_is_named_twice_is_taken_once() -> None:
+    engine = Engine()
+    first = engine.issue("run", "first", lanes=("x",), duration_ns=3)
+    both = engine.issue("copy", "both", lanes=("x", "x"), duration_ns=4)
+    assert engine.settle((first, both)) == 7
+    assert both.lanes == ("x",)
+
+
 class Job:
     """What the slow engine knows of an action."""
 

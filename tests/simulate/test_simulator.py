@@ -21,7 +21,7 @@ from planner.plan import Plan
 from planner.rules import NO_RULES, Rules
 from planner.workload import Workload
 from simulate import Interval, Timeline, simulator
-from small_cases import MIB, Case, build_graph, end_kind, gpu, group, machine, plan_of, span
+from small_cases import MIB, Case, build_graph, end_kind, gpu, group, machine, plan_of, span, with_nodes
 
 GPU = "cuda:0 compute"
 LINK = "cpu→cuda:0 copy"
@@ -368,6 +368,32 @@ def test_a_plan_without_passes_is_refused(plans: dict[str, Plan]) -> None:
         simulate.run(dataclasses.replace(plans["resident"], graph=graph))
 
 
+@pytest.mark.parametrize("run", [simulate.run, simulate.run_accelerate])
+def test_a_plan_that_lacks_a_pass_of_its_work_is_refused(run: Any, plans: dict[str, Plan]) -> None:
+    graph = plans["resident"].graph
+    prefill = dataclasses.replace(plans["resident"], graph=dataclasses.replace(graph, passes=graph.passes[:1]))
+    with pytest.raises(planner.PlanFormatError, match=r"no pass 'decode_first', .* 12 out"):
+        run(prefill)
+    assert run(dataclasses.replace(prefill, workload=Workload(prompt_tokens=8, new_tokens=1))).prefill_ns > 0
+    later = dataclasses.replace(graph.passes[1], name="prefill_next", tokens=3)
+    chunked = dataclasses.replace(graph, passes=(graph.passes[0], later))
+    work = Workload(prompt_tokens=8, new_tokens=1, prefill_chunk=3)
+    with pytest.raises(planner.PlanFormatError, match="no pass 'prefill_rest'"):
+        run(dataclasses.replace(plans["resident"], graph=chunked, workload=work))
+
+
+@pytest.mark.parametrize("options", [{"gpus": "24GB"}, {"model": "gpt2"}, {"workload": Workload()}])
+def test_a_plan_has_what_a_map_is_given(options: dict[str, Any], plans: dict[str, Plan]) -> None:
+    with pytest.raises(planner.InputError, match=f"leave out {next(iter(options))}"):
+        simulate.run(plans["resident"], **options)
+
+
+@pytest.mark.parametrize("placed", ["plan.json", None, 3])
+def test_what_is_neither_plan_nor_map_is_refused(placed: Any) -> None:
+    with pytest.raises(planner.InputError, match="neither a Plan nor a device map"):
+        simulate.run(placed, model="gpt2")
+
+
 # Experts that are drawn
 
 
@@ -446,6 +472,39 @@ def test_two_links_of_one_root_slow_each_other() -> None:
     longest = max(i.duration_ns for i in on_lane(apart, LINK))
     assert max(i.duration_ns for i in on_lane(together, LINK)) >= 2 * longest
     assert together.total_ns > 1.5 * apart.total_ns
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_what_hops_draws_on_the_roots_of_its_way(nodes: int) -> None:
+    entry = CASES["resident on two"]
+    if nodes > 1:
+        entry = dataclasses.replace(entry, hardware=with_nodes(case(gpu_mib=90).hardware, nodes))
+    plan = plan_of(entry)
+    apart = [i for i in simulate.run(plan).intervals if i.action == "hop" and i.step == 0]
+    source, target = apart[0].lane.removesuffix(" copy").split("→")
+    way = plan.hardware.way(source, target)
+    assert len(way) == (3 if nodes > 1 else 1)
+    for link in way:
+        root = Shared(
+            name="root",
+            bytes_per_s=plan.hardware.link(source, target).bytes_per_s // 4,
+            users=(f"{link.source}→{link.target}",),
+        )
+        shared = dataclasses.replace(plan, hardware=dataclasses.replace(plan.hardware, shared=(root,)))
+        slowed = [i for i in simulate.run(shared).intervals if i.action == "hop" and i.step == 0]
+        assert [i.duration_ns for i in slowed] == pytest.approx([4 * i.duration_ns for i in apart], rel=0.01)
+
+
+def test_a_disk_on_the_lane_of_its_link_reads_and_copies_in_turn() -> None:
+    plan = plan_of(CASES["from disk"])
+    disk, up = plan.hardware.link("disk", "cpu"), plan.hardware.link("cpu", "cuda:0")
+    links = [dataclasses.replace(link, lane="root") if link in (disk, up) else link for link in plan.hardware.links]
+    told = dataclasses.replace(plan, hardware=dataclasses.replace(plan.hardware, links=tuple(links)))
+    apart, together = simulate.run(plan), simulate.run(told)
+    both = {(i.label, i.step) for i in apart.intervals if i.action in ("copy", "read")}
+    assert {(i.label, i.step) for i in on_lane(together, "root")} == both
+    assert "disk→cpu read" in apart.lanes()
+    assert "disk→cpu read" not in together.lanes()
 
 
 # Views

@@ -127,6 +127,10 @@ def test_capacities_are_those_of_the_hardware() -> None:
     assert found == {"cuda:0": 24 * 10**9, "cuda:1": 10 * 10**9}
     with pytest.raises(InputError, match="at least one GPU"):
         simulate.virtual("0")
+    with pytest.raises(InputError, match="at least one GPU"):
+        simulate.virtual(0)
+    with pytest.raises(InputError, match=r"cuda:0 has 300,000,000 bytes, .* nothing is left for tensors"):
+        simulate.virtual("300MB")
 
 
 # What they compute
