@@ -403,30 +403,45 @@ class _Simulation:
         home, kind = part.placement.home, part.placement.memory
         label = f"{run.name} {part.group.name}"
         on_cpu = kind != "disk" and part.on_cpu(tokens)
-        for taken in self._fetches(run, part, tokens, on_cpu=on_cpu):
+        for taken, uses in self._fetches(run, part, tokens, on_cpu=on_cpu):
+            most = self._reading(part, run.device, taken, uses, on_cpu=on_cpu)
             if on_cpu:
-                host = self.hardware.device(home)
-                draws = [(name, host.bytes_per_s) for name in self.users.get(home, ())]
+                draws = [(name, most) for name in self.users.get(home, ())]
                 now = self._issue("run", label, (f"{home} compute",), taken, now, draws)
                 self.launched[home] = now
             else:
                 lanes, draws = self._way(home, run.device, kind)
+                draws = [(name, min(most, rate)) for name, rate in draws]
                 now = self._issue("read" if kind == "disk" else "copy", label, lanes, taken, now, draws)
         return now
 
-    def _fetches(self, run: LayerRun, part: Part, tokens: int, *, on_cpu: bool) -> Iterator[int]:
-        """Yield how long each copy of slices takes, or their computing by the CPU, in ns."""
+    def _reading(self, part: Part, device: str, taken: int, uses: float, *, on_cpu: bool) -> int:
+        """Return the bytes per second that using slices so often reads, but for latencies: what multiplies for longer
+        than it reads, or reads mapped files, draws less than it could.
+        """
+        home, kind = part.placement.home, part.placement.memory
+        if on_cpu:
+            most, nbytes = self.hardware.device(home).bytes_per_s, part.group.slice_slab_bytes
+            latency = self.hardware.link(home, device).latency_ns + self.hardware.link(device, home).latency_ns
+        else:
+            most, latency = cost.path_rate(self.hardware, home, device, kind)
+            nbytes = cost.waiting_bytes(part.group, kind)
+        return min(most, int(uses * nbytes * 10**9 / max(taken - uses * latency, 1)))
+
+    def _fetches(self, run: LayerRun, part: Part, tokens: int, *, on_cpu: bool) -> Iterator[tuple[int, float]]:
+        """Yield how long each copy of slices takes, or their computing by the CPU, in ns, and how many that are."""
         group, home, memory = part.group, part.placement.home, part.placement.memory
         if self.routing is None or group.slices == 1:
             if on_cpu:
-                yield cost.waiting_cpu_ns(
+                taken = cost.waiting_cpu_ns(
                     self.hardware, group, home, run.device, waiting=part.waiting, tokens=tokens, dtype=self.dtype,
                     beside_copies=False,
                 )  # fmt: skip
             else:
-                yield cost.waiting_copy_ns(
+                taken = cost.waiting_copy_ns(
                     self.hardware, group, home, run.device, memory, waiting=part.waiting, tokens=tokens
                 )
+            yield taken, sum(count * group.used(bucket, tokens) for count, bucket in group.waiting(part.waiting))
             return
         whole = cost.copy_ns(self.hardware, home, run.device, memory, cost.waiting_bytes(group, memory))
         for bucket in self.routing.waiting(group, waiting=part.waiting, tokens=tokens):
@@ -435,9 +450,9 @@ class _Simulation:
                     self.hardware, group, bucket, home, run.device, tokens=tokens, dtype=self.dtype,
                     beside_copies=False,
                 )  # fmt: skip
-                yield round(expected / group.used(bucket, tokens))
+                yield round(expected / group.used(bucket, tokens)), 1
             else:
-                yield whole
+                yield whole, 1
 
     def _begin_prefetch(self) -> None:
         """Fill every slot: nothing is copied before the call begins."""

@@ -7,6 +7,7 @@ import importlib
 import json
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,7 @@ PACKAGES = ("planner", "simulate", "dispatch", "reports")
 ORDER = (
     ("errors",),
     ("units", "serial"),
-    ("hardware", "products", "gpus", "hosts", "machines", "machine_file", "local"),
+    ("hardware", "soundness", "products", "gpus", "hosts", "machines", "machine_file", "local"),
     ("holdings",),
     ("workload", "graph", "rules", "popularity"),
     ("chunks", "host_cache"),
@@ -182,6 +183,16 @@ def test_heavy_packages_load_late(name: str) -> None:
             or (package in ("plotly", "pandas") and top(name) == "reports")
         )
         assert allowed, f"{name} loads {package} when it is imported"
+
+
+def test_every_package_is_installed_with_all_of_its_files() -> None:
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    made = [path.parent for name in PACKAGES for path in (ROOT / name).rglob("__init__.py")]
+    assert sorted(told["packages"]) == sorted(".".join(path.relative_to(ROOT).parts) for path in made)
+    for path in made:
+        others = [each for each in path.iterdir() if each.is_file() and each.suffix not in (".py", ".pyc")]
+        patterns = told["package-data"].get(".".join(path.relative_to(ROOT).parts), [])
+        assert all(any(each.match(pattern) for pattern in patterns) for each in others), path
 
 
 @pytest.mark.parametrize("name", MEASURES)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from planner import phrases
 from planner.commands import options
 from planner.commands.layout import Page
 from planner.commands.progress import Progress
@@ -16,6 +17,9 @@ from planner.units import format_bytes, format_ns
 
 if TYPE_CHECKING:
     from simulate import Timeline
+
+# Where the busiest lane is idle for longer than it works, as where devices take turns, it is not what bounds the call.
+_BOUNDS = 0.5
 
 
 def run(argv: Sequence[str]) -> int:
@@ -76,10 +80,13 @@ def render(plan: Plan, found: dict[str, Any], *, seed: int | None, color: bool =
     """Return the figures as text of at most 80 columns."""
     page = Page(color=color)
     page.paragraph(found["model"], style="bold")
-    work = plan.workload
-    page.paragraph(f"{work.rows} x {work.prompt_tokens} tokens in, {work.new_tokens} new tokens")
+    page.paragraph(phrases.work(plan))
     page.line()
-    page.line(f"prefill       {format_ns(found['prefill_ns'])}")
+    # The first is always there; of a forward pass it is no prefill.
+    phases = {"prefill": "prefill" if plan.workload.caller == "generate" else "forward"}
+    if found["decode_ns"]:
+        phases["decode"] = "decode"
+    page.line(f"{phases['prefill']:<12}  {format_ns(found['prefill_ns'])}")
     if found["decode_ns"]:
         spread = found["decode_ns"]
         page.line(
@@ -89,12 +96,16 @@ def render(plan: Plan, found: dict[str, Any], *, seed: int | None, color: bool =
     page.line(f"in all        {format_ns(found['total_ns'])}")
     page.heading("How busy it is")
     width = max([len(entry["lane"]) for entry in found["lanes"]] + [4])
-    page.line(f"{'lane':<{width}}  prefill  decode", "dim")
+    page.line("  ".join([f"{'lane':<{width}}", *(f"{told:>7}" for told in phases.values())]), "dim")
     most = found["bottleneck"]
     for entry in found["lanes"]:
-        bounds = [phase for phase in ("prefill", "decode") if most[phase] == entry["lane"]]
-        words = f"  bounds {' and '.join(bounds)}" if bounds else ""
-        page.line(f"{entry['lane']:<{width}}  {entry['prefill']:>7.1%}  {entry['decode']:>6.1%}{words}")
+        shares = [f"{entry[phase]:>7.1%}" for phase in phases]
+        words = [
+            f"{'bounds' if entry[phase] >= _BOUNDS else 'busiest in'} {told}"
+            for phase, told in phases.items()
+            if most[phase] == entry["lane"]
+        ]
+        page.line("  ".join([f"{entry['lane']:<{width}}", *shares, *([" and ".join(words)] if words else [])]))
     page.heading("Memory at most")
     for name, nbytes in found["peak_bytes"].items():
         page.line(f"{name:<{width}}  {format_bytes(nbytes)}")
@@ -102,8 +113,8 @@ def render(plan: Plan, found: dict[str, Any], *, seed: int | None, color: bool =
     page.heading("Energy, an estimate")
     if joules:
         page.paragraph(
-            f"{sum(joules.values()):,.0f} J for the call ("
-            + ", ".join(f"{name} {value:,.0f}" for name, value in joules.items())
+            f"{_joules(sum(joules.values()))} J for the call ("
+            + ", ".join(f"{name} {_joules(value)}" for name, value in joules.items())
             + "): the largest power of a product while it computes, a tenth of it else (assumed)"
         )
     missing = [device.name for device in plan.hardware.devices if device.name not in joules]
@@ -114,3 +125,7 @@ def render(plan: Plan, found: dict[str, Any], *, seed: int | None, color: bool =
     if any(group.slices > 1 for kind in plan.graph.kinds for group in kind.groups):
         page.paragraph(f"Experts are {routed}.")
     return page.text()
+
+
+def _joules(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

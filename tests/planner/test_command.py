@@ -560,6 +560,25 @@ def test_simulate_prints_lanes_and_writes_a_trace(capsys: pytest.CaptureFixture[
     assert Plan.load(path) == plan
 
 
+def test_simulate_says_what_was_asked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    planned(capsys, "--model", "bert-base-uncased", "--gpus", "24GB").save(path)
+    out = ask(capsys, "simulate", str(path))[1]
+    assert "prompt 512 tokens, in one forward pass" in out
+    assert not re.search("prefill|decode|new token", out)
+    assert re.search(r"^lane +forward$", out, flags=re.MULTILINE)
+    assert re.search(r"^0\.\d{3} J for the call \(cuda:0 0\.\d+, cpu 0\.\d+\)", out, flags=re.MULTILINE)
+
+
+def test_what_takes_turns_does_not_bound_the_call(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    planned(capsys, "--model", "meta-llama/Llama-3.2-3B", "--gpus", "3x3GB").save(path)
+    out = ask(capsys, "simulate", str(path))[1]
+    assert len(re.findall(r"^cuda:\d compute +\d+\.\d% ", out, flags=re.MULTILINE)) == 3
+    assert re.search(r"% +[234]\d\.\d%  busiest in ", out)
+    assert "bounds" not in out
+
+
 def test_verify_lists_what_is_broken(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     plan = planned(capsys, "--model", "gpt2")
     pools = tuple(dataclasses.replace(pool, capacity_bytes=10**8) for pool in plan.hardware.pools)

@@ -442,6 +442,34 @@ def test_copies_beside_the_cpu_share_its_memory(plans: dict[str, Plan]) -> None:
     assert times[1] < times[2] <= times[0] * 7 / 5
 
 
+@pytest.mark.parametrize("seed", [None, 0])
+def test_a_cpu_that_multiplies_slowly_leaves_the_memory_to_copies(seed: int | None, plans: dict[str, Plan]) -> None:
+    plan = plans["experts on the cpu"]
+    *gpus, host = plan.hardware.devices
+    slow = dataclasses.replace(host, flops_per_s={"default": host.flops_per_s["default"] // 1000})
+    hardware = dataclasses.replace(plan.hardware, devices=(*gpus, slow))
+    found = simulate.run(dataclasses.replace(plan, hardware=hardware), seed=seed)
+    ample = (dataclasses.replace(hardware.memory_of("cpu"), bytes_per_s=10**12),)
+    alone = simulate.run(dataclasses.replace(plan, hardware=dataclasses.replace(hardware, shared=ample)), seed=seed)
+    assert on_lane(found, LINK)
+    assert [i.duration_ns for i in on_lane(found, "cpu compute")] == [
+        i.duration_ns for i in on_lane(alone, "cpu compute")
+    ]
+    assert found.step_ns == alone.step_ns
+
+
+def test_mapped_files_are_read_as_slowly_as_they_are_mapped(plans: dict[str, Plan]) -> None:
+    plan = plans["no gpu, from disk"]
+    (disk,) = plan.hardware.links
+    memory = Shared(name="cpu memory", bytes_per_s=disk.bytes_per_s // 2, users=("disk→cpu",))
+    mapped = dataclasses.replace(disk, mapped_bytes_per_s=disk.bytes_per_s // 4)
+    times = []
+    for shared in ((), (memory,)):
+        hardware = dataclasses.replace(plan.hardware, links=(mapped,), shared=shared)
+        times.append(simulate.run(dataclasses.replace(plan, hardware=hardware)).step_ns)
+    assert times[0] == times[1]
+
+
 def test_what_comes_from_disk_goes_through_memory_twice(plans: dict[str, Plan]) -> None:
     plan = plans["from disk"]
     memory = dataclasses.replace(plan.hardware.memory_of("cpu"), bytes_per_s=4 * 10**9)
