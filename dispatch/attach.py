@@ -16,6 +16,7 @@ from dispatch import hooks, place
 from dispatch.checkpoint import Checkpoint
 from dispatch.experts import StreamedExperts
 from dispatch.match import check_matches
+from dispatch.measure import NAMES_ATTRIBUTE, plan_names
 from dispatch.slots import SlotRing
 from dispatch.stores import Store
 from dispatch.stream import GroupStream, StreamedGroup
@@ -69,6 +70,7 @@ def apply(
     state.prepare()
     state.attach()
     setattr(module, _ATTRIBUTE, state)
+    setattr(module, NAMES_ATTRIBUTE, plan_names(plan, targets))
     return module
 
 
@@ -85,6 +87,7 @@ def remove(model: torch.nn.Module) -> torch.nn.Module:
         raise InputError("this model is not dispatched")
     state.detach()
     delattr(model, _ATTRIBUTE)
+    delattr(model, NAMES_ATTRIBUTE)
     return model
 
 

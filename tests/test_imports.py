@@ -23,7 +23,7 @@ ORDER = (
     ("holdings",),
     ("workload", "graph", "rules", "popularity"),
     ("chunks", "host_cache"),
-    ("plan", "changes"),
+    ("plan", "changes", "measurement", "check"),
     ("device_map",),
     ("precision",),
     ("lifetimes", "interpolation"),
@@ -43,7 +43,7 @@ ORDER = (
     ("api",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-VALUES = {"errors", "units", "serial", "hardware", "workload", "graph", "rules", "plan"}
+VALUES = {"errors", "units", "serial", "hardware", "workload", "graph", "rules", "plan", "measurement"}
 NUMPY = ("planner.placement.tables", "planner.placement.rent", "planner.placement.ways")
 TORCH = {
     "planner.execution", "planner.conversions", "planner.storages", "planner.layers", "planner.recorder",
@@ -276,7 +276,7 @@ PUBLIC = {
     "simulate": [
         "Interval", "LaneUse", "MemorySample", "Timeline", "energy_joules", "run", "run_accelerate", "virtual",
     ],
-    "dispatch": ["Checkpoint", "Measurement", "apply", "measure", "remove"],
+    "dispatch": ["Checkpoint", "Measurement", "Recording", "apply", "measure", "remove"],
     "reports": ["page_html", "write_report"],
 }  # fmt: skip
 
