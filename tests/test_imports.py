@@ -34,7 +34,7 @@ ORDER = (
     ("steps", "cost", "loading"),
     ("execution", "kernels"),
     ("conversions", "stored", "journal", "storages", "layers", "recorder", "inputs"),
-    ("trace", "placement", "verify"),
+    ("trace", "placement", "verify", "correction"),
     ("footprint",),
     ("given", "tracer"),
     ("accelerate_map",),
@@ -195,6 +195,13 @@ def test_what_measures_knows_nothing_that_predicts(name: str) -> None:
             assert all(entry.lazy or entry.typing_only for entry in imports if module_in(entry.target) == name), other
 
 
+def test_measuring_a_dispatched_model_knows_nothing_that_predicts() -> None:
+    for name in ("dispatch.measure", "dispatch.calls"):
+        found = {module_in(entry.target) for entry in modules()[name] if top(entry.target) in PACKAGES}
+        values = {"planner.errors", "planner.execution", "planner.measurement", "planner.plan"}
+        assert found <= values | {"dispatch.calls"}, name
+
+
 @pytest.mark.parametrize("name", [name for name in modules() if top(name) == "simulate" and name not in MEASURES])
 def test_simulate_knows_values_steps_memory_and_cost(name: str) -> None:
     for entry in modules()[name]:
@@ -270,8 +277,8 @@ PUBLIC = {
     "planner": [
         "Explanation", "FrontierPoint", "Hardware", "InfeasibleError", "InputError", "LayerGraph", "MemoryPrediction",
         "NoSolutionInTimeError", "Pin", "Plan", "PlanError", "PlanFormatError", "PlanMismatchError", "Popularity",
-        "Rules", "Sensitivity", "TraceError", "Violation", "Workload", "explain", "frontier", "place",
-        "plan_from_device_map", "plan_model", "predict", "predict_memory", "verify_plan",
+        "Rules", "Sensitivity", "TraceError", "Violation", "Workload", "corrected_hardware", "explain", "frontier",
+        "place", "plan_from_device_map", "plan_model", "predict", "predict_memory", "verify_plan",
     ],
     "simulate": [
         "Interval", "LaneUse", "MemorySample", "Timeline", "energy_joules", "run", "run_accelerate", "virtual",
