@@ -85,7 +85,7 @@ def corrected_hardware(plan: Plan, measurement: Measurement) -> Hardware:
         wanted = taken + phase.measured_ns - phase.predicted_ns
         if wanted <= 0 or lane.kind == "given":
             raise InputError(
-                f"a {phase.name} took {format_ns(phase.measured_ns)}, and {format_ns(phase.predicted_ns)} was predicted; "
+                f"a {phase.name} took {format_ns(phase.measured_ns)} and not {format_ns(phase.predicted_ns)}; "
                 f"{lane}, which bounds it, takes {format_ns(taken)} of that: no rate accounts for the "
                 "difference; measure the machine with plan calibrate"
             )

@@ -31,7 +31,7 @@ ORDER = (
     ("phrases",),
     ("headers",),
     ("rates",),
-    ("steps", "cost", "loading"),
+    ("steps", "cost", "loading", "growth"),
     ("execution", "kernels"),
     ("conversions", "stored", "journal", "storages", "layers", "recorder", "inputs"),
     ("trace", "placement", "verify", "correction"),
