@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,15 +11,19 @@ from typing import Any
 import torch
 
 from dispatch import hooks, place
+from dispatch.calls import Call
 from dispatch.checkpoint import Checkpoint
 from dispatch.experts import StreamedExperts
+from dispatch.limits import Limits, OnExceed
 from dispatch.match import check_matches
 from dispatch.measure import NAMES_ATTRIBUTE, plan_names
+from dispatch.replan import larger_plan
+from dispatch.session import Session
 from dispatch.slots import SlotRing
 from dispatch.stores import Store
 from dispatch.stream import GroupStream, StreamedGroup
 from dispatch.targets import check_carried_out, find_targets
-from dispatch.weights import Weights, write_offload
+from dispatch.weights import OFFLOAD_FILE, Weights, write_offload
 from planner import execution as implementations
 from planner.errors import InputError, PlanMismatchError
 from planner.graph import WeightGroup
@@ -42,12 +44,17 @@ def apply(
     *,
     devices: Mapping[str, torch.device | str] | None = None,
     offload_dir: str | Path | None = None,
+    on_exceed: OnExceed | None = None,
 ) -> torch.nn.Module:
     """Put every weight of `model` where the plan says, and make it run so; return the model.
 
     model: on meta (filled from `checkpoint`), already loaded, or a name, folder or config to build it from.
     devices: real devices for the plan's names, {"cuda:0": "cuda:3"}; each is itself unless named.
     offload_dir: where a loaded model's weights go that are to wait on disk, if no checkpoint holds them.
+    on_exceed: what is done about a call with more rows, tokens or context than planned: "warn" tells what it would take
+        at least, and refuses what cannot fit by the plan's figures; "refuse" refuses it; "replan" plans for it and
+        dispatches anew before a prompt is taken. None is "warn", but leaves a model that is wholly resident on one
+        device without any hook, and so without a word.
 
     Everything that can be refused is refused before the model is changed.
 
@@ -65,10 +72,27 @@ def apply(
     if offloaded:
         opened = _offload(module, plan, offload_dir)
     weights = Weights(module, opened, offloaded=offloaded)
+    limits = Limits(plan, targets, on_exceed or "warn")
+
+    def again(call: Call) -> Session:
+        larger = larger_plan(plan, module, call)
+        if weights.on_meta:
+            _let_go(module)
+        else:
+            remove(module)
+            if weights.offloaded and weights.checkpoint is not None and offload_dir is not None:
+                # All of it is in memory again, and the new plan's disk homes take its place.
+                (Path(offload_dir) / OFFLOAD_FILE).unlink(missing_ok=True)
+        apply(module, larger, checkpoint, devices=devices, offload_dir=offload_dir, on_exceed=on_exceed)
+        following: Session = getattr(module, _ATTRIBUTE).session
+        return following
+
     state = _Dispatch(module, plan, targets, weights)
     state.check()
     state.prepare()
     state.attach()
+    if state.waits or on_exceed is not None:
+        state.serve(Session(limits, state.begin_call, state.end_call, again))
     setattr(module, _ATTRIBUTE, state)
     setattr(module, NAMES_ATTRIBUTE, plan_names(plan, targets))
     return module
@@ -91,6 +115,13 @@ def remove(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def _let_go(model: torch.nn.Module) -> None:
+    """Undo `apply`, and leave the model on meta: nothing is read."""
+    getattr(model, _ATTRIBUTE).detach(read=False)
+    delattr(model, _ATTRIBUTE)
+    delattr(model, NAMES_ATTRIBUTE)
+
+
 class _Dispatch:
     """What `apply` did to one model. `prepare` reads and allocates and leaves the model alone; `attach` changes it."""
 
@@ -111,8 +142,8 @@ class _Dispatch:
         self.tied: dict[tuple[str, torch.device], torch.nn.Parameter] = {}
         self.moved: dict[int, tuple[Any, Any]] = {}
         self.before: dict[str, Any] = {}
-        self.calls = threading.RLock()
-        self.warned = False
+        self.session: Session | None = None
+        self.waits = False
 
     def check(self) -> None:
         """Refuse what cannot be done."""
@@ -271,56 +302,29 @@ class _Dispatch:
             for group in groups:
                 self._attach(group.name, before=_acquirer(stream, group), after=_releaser(stream, group))
             stream.prefetch()
-        if several or self.groups or self.experts or self.mapped:
-            hooks.attach(self.model, before=self._begin_call, after=self._end_call)
-            self.hooked.append(self.model)
-            for name in _REFUSED:
-                setattr(self.model, name, _refusal(name))
+        self.waits = bool(several or self.groups or self.experts or self.mapped)
+        for name in _REFUSED if self.waits else ():
+            setattr(self.model, name, _refusal(name))
+
+    def serve(self, session: Session) -> None:
+        """Let calls of the model pass through a session."""
+        self.session = session
+        hooks.attach(self.model, before=session.begin, after=session.end, failed=session.failed)
+        self.hooked.append(self.model)
 
     def _attach(self, path: str, *, before: hooks.Before, after: hooks.After | None = None) -> None:
         module = self.model.get_submodule(path)
         hooks.attach(module, before=before, after=after)
         self.hooked.append(module)
 
-    def _begin_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        # Slots, and the parameters that are views of them, serve one call at a time; other threads wait here.
-        self.calls.acquire()
-        try:
-            if self.reads_files and self.weights.checkpoint is not None:
-                self.weights.checkpoint.check_unchanged()
-            self._warn_if_larger(args, kwargs)
-        except BaseException:
-            self.calls.release()
-            raise
-        return args, kwargs
+    def begin_call(self) -> None:
+        """Refuse a call where files that are read in it are not what they were."""
+        if self.reads_files and self.weights.checkpoint is not None:
+            self.weights.checkpoint.check_unchanged()
 
-    def _end_call(self) -> None:
+    def end_call(self) -> None:
+        """Let go of what was held for one call."""
         self.moved.clear()
-        self.calls.release()
-
-    def _warn_if_larger(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if self.warned or not isinstance(ids, torch.Tensor) or ids.dim() != 2:
-            return
-        work, cache = self.plan.workload, kwargs.get("past_key_values")
-        past = getattr(cache, "get_seq_length", None)
-        context = ids.shape[1] + (past() if past is not None else 0)
-        longest = work.prompt_tokens + (work.new_tokens if work.caller == "generate" else work.decode_steps)
-        most = max((entry.tokens for entry in self.plan.graph.prefill_passes), default=longest)
-        if work.prefill_chunk is not None and ids.shape[1] > most:
-            self.warned = True
-            warnings.warn(
-                f"this call takes {ids.shape[1]} tokens at once, and the plan {most}: it may run out of memory. Call "
-                f"generate with prefill_chunk_size={most}",
-                stacklevel=2,
-            )
-        elif ids.shape[0] > work.rows or context > longest:
-            self.warned = True
-            warnings.warn(
-                f"this call has a batch of {ids.shape[0]} and {context} tokens of context; the plan is for "
-                f"{work.rows} and {longest}: it may run out of memory. Plan again with a larger workload",
-                stacklevel=2,
-            )
 
     def _set_implementations(self) -> None:
         model: Any = self.model
@@ -333,15 +337,18 @@ class _Dispatch:
             self.before["experts"] = model.get_experts_implementation()
             model.set_experts_implementation(execution.experts)
 
-    def detach(self) -> None:
-        """Read everything that waits, and only then change the model: a file that is gone leaves it as it is."""
-        if self.reads_files and self.weights.checkpoint is not None:
+    def detach(self, *, read: bool = True) -> None:
+        """Read everything that waits, and only then change the model: a file that is gone leaves it as it is.
+
+        read: else nothing is, and every weight is on meta afterwards.
+        """
+        if read and self.reads_files and self.weights.checkpoint is not None:
             self.weights.checkpoint.check_unchanged()
         for ring in self.rings.values():
             ring.close()
-        groups = [(group, group.load()) for group in self.groups.values()]
-        experts = [(module, source, source.load()) for module, source in self.experts]
-        mapped = {name: place.get(*place.owner(self.model, name)).clone() for name in self.mapped}
+        groups = [(group, group.load()) for group in self.groups.values() if read]
+        experts = [(module, source, source.load() if read else None) for module, source in self.experts]
+        mapped = {name: place.get(*place.owner(self.model, name)).clone() for name in self.mapped if read}
         for module in self.hooked:
             hooks.detach(module)
         for name in _REFUSED:
@@ -349,13 +356,14 @@ class _Dispatch:
         for group, parameters in groups:
             group.restore(parameters)
         for module, source, whole in experts:
-            source.restore(whole)
+            if whole is not None:
+                source.restore(whole)
             delattr(module, implementations.SOURCE_ATTRIBUTE)
         for name, tensor in mapped.items():
             place.put(*place.owner(self.model, name), tensor)
         found = {tensor.device for _, tensor in place.named_tensors(self.model)}
-        for name, tensor in list(place.named_tensors(self.model)) if len(found) > 1 else []:
-            place.put(*place.owner(self.model, name), tensor.detach().to("cpu"))
+        for name, tensor in list(place.named_tensors(self.model)) if len(found) > 1 or not read else []:
+            place.put(*place.owner(self.model, name), tensor.detach().to("cpu" if read else "meta"))
         self._tie()
         model: Any = self.model
         if "attention" in self.before:

@@ -10,11 +10,19 @@ import torch
 
 Before = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 After = Callable[[], None]
+# Given what a forward raised: what to raise in its place, or None to leave it.
+Failed = Callable[[BaseException], BaseException | None]
 
 _WRAPPED = "_loadplan_wrapped"
 
 
-def attach(module: torch.nn.Module, *, before: Before | None = None, after: After | None = None) -> None:
+def attach(
+    module: torch.nn.Module,
+    *,
+    before: Before | None = None,
+    after: After | None = None,
+    failed: Failed | None = None,
+) -> None:
     """Wrap a module's forward: `before` may change its arguments; `after` is called even if it raises."""
     forward = module.forward
 
@@ -24,6 +32,11 @@ def attach(module: torch.nn.Module, *, before: Before | None = None, after: Afte
             args, kwargs = before(args, kwargs)
         try:
             return forward(*args, **kwargs)
+        except Exception as exc:
+            other = failed(exc) if failed is not None else None
+            if other is None:
+                raise
+            raise other from exc
         finally:
             if after is not None:
                 after()
