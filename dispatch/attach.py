@@ -10,14 +10,12 @@ from typing import Any
 
 import torch
 
-from dispatch import hooks, place
-from dispatch.calls import Call
+from dispatch import hooks, peers, place
 from dispatch.checkpoint import Checkpoint
 from dispatch.experts import StreamedExperts
 from dispatch.limits import Limits, OnExceed
 from dispatch.match import check_matches
 from dispatch.measure import NAMES_ATTRIBUTE, plan_names
-from dispatch.replan import larger_plan
 from dispatch.session import Session
 from dispatch.slots import SlotRing
 from dispatch.stores import Store
@@ -74,8 +72,7 @@ def apply(
     weights = Weights(module, opened, offloaded=offloaded)
     limits = Limits(plan, targets, on_exceed or "warn")
 
-    def again(call: Call) -> Session:
-        larger = larger_plan(plan, module, call)
+    def by_another(larger: Plan) -> Session:
         if weights.on_meta:
             _let_go(module)
         else:
@@ -92,7 +89,10 @@ def apply(
     state.prepare()
     state.attach()
     if state.waits or on_exceed is not None:
-        state.serve(Session(limits, state.begin_call, state.end_call, again))
+        session = Session(
+            limits, begin=state.begin_call, end=state.end_call, recover=state.recover, dispatch=by_another
+        )  # fmt: skip
+        state.serve(session)
     setattr(module, _ATTRIBUTE, state)
     setattr(module, NAMES_ATTRIBUTE, plan_names(plan, targets))
     return module
@@ -142,6 +142,7 @@ class _Dispatch:
         self.tied: dict[tuple[str, torch.device], torch.nn.Parameter] = {}
         self.moved: dict[int, tuple[Any, Any]] = {}
         self.before: dict[str, Any] = {}
+        self.streams: list[GroupStream] = []
         self.session: Session | None = None
         self.waits = False
 
@@ -168,6 +169,7 @@ class _Dispatch:
 
     def prepare(self) -> None:
         """Load what stays, and make the stores of what waits."""
+        peers.check(list(self.targets.values()))
         for entry in self.plan.slots:
             wanted = (self.plan.hardware.disk(entry.device), entry.device, entry.holds)
             staging = any((p.home, p.run_on, slot_kind(group)) == wanted for p, group, _ in self.placed)
@@ -299,6 +301,7 @@ class _Dispatch:
                 self._attach(layer.name, before=_mover(self.targets[name], self.moved))
         for device, groups in streamed.items():
             stream = GroupStream(self.rings[device, "groups"], groups)
+            self.streams.append(stream)
             for group in groups:
                 self._attach(group.name, before=_acquirer(stream, group), after=_releaser(stream, group))
             stream.prefetch()
@@ -309,7 +312,7 @@ class _Dispatch:
     def serve(self, session: Session) -> None:
         """Let calls of the model pass through a session."""
         self.session = session
-        hooks.attach(self.model, before=session.begin, after=session.end, failed=session.failed)
+        session.serve(self.model)
         self.hooked.append(self.model)
 
     def _attach(self, path: str, *, before: hooks.Before, after: hooks.After | None = None) -> None:
@@ -321,6 +324,12 @@ class _Dispatch:
         """Refuse a call where files that are read in it are not what they were."""
         if self.reads_files and self.weights.checkpoint is not None:
             self.weights.checkpoint.check_unchanged()
+
+    def recover(self) -> None:
+        """Mend what a call that was interrupted between two hooks left behind."""
+        self.moved.clear()
+        for stream in self.streams:
+            stream.recover()
 
     def end_call(self) -> None:
         """Let go of what was held for one call."""
@@ -409,7 +418,7 @@ def _mover(device: torch.device, moved: dict[int, tuple[Any, Any]]) -> hooks.Bef
         key = hash((id(value), device))
         known = moved.get(key)
         if known is None or known[0]() is not value:
-            known = moved[key] = (weakref.ref(value, lambda _: moved.pop(key, None)), value.to(device))
+            known = moved[key] = (weakref.ref(value, lambda _: moved.pop(key, None)), peers.bring(value, device))
         return known[1]
 
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 Before = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 After = Callable[[], None]
-# Given what a forward raised: what to raise in its place, or None to leave it.
-Failed = Callable[[BaseException], BaseException | None]
+
+
+class Around(Protocol):
+    """Runs a forward with its arguments, in whatever it takes."""
+
+    def run(
+        self, module: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Return what the forward returns."""
+
 
 _WRAPPED = "_loadplan_wrapped"
 
 
-def attach(
-    module: torch.nn.Module,
-    *,
-    before: Before | None = None,
-    after: After | None = None,
-    failed: Failed | None = None,
-) -> None:
+def attach(module: torch.nn.Module, *, before: Before | None = None, after: After | None = None) -> None:
     """Wrap a module's forward: `before` may change its arguments; `after` is called even if it raises."""
     forward = module.forward
 
@@ -32,15 +34,25 @@ def attach(
             args, kwargs = before(args, kwargs)
         try:
             return forward(*args, **kwargs)
-        except Exception as exc:
-            other = failed(exc) if failed is not None else None
-            if other is None:
-                raise
-            raise other from exc
         finally:
             if after is not None:
                 after()
 
+    _wrap(module, wrapped)
+
+
+def attach_around(module: torch.nn.Module, around: Around) -> None:
+    """Wrap a module's forward, and leave it to `around` to call it."""
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return around.run(module, forward, args, kwargs)
+
+    _wrap(module, wrapped)
+
+
+def _wrap(module: torch.nn.Module, wrapped: Any) -> None:
     setattr(wrapped, _WRAPPED, True)
     module.forward = wrapped
 

@@ -67,10 +67,8 @@ class Limits:
             )
         return False
 
-    def explained(self, error: BaseException) -> BaseException | None:
-        """Return an error of the same kind that says what was predicted where memory ran out; None for other errors."""
-        if not isinstance(error, torch.OutOfMemoryError):
-            return None
+    def explained(self, error: torch.OutOfMemoryError) -> torch.OutOfMemoryError:
+        """Return an error of the same kind that says what was predicted where memory ran out."""
         names = self._short_of(str(error))
         said = [f"{' or '.join(names)} ran out of memory"]
         size = self._planned

@@ -88,7 +88,6 @@ def test_a_gpu_is_known_by_its_number() -> None:
     assert limits._short_of(text.format(1)) == ["cuda:1"]
     assert limits._short_of("there is no more") == ["cuda:0", "cuda:1"]
     assert limits._short_of("cuda:1 is out of memory") == ["cuda:1"]
-    assert limits.explained(ValueError("something else")) is None
 
 
 def test_what_fits_is_warned_of_once_and_what_cannot_is_refused() -> None:
