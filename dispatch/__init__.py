@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dispatch.attach import apply, remove
 from dispatch.checkpoint import Checkpoint
-from dispatch.measure import Measurement, measure
+from dispatch.measure import Recording, measure
+from planner.measurement import Measurement
 
-__all__ = ["Checkpoint", "Measurement", "apply", "measure", "remove"]
+__all__ = ["Checkpoint", "Measurement", "Recording", "apply", "measure", "remove"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,15 +10,18 @@ from typing import Any
 
 import torch
 
-from dispatch import hooks, place
+from dispatch import hooks, peers, place
 from dispatch.checkpoint import Checkpoint
 from dispatch.experts import StreamedExperts
+from dispatch.limits import Limits, OnExceed
 from dispatch.match import check_matches
+from dispatch.measure import NAMES_ATTRIBUTE, plan_names
+from dispatch.session import Session
 from dispatch.slots import SlotRing
 from dispatch.stores import Store
 from dispatch.stream import GroupStream, StreamedGroup
 from dispatch.targets import check_carried_out, find_targets
-from dispatch.weights import Weights, write_offload
+from dispatch.weights import OFFLOAD_FILE, Weights, write_offload
 from planner import execution as implementations
 from planner.errors import InputError, PlanMismatchError
 from planner.graph import WeightGroup
@@ -41,12 +42,17 @@ def apply(
     *,
     devices: Mapping[str, torch.device | str] | None = None,
     offload_dir: str | Path | None = None,
+    on_exceed: OnExceed | None = None,
 ) -> torch.nn.Module:
     """Put every weight of `model` where the plan says, and make it run so; return the model.
 
     model: on meta (filled from `checkpoint`), already loaded, or a name, folder or config to build it from.
     devices: real devices for the plan's names, {"cuda:0": "cuda:3"}; each is itself unless named.
     offload_dir: where a loaded model's weights go that are to wait on disk, if no checkpoint holds them.
+    on_exceed: what is done about a call with more rows, tokens or context than planned: "warn" tells what it would take
+        at least, and refuses what cannot fit by the plan's figures; "refuse" refuses it; "replan" plans for it and
+        dispatches anew before a prompt is taken. None is "warn", but leaves a model that is wholly resident on one
+        device without any hook, and so without a word.
 
     Everything that can be refused is refused before the model is changed.
 
@@ -64,11 +70,31 @@ def apply(
     if offloaded:
         opened = _offload(module, plan, offload_dir)
     weights = Weights(module, opened, offloaded=offloaded)
+    limits = Limits(plan, targets, on_exceed or "warn")
+
+    def by_another(larger: Plan) -> Session:
+        if weights.on_meta:
+            _let_go(module)
+        else:
+            remove(module)
+            if weights.offloaded and weights.checkpoint is not None and offload_dir is not None:
+                # All of it is in memory again, and the new plan's disk homes take its place.
+                (Path(offload_dir) / OFFLOAD_FILE).unlink(missing_ok=True)
+        apply(module, larger, checkpoint, devices=devices, offload_dir=offload_dir, on_exceed=on_exceed)
+        following: Session = getattr(module, _ATTRIBUTE).session
+        return following
+
     state = _Dispatch(module, plan, targets, weights)
     state.check()
     state.prepare()
     state.attach()
+    if state.waits or on_exceed is not None:
+        session = Session(
+            limits, begin=state.begin_call, end=state.end_call, recover=state.recover, dispatch=by_another
+        )  # fmt: skip
+        state.serve(session)
     setattr(module, _ATTRIBUTE, state)
+    setattr(module, NAMES_ATTRIBUTE, plan_names(plan, targets))
     return module
 
 
@@ -85,7 +111,15 @@ def remove(model: torch.nn.Module) -> torch.nn.Module:
         raise InputError("this model is not dispatched")
     state.detach()
     delattr(model, _ATTRIBUTE)
+    delattr(model, NAMES_ATTRIBUTE)
     return model
+
+
+def _let_go(model: torch.nn.Module) -> None:
+    """Undo `apply`, and leave the model on meta: nothing is read."""
+    getattr(model, _ATTRIBUTE).detach(read=False)
+    delattr(model, _ATTRIBUTE)
+    delattr(model, NAMES_ATTRIBUTE)
 
 
 class _Dispatch:
@@ -108,8 +142,9 @@ class _Dispatch:
         self.tied: dict[tuple[str, torch.device], torch.nn.Parameter] = {}
         self.moved: dict[int, tuple[Any, Any]] = {}
         self.before: dict[str, Any] = {}
-        self.calls = threading.RLock()
-        self.warned = False
+        self.streams: list[GroupStream] = []
+        self.session: Session | None = None
+        self.waits = False
 
     def check(self) -> None:
         """Refuse what cannot be done."""
@@ -134,6 +169,7 @@ class _Dispatch:
 
     def prepare(self) -> None:
         """Load what stays, and make the stores of what waits."""
+        peers.check(list(self.targets.values()))
         for entry in self.plan.slots:
             wanted = (self.plan.hardware.disk(entry.device), entry.device, entry.holds)
             staging = any((p.home, p.run_on, slot_kind(group)) == wanted for p, group, _ in self.placed)
@@ -265,59 +301,39 @@ class _Dispatch:
                 self._attach(layer.name, before=_mover(self.targets[name], self.moved))
         for device, groups in streamed.items():
             stream = GroupStream(self.rings[device, "groups"], groups)
+            self.streams.append(stream)
             for group in groups:
                 self._attach(group.name, before=_acquirer(stream, group), after=_releaser(stream, group))
             stream.prefetch()
-        if several or self.groups or self.experts or self.mapped:
-            hooks.attach(self.model, before=self._begin_call, after=self._end_call)
-            self.hooked.append(self.model)
-            for name in _REFUSED:
-                setattr(self.model, name, _refusal(name))
+        self.waits = bool(several or self.groups or self.experts or self.mapped)
+        for name in _REFUSED if self.waits else ():
+            setattr(self.model, name, _refusal(name))
+
+    def serve(self, session: Session) -> None:
+        """Let calls of the model pass through a session."""
+        self.session = session
+        session.serve(self.model)
+        self.hooked.append(self.model)
 
     def _attach(self, path: str, *, before: hooks.Before, after: hooks.After | None = None) -> None:
         module = self.model.get_submodule(path)
         hooks.attach(module, before=before, after=after)
         self.hooked.append(module)
 
-    def _begin_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        # Slots, and the parameters that are views of them, serve one call at a time; other threads wait here.
-        self.calls.acquire()
-        try:
-            if self.reads_files and self.weights.checkpoint is not None:
-                self.weights.checkpoint.check_unchanged()
-            self._warn_if_larger(args, kwargs)
-        except BaseException:
-            self.calls.release()
-            raise
-        return args, kwargs
+    def begin_call(self) -> None:
+        """Refuse a call where files that are read in it are not what they were."""
+        if self.reads_files and self.weights.checkpoint is not None:
+            self.weights.checkpoint.check_unchanged()
 
-    def _end_call(self) -> None:
+    def recover(self) -> None:
+        """Mend what a call that was interrupted between two hooks left behind."""
         self.moved.clear()
-        self.calls.release()
+        for stream in self.streams:
+            stream.recover()
 
-    def _warn_if_larger(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if self.warned or not isinstance(ids, torch.Tensor) or ids.dim() != 2:
-            return
-        work, cache = self.plan.workload, kwargs.get("past_key_values")
-        past = getattr(cache, "get_seq_length", None)
-        context = ids.shape[1] + (past() if past is not None else 0)
-        longest = work.prompt_tokens + (work.new_tokens if work.caller == "generate" else work.decode_steps)
-        most = max((entry.tokens for entry in self.plan.graph.prefill_passes), default=longest)
-        if work.prefill_chunk is not None and ids.shape[1] > most:
-            self.warned = True
-            warnings.warn(
-                f"this call takes {ids.shape[1]} tokens at once, and the plan {most}: it may run out of memory. Call "
-                f"generate with prefill_chunk_size={most}",
-                stacklevel=2,
-            )
-        elif ids.shape[0] > work.rows or context > longest:
-            self.warned = True
-            warnings.warn(
-                f"this call has a batch of {ids.shape[0]} and {context} tokens of context; the plan is for "
-                f"{work.rows} and {longest}: it may run out of memory. Plan again with a larger workload",
-                stacklevel=2,
-            )
+    def end_call(self) -> None:
+        """Let go of what was held for one call."""
+        self.moved.clear()
 
     def _set_implementations(self) -> None:
         model: Any = self.model
@@ -330,15 +346,18 @@ class _Dispatch:
             self.before["experts"] = model.get_experts_implementation()
             model.set_experts_implementation(execution.experts)
 
-    def detach(self) -> None:
-        """Read everything that waits, and only then change the model: a file that is gone leaves it as it is."""
-        if self.reads_files and self.weights.checkpoint is not None:
+    def detach(self, *, read: bool = True) -> None:
+        """Read everything that waits, and only then change the model: a file that is gone leaves it as it is.
+
+        read: else nothing is, and every weight is on meta afterwards.
+        """
+        if read and self.reads_files and self.weights.checkpoint is not None:
             self.weights.checkpoint.check_unchanged()
         for ring in self.rings.values():
             ring.close()
-        groups = [(group, group.load()) for group in self.groups.values()]
-        experts = [(module, source, source.load()) for module, source in self.experts]
-        mapped = {name: place.get(*place.owner(self.model, name)).clone() for name in self.mapped}
+        groups = [(group, group.load()) for group in self.groups.values() if read]
+        experts = [(module, source, source.load() if read else None) for module, source in self.experts]
+        mapped = {name: place.get(*place.owner(self.model, name)).clone() for name in self.mapped if read}
         for module in self.hooked:
             hooks.detach(module)
         for name in _REFUSED:
@@ -346,13 +365,14 @@ class _Dispatch:
         for group, parameters in groups:
             group.restore(parameters)
         for module, source, whole in experts:
-            source.restore(whole)
+            if whole is not None:
+                source.restore(whole)
             delattr(module, implementations.SOURCE_ATTRIBUTE)
         for name, tensor in mapped.items():
             place.put(*place.owner(self.model, name), tensor)
         found = {tensor.device for _, tensor in place.named_tensors(self.model)}
-        for name, tensor in list(place.named_tensors(self.model)) if len(found) > 1 else []:
-            place.put(*place.owner(self.model, name), tensor.detach().to("cpu"))
+        for name, tensor in list(place.named_tensors(self.model)) if len(found) > 1 or not read else []:
+            place.put(*place.owner(self.model, name), tensor.detach().to("cpu" if read else "meta"))
         self._tie()
         model: Any = self.model
         if "attention" in self.before:
@@ -398,7 +418,7 @@ def _mover(device: torch.device, moved: dict[int, tuple[Any, Any]]) -> hooks.Bef
         key = hash((id(value), device))
         known = moved.get(key)
         if known is None or known[0]() is not value:
-            known = moved[key] = (weakref.ref(value, lambda _: moved.pop(key, None)), value.to(device))
+            known = moved[key] = (weakref.ref(value, lambda _: moved.pop(key, None)), peers.bring(value, device))
         return known[1]
 
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 Before = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 After = Callable[[], None]
+
+
+class Around(Protocol):
+    """Runs a forward with its arguments, in whatever it takes."""
+
+    def run(
+        self, module: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Return what the forward returns."""
+
 
 _WRAPPED = "_loadplan_wrapped"
 
@@ -28,6 +38,21 @@ def attach(module: torch.nn.Module, *, before: Before | None = None, after: Afte
             if after is not None:
                 after()
 
+    _wrap(module, wrapped)
+
+
+def attach_around(module: torch.nn.Module, around: Around) -> None:
+    """Wrap a module's forward, and leave it to `around` to call it."""
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return around.run(module, forward, args, kwargs)
+
+    _wrap(module, wrapped)
+
+
+def _wrap(module: torch.nn.Module, wrapped: Any) -> None:
     setattr(wrapped, _WRAPPED, True)
     module.forward = wrapped
 

@@ -97,6 +97,20 @@ class GroupStream:
         self._free.append(slot)
         self.prefetch()
 
+    def recover(self) -> None:
+        """Free the slots of groups that no module holds any more: between calls, after one that was interrupted where
+        no hook could free them.
+        """
+        if not self._held and len(self._free) + len(self._pending) == len(self.ring):
+            return
+        for index in self._held:
+            self.groups[index].leave()
+        self._held.clear()
+        self._pending.clear()
+        for slot in range(len(self.ring)):
+            self.ring.release(slot)
+        self._free, self._next = deque(range(len(self.ring))), 0
+
     def _restart(self, index: int) -> None:
         for _, slot in self._pending:
             self._free.append(slot)

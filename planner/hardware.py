@@ -105,6 +105,10 @@ class Device:
         """Return the achieved matmul rate for a torch dtype name such as "bfloat16", in FLOP/s."""
         return self.flops_per_s.get(dtype, self.flops_per_s["default"])
 
+    def times(self, factor: float) -> Device:
+        """Return this device with `factor` times all its rates."""
+        return _scaled_device(self, factor)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPool:
