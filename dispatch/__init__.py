@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dispatch.attach import apply, remove
+from dispatch.attach import apply, cache_statistics, remove
 from dispatch.checkpoint import Checkpoint
+from dispatch.expert_cache import CacheStatistics
 from dispatch.measure import Measurement, measure
 
-__all__ = ["Checkpoint", "Measurement", "apply", "measure", "remove"]
+__all__ = ["CacheStatistics", "Checkpoint", "Measurement", "apply", "cache_statistics", "measure", "remove"]

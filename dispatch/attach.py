@@ -14,6 +14,7 @@ import torch
 
 from dispatch import hooks, place
 from dispatch.checkpoint import Checkpoint
+from dispatch.expert_cache import CacheStatistics, ExpertCache
 from dispatch.experts import StreamedExperts
 from dispatch.match import check_matches
 from dispatch.slots import SlotRing
@@ -88,6 +89,23 @@ def remove(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def cache_statistics(model: torch.nn.Module) -> tuple[CacheStatistics, ...]:
+    """Return what the slots for experts did since `apply`, device by device; none where no experts are copied.
+
+    Raises:
+        InputError: the model is not dispatched.
+    """
+    state: _Dispatch | None = getattr(model, _ATTRIBUTE, None)
+    if state is None:
+        raise InputError("this model is not dispatched")
+    return tuple(
+        CacheStatistics(
+            device=device, slots=len(cache.ring), hits=cache.hits, copies=cache.copies, copied_bytes=cache.copied_bytes
+        )
+        for device, cache in state.caches.items()
+    )
+
+
 class _Dispatch:
     """What `apply` did to one model. `prepare` reads and allocates and leaves the model alone; `attach` changes it."""
 
@@ -99,6 +117,7 @@ class _Dispatch:
         self.rankings = plan.graph.rankings()
         self.reads_files = any(self._waits_on_disk(p) and waiting_slices(p, g) for p, g, _ in self.placed)
         self.rings: dict[tuple[str, str], SlotRing] = {}
+        self.caches: dict[str, ExpertCache] = {}
         self.resident: dict[str, torch.Tensor] = {}
         self.groups: dict[tuple[str, str], StreamedGroup] = {}
         self.experts: list[tuple[torch.nn.Module, StreamedExperts]] = []
@@ -139,6 +158,8 @@ class _Dispatch:
             staging = any((p.home, p.run_on, slot_kind(group)) == wanted for p, group, _ in self.placed)
             ring = SlotRing(self.targets[entry.device], entry.count, entry.slot_bytes, staging=staging)
             self.rings[entry.device, entry.holds] = ring
+            if entry.holds == "experts":
+                self.caches[entry.device] = ExpertCache(ring)
         with self.weights.reading(READERS, self._reads()):
             with ThreadPoolExecutor(READERS) as pool:
                 for loaded in pool.map(self._load_resident, self.placed):
@@ -243,9 +264,8 @@ class _Dispatch:
             expert: self._store(placement, names, device, expert).renamed(leaves) for expert in sorted(ranked[kept:])
         }
         owners = {leaf: (module, leaf) for leaf in leaves.values()}
-        ring = self.rings.get((placement.run_on, "experts"))
-        limit = placement.cpu_up_to_tokens
-        source = StreamedExperts(ring, owners, resident, waiting, cpu_up_to_tokens=limit)
+        cache, limit = self.caches.get(placement.run_on), placement.cpu_up_to_tokens
+        source = StreamedExperts(cache, owners, resident, waiting, cpu_up_to_tokens=limit)
         self.experts.append((module, source))
 
     def _store(self, placement: Placement, names: list[str], device: torch.device, expert: int | None = None) -> Store:

@@ -276,7 +276,7 @@ PUBLIC = {
     "simulate": [
         "Interval", "LaneUse", "MemorySample", "Timeline", "energy_joules", "run", "run_accelerate", "virtual",
     ],
-    "dispatch": ["Checkpoint", "Measurement", "apply", "measure", "remove"],
+    "dispatch": ["CacheStatistics", "Checkpoint", "Measurement", "apply", "cache_statistics", "measure", "remove"],
     "reports": ["page_html", "write_report"],
 }  # fmt: skip
 
