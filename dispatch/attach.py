@@ -248,7 +248,7 @@ class _Dispatch:
             self.resident[name] = self.weights.load(name, device)
             del owners[name]
         store = self._store(placement, list(owners), device)
-        return StreamedGroup(f"{placement.layer}.{placement.group}", owners, store)
+        return StreamedGroup(f"{placement.layer}.{placement.group}", owners, store, layer=placement.layer)
 
     def _stream_experts(self, placement: Placement, group: WeightGroup, names: list[str], device: torch.device) -> None:
         path = f"{placement.layer}.{placement.group}"
@@ -317,7 +317,7 @@ class _Dispatch:
 
     def _warn_if_larger(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        if self.warned or not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+        if self.warned or not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
             return
         work, cache = self.plan.workload, kwargs.get("past_key_values")
         past = getattr(cache, "get_seq_length", None)
