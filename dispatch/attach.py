@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ from dispatch.checkpoint import Checkpoint
 from dispatch.expert_cache import CacheStatistics, ExpertCache
 from dispatch.experts import StreamedExperts
 from dispatch.match import check_matches
+from dispatch.mover import Moved, mover
 from dispatch.slots import SlotRing
 from dispatch.stores import Store
 from dispatch.stream import GroupStream, StreamedGroup
@@ -125,7 +125,7 @@ class _Dispatch:
         self.shared = resident_ties(plan.graph, plan.placements)
         self.hooked: list[torch.nn.Module] = []
         self.tied: dict[tuple[str, torch.device], torch.nn.Parameter] = {}
-        self.moved: dict[int, tuple[Any, Any]] = {}
+        self.moved: Moved = {}
         self.before: dict[str, Any] = {}
         self.calls = threading.RLock()
         self.warned = False
@@ -282,7 +282,7 @@ class _Dispatch:
         several = len({self.targets[name] for name in self.plan.run_on()}) > 1
         if several:
             for layer, name in zip(self.plan.graph.layers, self.plan.run_on(), strict=True):
-                self._attach(layer.name, before=_mover(self.targets[name], self.moved))
+                self._attach(layer.name, before=mover(self.targets[name], self.moved))
         for device, groups in streamed.items():
             stream = GroupStream(self.rings[device, "groups"], groups)
             for group in groups:
@@ -401,38 +401,6 @@ def _refusal(name: str) -> Any:
         )
 
     return refuse
-
-
-def _mover(device: torch.device, moved: dict[int, tuple[Any, Any]]) -> hooks.Before:
-    """Return a hook that brings a layer's arguments to its device; what several layers take is moved once a call, and
-    the copy lives no longer than what it was made of.
-    """
-
-    def bring(value: Any) -> Any:
-        if isinstance(value, (tuple, list, dict)):
-            return _each(value, bring)
-        if not isinstance(value, torch.Tensor):
-            return value
-        if value.device == device:
-            return value
-        key = hash((id(value), device))
-        known = moved.get(key)
-        if known is None or known[0]() is not value:
-            known = moved[key] = (weakref.ref(value, lambda _: moved.pop(key, None)), value.to(device))
-        return known[1]
-
-    def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return tuple(bring(value) for value in args), {key: bring(value) for key, value in kwargs.items()}
-
-    return before
-
-
-def _each(value: Any, change: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: change(item) for key, item in value.items()}
-    if hasattr(value, "_fields"):
-        return type(value)(*(change(item) for item in value))
-    return type(value)(change(item) for item in value)
 
 
 def _acquirer(stream: GroupStream, group: StreamedGroup) -> hooks.Before:

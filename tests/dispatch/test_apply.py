@@ -13,7 +13,7 @@ import torch
 
 import dispatch
 import planner
-from dispatch.attach import _mover
+from dispatch.mover import mover
 from planner.errors import InputError, PlanMismatchError
 from tiny_models import CONFIGS, Case, on_cpu, spread_over_two, streamed
 
@@ -326,7 +326,7 @@ def test_measured_operator_outputs_are_the_predicted_ones(make_case: Any) -> Non
 
 def test_what_several_layers_take_is_moved_once() -> None:
     moved: dict[int, Any] = {}
-    before = _mover(torch.device("meta"), moved)
+    before = mover(torch.device("meta"), moved)
     shared, own = torch.ones(3), torch.ones(2)
     args, kwargs = before((own,), {"pair": (shared, shared), "flag": True, "none": None})
     again, _ = before((shared,), {})
