@@ -39,7 +39,7 @@ class StreamedExperts:
         if cache is None or cpu_up_to_tokens:
             self._on_host = {n: store.views() for n, store in waiting.items() if isinstance(store, HostStore)}
             assert len(self._on_host) == len(waiting)
-        self._meta = {name: place.get(*owner).to("meta") for name, owner in owners.items()}
+        self._meta = {name: place.as_parameter(place.get(*owner).to("meta")) for name, owner in owners.items()}
 
     def leave(self) -> None:
         """Put the module's parameters on meta: `fetch` gives what is computed with."""
@@ -55,7 +55,12 @@ class StreamedExperts:
         return self._waiting.keys() if computes else frozenset()
 
     def begin(self, module: torch.nn.Module, experts: list[int]) -> None:
-        """Start copying those of `experts` that wait, in order. Layers run one after another."""
+        """Start copying those of `experts` that wait, in order. Layers run one after another.
+
+        Raises:
+            InputError: somebody replaced one of the module's parameters.
+        """
+        place.check_away(self.owners, self._meta)
         if self.cache is not None:
             self.cache.begin(self, [(expert, self._waiting[expert]) for expert in experts if expert in self._waiting])
 

@@ -30,6 +30,10 @@ class StreamedGroup:
         self._away = {name: place.as_parameter(place.get(*owner).to("meta")) for name, owner in owners.items()}
         self._present: dict[int, dict[str, torch.nn.Parameter]] = {}
 
+    def check(self) -> None:
+        """Raise InputError if a parameter was replaced since the group left."""
+        place.check_away(self._owners, self._away)
+
     def arrive(self, slot: int, slab: torch.Tensor) -> None:
         """Make the parameters views of a slot. The views are made once a slot, then kept."""
         if slot not in self._present:
@@ -83,8 +87,9 @@ class GroupStream:
         """Bring a group's weights to the device for the module that is about to run.
 
         Raises:
-            InputError: it runs inside modules that hold all slots.
+            InputError: it runs inside modules that hold all slots, or somebody replaced one of its parameters.
         """
+        group.check()
         index = self._position[group.name]
         if index not in self._on_demand:
             self._pass_over(index)

@@ -17,6 +17,8 @@ from planner.workload import Workload
 from simulate.virtual_machine import Machine
 from tiny_models import on_cpu, spread_over_two, streamed, with_slots
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def plan_of(model: torch.nn.Module, gpus: str = "1x24GB") -> Plan:
     work = Workload(caller="forward", new_tokens=1)
