@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,10 +11,12 @@ import torch
 
 from dispatch import hooks, peers, place
 from dispatch.checkpoint import Checkpoint
+from dispatch.expert_cache import CacheStatistics, ExpertCache
 from dispatch.experts import StreamedExperts
 from dispatch.limits import Limits, OnExceed
 from dispatch.match import check_matches
 from dispatch.measure import NAMES_ATTRIBUTE, plan_names
+from dispatch.mover import Moved, mover
 from dispatch.session import Session
 from dispatch.slots import SlotRing
 from dispatch.stores import Store
@@ -122,6 +123,23 @@ def _let_go(model: torch.nn.Module) -> None:
     delattr(model, NAMES_ATTRIBUTE)
 
 
+def cache_statistics(model: torch.nn.Module) -> tuple[CacheStatistics, ...]:
+    """Return what the slots for experts did since `apply`, device by device; none where no experts are copied.
+
+    Raises:
+        InputError: the model is not dispatched.
+    """
+    state: _Dispatch | None = getattr(model, _ATTRIBUTE, None)
+    if state is None:
+        raise InputError("this model is not dispatched")
+    return tuple(
+        CacheStatistics(
+            device=device, slots=len(cache.ring), hits=cache.hits, copies=cache.copies, copied_bytes=cache.copied_bytes
+        )
+        for device, cache in state.caches.items()
+    )
+
+
 class _Dispatch:
     """What `apply` did to one model. `prepare` reads and allocates and leaves the model alone; `attach` changes it."""
 
@@ -133,6 +151,7 @@ class _Dispatch:
         self.rankings = plan.graph.rankings()
         self.reads_files = any(self._waits_on_disk(p) and waiting_slices(p, g) for p, g, _ in self.placed)
         self.rings: dict[tuple[str, str], SlotRing] = {}
+        self.caches: dict[str, ExpertCache] = {}
         self.resident: dict[str, torch.Tensor] = {}
         self.groups: dict[tuple[str, str], StreamedGroup] = {}
         self.experts: list[tuple[torch.nn.Module, StreamedExperts]] = []
@@ -140,7 +159,7 @@ class _Dispatch:
         self.shared = resident_ties(plan.graph, plan.placements)
         self.hooked: list[torch.nn.Module] = []
         self.tied: dict[tuple[str, torch.device], torch.nn.Parameter] = {}
-        self.moved: dict[int, tuple[Any, Any]] = {}
+        self.moved: Moved = {}
         self.before: dict[str, Any] = {}
         self.streams: list[GroupStream] = []
         self.session: Session | None = None
@@ -175,6 +194,8 @@ class _Dispatch:
             staging = any((p.home, p.run_on, slot_kind(group)) == wanted for p, group, _ in self.placed)
             ring = SlotRing(self.targets[entry.device], entry.count, entry.slot_bytes, staging=staging)
             self.rings[entry.device, entry.holds] = ring
+            if entry.holds == "experts":
+                self.caches[entry.device] = ExpertCache(ring)
         with self.weights.reading(READERS, self._reads()):
             with ThreadPoolExecutor(READERS) as pool:
                 for loaded in pool.map(self._load_resident, self.placed):
@@ -263,7 +284,7 @@ class _Dispatch:
             self.resident[name] = self.weights.load(name, device)
             del owners[name]
         store = self._store(placement, list(owners), device)
-        return StreamedGroup(f"{placement.layer}.{placement.group}", owners, store)
+        return StreamedGroup(f"{placement.layer}.{placement.group}", owners, store, layer=placement.layer)
 
     def _stream_experts(self, placement: Placement, group: WeightGroup, names: list[str], device: torch.device) -> None:
         path = f"{placement.layer}.{placement.group}"
@@ -279,9 +300,8 @@ class _Dispatch:
             expert: self._store(placement, names, device, expert).renamed(leaves) for expert in sorted(ranked[kept:])
         }
         owners = {leaf: (module, leaf) for leaf in leaves.values()}
-        ring = self.rings.get((placement.run_on, "experts"))
-        limit = placement.cpu_up_to_tokens
-        source = StreamedExperts(ring, owners, resident, waiting, cpu_up_to_tokens=limit)
+        cache, limit = self.caches.get(placement.run_on), placement.cpu_up_to_tokens
+        source = StreamedExperts(cache, owners, resident, waiting, cpu_up_to_tokens=limit)
         self.experts.append((module, source))
 
     def _store(self, placement: Placement, names: list[str], device: torch.device, expert: int | None = None) -> Store:
@@ -298,7 +318,7 @@ class _Dispatch:
         several = len({self.targets[name] for name in self.plan.run_on()}) > 1
         if several:
             for layer, name in zip(self.plan.graph.layers, self.plan.run_on(), strict=True):
-                self._attach(layer.name, before=_mover(self.targets[name], self.moved))
+                self._attach(layer.name, before=mover(self.targets[name], self.moved))
         for device, groups in streamed.items():
             stream = GroupStream(self.rings[device, "groups"], groups)
             self.streams.append(stream)
@@ -401,38 +421,6 @@ def _refusal(name: str) -> Any:
         )
 
     return refuse
-
-
-def _mover(device: torch.device, moved: dict[int, tuple[Any, Any]]) -> hooks.Before:
-    """Return a hook that brings a layer's arguments to its device; what several layers take is moved once a call, and
-    the copy lives no longer than what it was made of.
-    """
-
-    def bring(value: Any) -> Any:
-        if isinstance(value, (tuple, list, dict)):
-            return _each(value, bring)
-        if not isinstance(value, torch.Tensor):
-            return value
-        if value.device == device:
-            return value
-        key = hash((id(value), device))
-        known = moved.get(key)
-        if known is None or known[0]() is not value:
-            known = moved[key] = (weakref.ref(value, lambda _: moved.pop(key, None)), peers.bring(value, device))
-        return known[1]
-
-    def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return tuple(bring(value) for value in args), {key: bring(value) for key, value in kwargs.items()}
-
-    return before
-
-
-def _each(value: Any, change: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: change(item) for key, item in value.items()}
-    if hasattr(value, "_fields"):
-        return type(value)(*(change(item) for item in value))
-    return type(value)(change(item) for item in value)
 
 
 def _acquirer(stream: GroupStream, group: StreamedGroup) -> hooks.Before:

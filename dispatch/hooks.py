@@ -21,12 +21,18 @@ class Around(Protocol):
         """Return what the forward returns."""
 
 
+# On what `attach` puts in a module's place for its forward: the forward that was there.
 _WRAPPED = "_loadplan_wrapped"
 
 
 def attach(module: torch.nn.Module, *, before: Before | None = None, after: After | None = None) -> None:
-    """Wrap a module's forward: `before` may change its arguments; `after` is called even if it raises."""
+    """Wrap a module's forward: `before` may change its arguments; `after` is called even if it raises.
+
+    torch.compile leaves `before` and `after` as they are, and compiles the forward between them.
+    """
     forward = module.forward
+    before = None if before is None else torch.compiler.disable(before)
+    after = None if after is None else torch.compiler.disable(after)
 
     @functools.wraps(forward)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -38,7 +44,7 @@ def attach(module: torch.nn.Module, *, before: Before | None = None, after: Afte
             if after is not None:
                 after()
 
-    _wrap(module, wrapped)
+    _wrap(module, forward, wrapped)
 
 
 def attach_around(module: torch.nn.Module, around: Around) -> None:
@@ -49,18 +55,18 @@ def attach_around(module: torch.nn.Module, around: Around) -> None:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return around.run(module, forward, args, kwargs)
 
-    _wrap(module, wrapped)
+    _wrap(module, forward, wrapped)
 
 
-def _wrap(module: torch.nn.Module, wrapped: Any) -> None:
-    setattr(wrapped, _WRAPPED, True)
-    module.forward = wrapped
+def _wrap(module: torch.nn.Module, forward: Any, wrapped: Any) -> None:
+    outside = torch.compiler.disable(wrapped, recursive=False)
+    setattr(outside, _WRAPPED, forward)
+    module.forward = outside
 
 
 def detach(module: torch.nn.Module) -> None:
     """Take off everything that `attach` put on this module."""
-    while getattr(vars(module).get("forward"), _WRAPPED, False):
-        inner = getattr(module.forward, "__wrapped__")  # noqa: B009 - set by functools.wraps, unknown to the type
+    while (inner := getattr(vars(module).get("forward"), _WRAPPED, None)) is not None:
         if getattr(inner, "__func__", None) is type(module).forward:
             del module.forward
         else:

@@ -296,7 +296,9 @@ PUBLIC = {
     "simulate": [
         "Interval", "LaneUse", "MemorySample", "Timeline", "energy_joules", "run", "run_accelerate", "virtual",
     ],
-    "dispatch": ["Checkpoint", "Measurement", "Recording", "apply", "measure", "remove"],
+    "dispatch": [
+        "CacheStatistics", "Checkpoint", "Measurement", "Recording", "apply", "cache_statistics", "measure", "remove",
+    ],
     "reports": ["page_html", "write_report"],
 }  # fmt: skip
 

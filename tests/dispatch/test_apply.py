@@ -13,7 +13,7 @@ import torch
 
 import dispatch
 import planner
-from dispatch.attach import _mover
+from dispatch.mover import mover
 from planner.errors import InputError, PlanMismatchError
 from tiny_models import CONFIGS, Case, on_cpu, spread_over_two, streamed
 
@@ -311,7 +311,7 @@ def test_more_than_was_planned_is_warned_of_once(make_case: Any) -> None:
 
 def test_what_several_layers_take_is_moved_once() -> None:
     moved: dict[int, Any] = {}
-    before = _mover(torch.device("meta"), moved)
+    before = mover(torch.device("meta"), moved)
     shared, own = torch.ones(3), torch.ones(2)
     args, kwargs = before((own,), {"pair": (shared, shared), "flag": True, "none": None})
     again, _ = before((shared,), {})
