@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dispatch.attach import apply, remove
+from dispatch.attach import apply, cache_statistics, remove
 from dispatch.checkpoint import Checkpoint
-from dispatch.measure import Measurement, measure
+from dispatch.expert_cache import CacheStatistics
+from dispatch.measure import Recording, measure
+from planner.measurement import Measurement
 
-__all__ = ["Checkpoint", "Measurement", "apply", "measure", "remove"]
+__all__ = [
+    "CacheStatistics", "Checkpoint", "Measurement", "Recording", "apply", "cache_statistics", "measure", "remove",
+]  # fmt: skip

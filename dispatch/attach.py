@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import warnings
-import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,15 +9,20 @@ from typing import Any
 
 import torch
 
-from dispatch import hooks, place
+from dispatch import hooks, peers, place
 from dispatch.checkpoint import Checkpoint
+from dispatch.expert_cache import CacheStatistics, ExpertCache
 from dispatch.experts import StreamedExperts
+from dispatch.limits import Limits, OnExceed
 from dispatch.match import check_matches
+from dispatch.measure import NAMES_ATTRIBUTE, plan_names
+from dispatch.mover import Moved, mover
+from dispatch.session import Session
 from dispatch.slots import SlotRing
 from dispatch.stores import Store
 from dispatch.stream import GroupStream, StreamedGroup
 from dispatch.targets import check_carried_out, find_targets
-from dispatch.weights import Weights, write_offload
+from dispatch.weights import OFFLOAD_FILE, Weights, write_offload
 from planner import execution as implementations
 from planner.errors import InputError, PlanMismatchError
 from planner.graph import WeightGroup
@@ -41,12 +43,17 @@ def apply(
     *,
     devices: Mapping[str, torch.device | str] | None = None,
     offload_dir: str | Path | None = None,
+    on_exceed: OnExceed | None = None,
 ) -> torch.nn.Module:
     """Put every weight of `model` where the plan says, and make it run so; return the model.
 
     model: on meta (filled from `checkpoint`), already loaded, or a name, folder or config to build it from.
     devices: real devices for the plan's names, {"cuda:0": "cuda:3"}; each is itself unless named.
     offload_dir: where a loaded model's weights go that are to wait on disk, if no checkpoint holds them.
+    on_exceed: what is done about a call with more rows, tokens or context than planned: "warn" tells what it would take
+        at least, and refuses what cannot fit by the plan's figures; "refuse" refuses it; "replan" plans for it and
+        dispatches anew before a prompt is taken. None is "warn", but leaves a model that is wholly resident on one
+        device without any hook, and so without a word.
 
     Everything that can be refused is refused before the model is changed.
 
@@ -64,11 +71,31 @@ def apply(
     if offloaded:
         opened = _offload(module, plan, offload_dir)
     weights = Weights(module, opened, offloaded=offloaded)
+    limits = Limits(plan, targets, on_exceed or "warn")
+
+    def by_another(larger: Plan) -> Session:
+        if weights.on_meta:
+            _let_go(module)
+        else:
+            remove(module)
+            if weights.offloaded and weights.checkpoint is not None and offload_dir is not None:
+                # All of it is in memory again, and the new plan's disk homes take its place.
+                (Path(offload_dir) / OFFLOAD_FILE).unlink(missing_ok=True)
+        apply(module, larger, checkpoint, devices=devices, offload_dir=offload_dir, on_exceed=on_exceed)
+        following: Session = getattr(module, _ATTRIBUTE).session
+        return following
+
     state = _Dispatch(module, plan, targets, weights)
     state.check()
     state.prepare()
     state.attach()
+    if state.waits or on_exceed is not None:
+        session = Session(
+            limits, begin=state.begin_call, end=state.end_call, recover=state.recover, dispatch=by_another
+        )  # fmt: skip
+        state.serve(session)
     setattr(module, _ATTRIBUTE, state)
+    setattr(module, NAMES_ATTRIBUTE, plan_names(plan, targets))
     return module
 
 
@@ -85,7 +112,32 @@ def remove(model: torch.nn.Module) -> torch.nn.Module:
         raise InputError("this model is not dispatched")
     state.detach()
     delattr(model, _ATTRIBUTE)
+    delattr(model, NAMES_ATTRIBUTE)
     return model
+
+
+def _let_go(model: torch.nn.Module) -> None:
+    """Undo `apply`, and leave the model on meta: nothing is read."""
+    getattr(model, _ATTRIBUTE).detach(read=False)
+    delattr(model, _ATTRIBUTE)
+    delattr(model, NAMES_ATTRIBUTE)
+
+
+def cache_statistics(model: torch.nn.Module) -> tuple[CacheStatistics, ...]:
+    """Return what the slots for experts did since `apply`, device by device; none where no experts are copied.
+
+    Raises:
+        InputError: the model is not dispatched.
+    """
+    state: _Dispatch | None = getattr(model, _ATTRIBUTE, None)
+    if state is None:
+        raise InputError("this model is not dispatched")
+    return tuple(
+        CacheStatistics(
+            device=device, slots=len(cache.ring), hits=cache.hits, copies=cache.copies, copied_bytes=cache.copied_bytes
+        )
+        for device, cache in state.caches.items()
+    )
 
 
 class _Dispatch:
@@ -99,6 +151,7 @@ class _Dispatch:
         self.rankings = plan.graph.rankings()
         self.reads_files = any(self._waits_on_disk(p) and waiting_slices(p, g) for p, g, _ in self.placed)
         self.rings: dict[tuple[str, str], SlotRing] = {}
+        self.caches: dict[str, ExpertCache] = {}
         self.resident: dict[str, torch.Tensor] = {}
         self.groups: dict[tuple[str, str], StreamedGroup] = {}
         self.experts: list[tuple[torch.nn.Module, StreamedExperts]] = []
@@ -106,10 +159,11 @@ class _Dispatch:
         self.shared = resident_ties(plan.graph, plan.placements)
         self.hooked: list[torch.nn.Module] = []
         self.tied: dict[tuple[str, torch.device], torch.nn.Parameter] = {}
-        self.moved: dict[int, tuple[Any, Any]] = {}
+        self.moved: Moved = {}
         self.before: dict[str, Any] = {}
-        self.calls = threading.RLock()
-        self.warned = False
+        self.streams: list[GroupStream] = []
+        self.session: Session | None = None
+        self.waits = False
 
     def check(self) -> None:
         """Refuse what cannot be done."""
@@ -134,11 +188,14 @@ class _Dispatch:
 
     def prepare(self) -> None:
         """Load what stays, and make the stores of what waits."""
+        peers.check(list(self.targets.values()))
         for entry in self.plan.slots:
             wanted = (self.plan.hardware.disk(entry.device), entry.device, entry.holds)
             staging = any((p.home, p.run_on, slot_kind(group)) == wanted for p, group, _ in self.placed)
             ring = SlotRing(self.targets[entry.device], entry.count, entry.slot_bytes, staging=staging)
             self.rings[entry.device, entry.holds] = ring
+            if entry.holds == "experts":
+                self.caches[entry.device] = ExpertCache(ring)
         with self.weights.reading(READERS, self._reads()):
             with ThreadPoolExecutor(READERS) as pool:
                 for loaded in pool.map(self._load_resident, self.placed):
@@ -227,7 +284,7 @@ class _Dispatch:
             self.resident[name] = self.weights.load(name, device)
             del owners[name]
         store = self._store(placement, list(owners), device)
-        return StreamedGroup(f"{placement.layer}.{placement.group}", owners, store)
+        return StreamedGroup(f"{placement.layer}.{placement.group}", owners, store, layer=placement.layer)
 
     def _stream_experts(self, placement: Placement, group: WeightGroup, names: list[str], device: torch.device) -> None:
         path = f"{placement.layer}.{placement.group}"
@@ -243,9 +300,8 @@ class _Dispatch:
             expert: self._store(placement, names, device, expert).renamed(leaves) for expert in sorted(ranked[kept:])
         }
         owners = {leaf: (module, leaf) for leaf in leaves.values()}
-        ring = self.rings.get((placement.run_on, "experts"))
-        limit = placement.cpu_up_to_tokens
-        source = StreamedExperts(ring, owners, resident, waiting, cpu_up_to_tokens=limit)
+        cache, limit = self.caches.get(placement.run_on), placement.cpu_up_to_tokens
+        source = StreamedExperts(cache, owners, resident, waiting, cpu_up_to_tokens=limit)
         self.experts.append((module, source))
 
     def _store(self, placement: Placement, names: list[str], device: torch.device, expert: int | None = None) -> Store:
@@ -262,62 +318,42 @@ class _Dispatch:
         several = len({self.targets[name] for name in self.plan.run_on()}) > 1
         if several:
             for layer, name in zip(self.plan.graph.layers, self.plan.run_on(), strict=True):
-                self._attach(layer.name, before=_mover(self.targets[name], self.moved))
+                self._attach(layer.name, before=mover(self.targets[name], self.moved))
         for device, groups in streamed.items():
             stream = GroupStream(self.rings[device, "groups"], groups)
+            self.streams.append(stream)
             for group in groups:
                 self._attach(group.name, before=_acquirer(stream, group), after=_releaser(stream, group))
             stream.prefetch()
-        if several or self.groups or self.experts or self.mapped:
-            hooks.attach(self.model, before=self._begin_call, after=self._end_call)
-            self.hooked.append(self.model)
-            for name in _REFUSED:
-                setattr(self.model, name, _refusal(name))
+        self.waits = bool(several or self.groups or self.experts or self.mapped)
+        for name in _REFUSED if self.waits else ():
+            setattr(self.model, name, _refusal(name))
+
+    def serve(self, session: Session) -> None:
+        """Let calls of the model pass through a session."""
+        self.session = session
+        session.serve(self.model)
+        self.hooked.append(self.model)
 
     def _attach(self, path: str, *, before: hooks.Before, after: hooks.After | None = None) -> None:
         module = self.model.get_submodule(path)
         hooks.attach(module, before=before, after=after)
         self.hooked.append(module)
 
-    def _begin_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        # Slots, and the parameters that are views of them, serve one call at a time; other threads wait here.
-        self.calls.acquire()
-        try:
-            if self.reads_files and self.weights.checkpoint is not None:
-                self.weights.checkpoint.check_unchanged()
-            self._warn_if_larger(args, kwargs)
-        except BaseException:
-            self.calls.release()
-            raise
-        return args, kwargs
+    def begin_call(self) -> None:
+        """Refuse a call where files that are read in it are not what they were."""
+        if self.reads_files and self.weights.checkpoint is not None:
+            self.weights.checkpoint.check_unchanged()
 
-    def _end_call(self) -> None:
+    def recover(self) -> None:
+        """Mend what a call that was interrupted between two hooks left behind."""
         self.moved.clear()
-        self.calls.release()
+        for stream in self.streams:
+            stream.recover()
 
-    def _warn_if_larger(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if self.warned or not isinstance(ids, torch.Tensor) or ids.dim() != 2:
-            return
-        work, cache = self.plan.workload, kwargs.get("past_key_values")
-        past = getattr(cache, "get_seq_length", None)
-        context = ids.shape[1] + (past() if past is not None else 0)
-        longest = work.prompt_tokens + (work.new_tokens if work.caller == "generate" else work.decode_steps)
-        most = max((entry.tokens for entry in self.plan.graph.prefill_passes), default=longest)
-        if work.prefill_chunk is not None and ids.shape[1] > most:
-            self.warned = True
-            warnings.warn(
-                f"this call takes {ids.shape[1]} tokens at once, and the plan {most}: it may run out of memory. Call "
-                f"generate with prefill_chunk_size={most}",
-                stacklevel=2,
-            )
-        elif ids.shape[0] > work.rows or context > longest:
-            self.warned = True
-            warnings.warn(
-                f"this call has a batch of {ids.shape[0]} and {context} tokens of context; the plan is for "
-                f"{work.rows} and {longest}: it may run out of memory. Plan again with a larger workload",
-                stacklevel=2,
-            )
+    def end_call(self) -> None:
+        """Let go of what was held for one call."""
+        self.moved.clear()
 
     def _set_implementations(self) -> None:
         model: Any = self.model
@@ -330,15 +366,18 @@ class _Dispatch:
             self.before["experts"] = model.get_experts_implementation()
             model.set_experts_implementation(execution.experts)
 
-    def detach(self) -> None:
-        """Read everything that waits, and only then change the model: a file that is gone leaves it as it is."""
-        if self.reads_files and self.weights.checkpoint is not None:
+    def detach(self, *, read: bool = True) -> None:
+        """Read everything that waits, and only then change the model: a file that is gone leaves it as it is.
+
+        read: else nothing is, and every weight is on meta afterwards.
+        """
+        if read and self.reads_files and self.weights.checkpoint is not None:
             self.weights.checkpoint.check_unchanged()
         for ring in self.rings.values():
             ring.close()
-        groups = [(group, group.load()) for group in self.groups.values()]
-        experts = [(module, source, source.load()) for module, source in self.experts]
-        mapped = {name: place.get(*place.owner(self.model, name)).clone() for name in self.mapped}
+        groups = [(group, group.load()) for group in self.groups.values() if read]
+        experts = [(module, source, source.load() if read else None) for module, source in self.experts]
+        mapped = {name: place.get(*place.owner(self.model, name)).clone() for name in self.mapped if read}
         for module in self.hooked:
             hooks.detach(module)
         for name in _REFUSED:
@@ -346,13 +385,14 @@ class _Dispatch:
         for group, parameters in groups:
             group.restore(parameters)
         for module, source, whole in experts:
-            source.restore(whole)
+            if whole is not None:
+                source.restore(whole)
             delattr(module, implementations.SOURCE_ATTRIBUTE)
         for name, tensor in mapped.items():
             place.put(*place.owner(self.model, name), tensor)
         found = {tensor.device for _, tensor in place.named_tensors(self.model)}
-        for name, tensor in list(place.named_tensors(self.model)) if len(found) > 1 else []:
-            place.put(*place.owner(self.model, name), tensor.detach().to("cpu"))
+        for name, tensor in list(place.named_tensors(self.model)) if len(found) > 1 or not read else []:
+            place.put(*place.owner(self.model, name), tensor.detach().to("cpu" if read else "meta"))
         self._tie()
         model: Any = self.model
         if "attention" in self.before:
@@ -381,38 +421,6 @@ def _refusal(name: str) -> Any:
         )
 
     return refuse
-
-
-def _mover(device: torch.device, moved: dict[int, tuple[Any, Any]]) -> hooks.Before:
-    """Return a hook that brings a layer's arguments to its device; what several layers take is moved once a call, and
-    the copy lives no longer than what it was made of.
-    """
-
-    def bring(value: Any) -> Any:
-        if isinstance(value, (tuple, list, dict)):
-            return _each(value, bring)
-        if not isinstance(value, torch.Tensor):
-            return value
-        if value.device == device:
-            return value
-        key = hash((id(value), device))
-        known = moved.get(key)
-        if known is None or known[0]() is not value:
-            known = moved[key] = (weakref.ref(value, lambda _: moved.pop(key, None)), value.to(device))
-        return known[1]
-
-    def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return tuple(bring(value) for value in args), {key: bring(value) for key, value in kwargs.items()}
-
-    return before
-
-
-def _each(value: Any, change: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: change(item) for key, item in value.items()}
-    if hasattr(value, "_fields"):
-        return type(value)(*(change(item) for item in value))
-    return type(value)(change(item) for item in value)
 
 
 def _acquirer(stream: GroupStream, group: StreamedGroup) -> hooks.Before:

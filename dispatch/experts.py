@@ -4,13 +4,12 @@ computed by the CPU from where they wait.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Set
 
 import torch
 
 from dispatch import place
-from dispatch.slots import SlotRing
+from dispatch.expert_cache import ExpertCache
 from dispatch.stores import HostStore, Store
 
 
@@ -18,32 +17,29 @@ class StreamedExperts:
     """The source that `planner.execution.routed_experts` fetches from.
 
     Experts are either `resident` on the device or wait in the stores of `waiting`, both by their numbers. Copies of the
-    routed experts that wait begin as soon as the routing is known, as many at once as there are slots.
+    routed experts that wait, and that are not in the `cache` still, begin as soon as the routing is known, as many at
+    once as there are slots.
 
-    In calls of at most `cpu_up_to_tokens` the CPU computes those that wait, and nothing is copied; without a ring it
+    In calls of at most `cpu_up_to_tokens` the CPU computes those that wait, and nothing is copied; without a cache it
     does so in every call. Then all of them wait in host memory.
     """
 
     def __init__(
         self,
-        ring: SlotRing | None,
+        cache: ExpertCache | None,
         owners: dict[str, tuple[torch.nn.Module, str]],
         resident: Mapping[int, dict[str, torch.Tensor]],
         waiting: Mapping[int, Store],
         *,
         cpu_up_to_tokens: int = 0,
     ):
-        self.ring, self.owners, self.cpu_up_to_tokens = ring, owners, cpu_up_to_tokens
+        self.cache, self.owners, self.cpu_up_to_tokens = cache, owners, cpu_up_to_tokens
         self._resident, self._waiting = resident, waiting
         self._on_host: dict[int, dict[str, torch.Tensor]] = {}
-        if ring is None or cpu_up_to_tokens:
+        if cache is None or cpu_up_to_tokens:
             self._on_host = {n: store.views() for n, store in waiting.items() if isinstance(store, HostStore)}
             assert len(self._on_host) == len(waiting)
-        self._queue: deque[int] = deque()
-        self._pending: deque[tuple[int, int]] = deque()
-        self._free: deque[int] = deque()
-        self._held: int | None = None
-        self._meta = {name: place.get(*owner).to("meta") for name, owner in owners.items()}
+        self._meta = {name: place.as_parameter(place.get(*owner).to("meta")) for name, owner in owners.items()}
 
     def leave(self) -> None:
         """Put the module's parameters on meta: `fetch` gives what is computed with."""
@@ -55,35 +51,31 @@ class StreamedExperts:
 
         A plan that has no slots for experts has no longer call; one that comes all the same is computed by the CPU too.
         """
-        computes = self.ring is None or tokens <= self.cpu_up_to_tokens
+        computes = self.cache is None or tokens <= self.cpu_up_to_tokens
         return self._waiting.keys() if computes else frozenset()
 
     def begin(self, module: torch.nn.Module, experts: list[int]) -> None:
-        """Start copying those of `experts` that wait, in order. All slots are free: layers run one after another."""
-        self._queue = deque(expert for expert in experts if expert in self._waiting)
-        self._pending.clear()
-        self._free = deque(range(len(self.ring) if self.ring is not None else 0))
-        self._held = None
-        self._copy()
+        """Start copying those of `experts` that wait, in order. Layers run one after another.
+
+        Raises:
+            InputError: somebody replaced one of the module's parameters.
+        """
+        place.check_away(self.owners, self._meta)
+        if self.cache is not None:
+            self.cache.begin(self, [(expert, self._waiting[expert]) for expert in experts if expert in self._waiting])
 
     def fetch(self, expert: int) -> dict[str, torch.Tensor]:
         """Return an expert's tensors on the device; valid until the next `fetch` or `end`."""
-        self.end()
         if expert in self._resident:
+            self.end()
             return self._resident[expert]
-        next_expert, slot = self._pending.popleft()
-        assert self.ring is not None
-        assert next_expert == expert
-        self._held = slot
-        return self._waiting[expert].layout.views(self.ring.use(slot))
+        assert self.cache is not None
+        return self._waiting[expert].layout.views(self.cache.fetch(self, expert))
 
     def end(self) -> None:
-        """Free the slot of the expert fetched last."""
-        if self.ring is not None and self._held is not None:
-            self.ring.release(self._held)
-            self._free.append(self._held)
-            self._held = None
-        self._copy()
+        """Let go of the expert fetched last."""
+        if self.cache is not None:
+            self.cache.end()
 
     def on_host(self, expert: int) -> dict[str, torch.Tensor]:
         """Return an expert's tensors in the host's memory, where they wait."""
@@ -104,12 +96,3 @@ class StreamedExperts:
         """Give the module what `load` returned."""
         for name, owner in self.owners.items():
             place.put(*owner, loaded[name])
-
-    def _copy(self) -> None:
-        while self.ring is not None and self._queue and self._free:
-            expert, slot = self._queue[0], self._free[0]
-            with self.ring.context():
-                self.ring.copy(slot, self._waiting[expert])
-            self._queue.popleft()
-            self._free.popleft()
-            self._pending.append((expert, slot))

@@ -4,19 +4,35 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 Before = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 After = Callable[[], None]
 
+
+class Around(Protocol):
+    """Runs a forward with its arguments, in whatever it takes."""
+
+    def run(
+        self, module: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Return what the forward returns."""
+
+
+# On what `attach` puts in a module's place for its forward: the forward that was there.
 _WRAPPED = "_loadplan_wrapped"
 
 
 def attach(module: torch.nn.Module, *, before: Before | None = None, after: After | None = None) -> None:
-    """Wrap a module's forward: `before` may change its arguments; `after` is called even if it raises."""
+    """Wrap a module's forward: `before` may change its arguments; `after` is called even if it raises.
+
+    torch.compile leaves `before` and `after` as they are, and compiles the forward between them.
+    """
     forward = module.forward
+    before = None if before is None else torch.compiler.disable(before)
+    after = None if after is None else torch.compiler.disable(after)
 
     @functools.wraps(forward)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -28,14 +44,29 @@ def attach(module: torch.nn.Module, *, before: Before | None = None, after: Afte
             if after is not None:
                 after()
 
-    setattr(wrapped, _WRAPPED, True)
-    module.forward = wrapped
+    _wrap(module, forward, wrapped)
+
+
+def attach_around(module: torch.nn.Module, around: Around) -> None:
+    """Wrap a module's forward, and leave it to `around` to call it."""
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return around.run(module, forward, args, kwargs)
+
+    _wrap(module, forward, wrapped)
+
+
+def _wrap(module: torch.nn.Module, forward: Any, wrapped: Any) -> None:
+    outside = torch.compiler.disable(wrapped, recursive=False)
+    setattr(outside, _WRAPPED, forward)
+    module.forward = outside
 
 
 def detach(module: torch.nn.Module) -> None:
     """Take off everything that `attach` put on this module."""
-    while getattr(vars(module).get("forward"), _WRAPPED, False):
-        inner = getattr(module.forward, "__wrapped__")  # noqa: B009 - set by functools.wraps, unknown to the type
+    while (inner := getattr(vars(module).get("forward"), _WRAPPED, None)) is not None:
         if getattr(inner, "__func__", None) is type(module).forward:
             del module.forward
         else:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
+
+from planner.errors import InputError
 
 
 def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -41,3 +43,17 @@ def as_parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
     if isinstance(tensor, torch.nn.Parameter):
         return tensor
     return torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def check_away(owners: Mapping[str, tuple[torch.nn.Module, str]], away: Mapping[str, torch.Tensor]) -> None:
+    """Refuse to go on where somebody put another parameter in the place of one that is streamed.
+
+    Raises:
+        InputError: it would be passed over without a word.
+    """
+    for name, (module, leaf) in owners.items():
+        if module._parameters[leaf] is not away[name]:
+            raise InputError(
+                f"{name} was replaced after dispatch.apply, and its weights are streamed from elsewhere: call "
+                "dispatch.remove, replace it, and apply the plan again"
+            )

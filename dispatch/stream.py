@@ -13,12 +13,26 @@ from planner.errors import InputError
 
 
 class StreamedGroup:
-    """A group whose weights wait elsewhere: which parameters become views of a slot while its module runs."""
+    """A group whose weights wait elsewhere: which parameters become views of a slot while its module runs.
 
-    def __init__(self, name: str, owners: dict[str, tuple[torch.nn.Module, str]], store: Store):
-        self.name, self.store, self._owners = name, store, owners
+    layer: whose group it is; None where that is not known.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        owners: dict[str, tuple[torch.nn.Module, str]],
+        store: Store,
+        *,
+        layer: str | None = None,
+    ):
+        self.name, self.store, self.layer, self._owners = name, store, layer, owners
         self._away = {name: place.as_parameter(place.get(*owner).to("meta")) for name, owner in owners.items()}
         self._present: dict[int, dict[str, torch.nn.Parameter]] = {}
+
+    def check(self) -> None:
+        """Raise InputError if a parameter was replaced since the group left."""
+        place.check_away(self._owners, self._away)
 
     def arrive(self, slot: int, slab: torch.Tensor) -> None:
         """Make the parameters views of a slot. The views are made once a slot, then kept."""
@@ -47,8 +61,9 @@ class StreamedGroup:
 class GroupStream:
     """Prefetches the groups of one device in a circle. `acquire` and `release` come from the hooks of their modules.
 
-    If a group is asked for that is not next (a pass was broken off, or a model runs its modules in an unusual order),
-    what was prefetched is dropped and the circle goes on from there.
+    A group that is passed over while its layer runs (an expert that the router did not choose) is from then on fetched
+    on demand: it leaves the circle, and one slot is left to such groups. Where whole layers are passed over, or a pass
+    was broken off, what was prefetched is dropped and the circle goes on from the group that is asked for.
     """
 
     def __init__(self, ring: SlotRing, groups: list[StreamedGroup]):
@@ -57,36 +72,34 @@ class GroupStream:
         self._pending: deque[tuple[int, int]] = deque()
         self._free: deque[int] = deque(range(len(ring)))
         self._held: dict[int, int] = {}
-        self._next = 0
+        self._on_demand: set[int] = set()
+        self._next: int | None = 0
+        self._last: str | None = None
 
     def prefetch(self) -> None:
-        """Begin as many copies as there are free slots."""
-        while self._free and len(self._pending) + len(self._held) < len(self.groups):
-            slot, index = self._free[0], self._next
-            with self.ring.context():
-                self.ring.copy(slot, self.groups[index].store)
-            self._free.popleft()
-            self._pending.append((index, slot))
-            self._next = (index + 1) % len(self.groups)
+        """Begin as many copies as there are free slots, but one where groups are fetched on demand."""
+        left = 1 if self._on_demand else 0
+        while len(self._free) > left and self._next is not None and not self._is_here(self._next):
+            index = self._next
+            self._pending.append((index, self._copy(index)))
 
     def acquire(self, group: StreamedGroup) -> None:
         """Bring a group's weights to the device for the module that is about to run.
 
         Raises:
-            InputError: it runs inside modules that hold all slots.
+            InputError: it runs inside modules that hold all slots, or somebody replaced one of its parameters.
         """
+        group.check()
         index = self._position[group.name]
-        if not self._pending or self._pending[0][0] != index:
-            self._restart(index)
+        if index not in self._on_demand:
+            self._pass_over(index)
+        if self._pending and self._pending[0][0] == index:
+            _, slot = self._pending.popleft()
+        else:
+            self._make_room(group)
+            slot = self._copy(index)
+        self._held[index], self._last = slot, group.layer
         self.prefetch()
-        if not self._pending:
-            holders = ", ".join(self.groups[held].name for held in self._held)
-            raise InputError(
-                f"{group.name} runs inside {holders}, which takes all {len(self.ring)} slots of {self.ring.device}: "
-                f"plan with {len(self.ring) + 1} slots, or with one of these resident"
-            )
-        _, slot = self._pending.popleft()
-        self._held[index] = slot
         group.arrive(slot, self.ring.use(slot))
 
     def release(self, group: StreamedGroup) -> None:
@@ -97,8 +110,65 @@ class GroupStream:
         self._free.append(slot)
         self.prefetch()
 
-    def _restart(self, index: int) -> None:
-        for _, slot in self._pending:
-            self._free.append(slot)
+    def recover(self) -> None:
+        """Free the slots of groups that no module holds any more: between calls, after one that was interrupted where
+        no hook could free them.
+        """
+        if not self._held and len(self._free) + len(self._pending) == len(self.ring):
+            return
+        for index in self._held:
+            self.groups[index].leave()
+        self._held.clear()
         self._pending.clear()
-        self._next = index
+        for slot in range(len(self.ring)):
+            self.ring.release(slot)
+        self._free, self._last = deque(range(len(self.ring))), None
+        self._next = self._after(len(self.groups) - 1) if self.groups else None
+
+    def _is_here(self, index: int) -> bool:
+        return index in self._held or any(index == pending for pending, _ in self._pending)
+
+    def _copy(self, index: int) -> int:
+        """Begin a group's copy into a free slot, and return that."""
+        slot = self._free[0]
+        with self.ring.context():
+            self.ring.copy(slot, self.groups[index].store)
+        self._free.popleft()
+        if index not in self._on_demand:
+            self._next = self._after(index)
+        return slot
+
+    def _make_room(self, group: StreamedGroup) -> None:
+        if not self._free and self._pending:
+            self._next, slot = self._pending.pop()
+            self._free.append(slot)
+        if not self._free:
+            holders = ", ".join(self.groups[held].name for held in self._held)
+            raise InputError(
+                f"{group.name} runs inside {holders}, which takes all {len(self.ring)} slots of {self.ring.device}: "
+                f"plan with {len(self.ring) + 1} slots, or with one of these resident"
+            )
+
+    def _after(self, index: int) -> int | None:
+        """Return the next group in the circle, which may be the same."""
+        around = ((index + step) % len(self.groups) for step in range(1, len(self.groups) + 1))
+        return next((each for each in around if each not in self._on_demand), None)
+
+    def _pass_over(self, index: int) -> None:
+        """Go on to a group of the circle, and take those out that were passed over while their layer ran."""
+        expected = self._pending[0][0] if self._pending else self._next
+        if expected == index:
+            return
+        skipped = []
+        while expected is not None and expected != index:
+            skipped.append(expected)
+            expected = self._after(expected)
+        running = {self._last, self.groups[index].layer} - {None}
+        beside = [each for each in skipped if self.groups[each].layer in running]
+        # A pass that is begun anew was broken off, unless only groups of its last layer were left.
+        if index > skipped[0] or len(beside) == len(skipped):
+            self._on_demand.update(beside)
+        while self._pending and self._pending[0][0] != index:
+            self._free.append(self._pending.popleft()[1])
+        if not self._pending:
+            self._next = index

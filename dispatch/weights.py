@@ -191,6 +191,9 @@ def _poisoned(like: torch.Tensor) -> torch.Tensor:
     )
 
 
+OFFLOAD_FILE = "loadplan-offload.safetensors"
+
+
 def write_offload(model: torch.nn.Module, names: list[str], folder: str | Path) -> Checkpoint:
     """Write the named tensors of a loaded model to `folder` as one safetensors file, and open it.
 
@@ -199,7 +202,7 @@ def write_offload(model: torch.nn.Module, names: list[str], folder: str | Path) 
     """
     from safetensors.torch import save_file
 
-    target = Path(folder) / "loadplan-offload.safetensors"
+    target = Path(folder) / OFFLOAD_FILE
     if target.exists():
         raise InputError(f"{target} exists: give another offload_dir, or remove it")
     try:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from planner.api import frontier, place, plan_from_device_map, plan_model, predict, predict_memory
+    from planner.correction import corrected_hardware
     from planner.errors import (
         InfeasibleError,
         InputError,
@@ -47,6 +48,7 @@ _HOMES = {
     "TraceError": "planner.errors",
     "Violation": "planner.verify",
     "Workload": "planner.workload",
+    "corrected_hardware": "planner.correction",
     "explain": "planner.explanation",
     "frontier": "planner.api",
     "place": "planner.api",
@@ -77,6 +79,7 @@ __all__ = [
     "TraceError",
     "Violation",
     "Workload",
+    "corrected_hardware",
     "explain",
     "frontier",
     "place",

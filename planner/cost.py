@@ -66,12 +66,17 @@ def compute_ns(kind: LayerKind, span: Span, device: Device, *, tokens: int, dtyp
     """
     if device.matmuls:
         return measured_ns(kind, span, device, tokens=tokens, dtype=dtype)
+    return max(roofs_ns(kind, span, device, tokens=tokens, dtype=dtype))
+
+
+def roofs_ns(kind: LayerKind, span: Span, device: Device, *, tokens: int, dtype: str) -> tuple[int, int, int]:
+    """Return the times of a layer's arithmetic, of its bytes, and of its operators, each by itself."""
     experts = sum(
         int(group.expected_slices(tokens) * group.nbytes / group.slices) for group in kind.groups if group.slices > 1
     )
     arithmetic = span.flops * 10**9 // device.flops_for(dtype)
     memory = (span.moved_bytes + experts) * 10**9 // device.bytes_per_s
-    return max(arithmetic, memory, span.operators * device.operator_ns)
+    return arithmetic, memory, span.operators * device.operator_ns
 
 
 def layer_ns(

@@ -117,7 +117,8 @@ def register() -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
     ALL_EXPERTS_FUNCTIONS.register(GROUPED_EXPERTS, grouped_mm_experts_forward)
-    ALL_EXPERTS_FUNCTIONS.register(ROUTED_EXPERTS, routed_experts)
+    # The host reads the routing and brings experts in between: nothing that torch.compile could put into a graph.
+    ALL_EXPERTS_FUNCTIONS.register(ROUTED_EXPERTS, torch.compiler.disable(routed_experts))
 
 
 def experts_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:

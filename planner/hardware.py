@@ -105,6 +105,21 @@ class Device:
         """Return the achieved matmul rate for a torch dtype name such as "bfloat16", in FLOP/s."""
         return self.flops_per_s.get(dtype, self.flops_per_s["default"])
 
+    def times(self, factor: float) -> Device:
+        """Return this device with `factor` times all its rates, and times so much shorter."""
+
+        def scaled(rate: int) -> int:
+            return max(1, int(rate * factor))
+
+        return replace(
+            self,
+            flops_per_s={key: scaled(rate) for key, rate in self.flops_per_s.items()},
+            bytes_per_s=scaled(self.bytes_per_s),
+            operator_ns=int(self.operator_ns / factor),
+            matmuls=tuple(replace(each, flops_per_s=scaled(each.flops_per_s)) for each in self.matmuls),
+            activation_bytes_per_s=int(self.activation_bytes_per_s * factor),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPool:
@@ -435,21 +450,7 @@ def _slower_link(link: Link) -> Link:
 
 
 def _slower_device(device: Device) -> Device:
-    if not device.spread:
-        return device
-    factor = 1 + device.spread
-
-    def lower(rate: int) -> int:
-        return max(1, int(rate / factor))
-
-    return replace(
-        device,
-        flops_per_s={key: lower(rate) for key, rate in device.flops_per_s.items()},
-        bytes_per_s=lower(device.bytes_per_s),
-        operator_ns=int(device.operator_ns * factor),
-        matmuls=tuple(replace(each, flops_per_s=lower(each.flops_per_s)) for each in device.matmuls),
-        activation_bytes_per_s=int(device.activation_bytes_per_s / factor),
-    )
+    return device.times(1 / (1 + device.spread)) if device.spread else device
 
 
 def listed(names: Iterable[str]) -> str:

@@ -96,7 +96,8 @@ def walk(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
 def weight_groups(layer: torch.nn.Module) -> tuple[WeightGroup, ...]:
     """Return the weight groups of one layer.
 
-    Fused experts are a group whose slices are the experts. Every other child with a matrix is a group. What is left
+    Fused experts are a group whose slices are the experts. Every other child with a matrix is a group; of a child that
+    holds a row of blocks, each block is, for it may be called by choice, as an expert is. What is left
     (norms, routers smaller than an expert, tensors of the layer itself) is the group "rest", which always waits where
     its layer runs. A layer without children is one group, "weights", that does too.
     """
@@ -105,8 +106,18 @@ def weight_groups(layer: torch.nn.Module) -> tuple[WeightGroup, ...]:
         return (WeightGroup(name="weights", slices=1, used_slices=1, streamable=False, tensors=own),)
     experts = implementations.experts_modules(layer)
     owners = set(experts)
+    in_rows: dict[str, torch.nn.Module] = {}
     for child_name, child in _called(layer):
-        if not any(path == child_name or path.startswith(child_name + ".") for path in experts):
+        in_row = {
+            f"{child_name}.{name}.{number}": block
+            for name, row in _children(child)
+            if isinstance(row, torch.nn.ModuleList) and _is_row(row) and not isinstance(child, _WHOLE)
+            for number, block in _children(row)
+        }
+        if in_row:
+            in_rows |= in_row
+            owners.update(f"{child_name}.{path}" for path, _ in _called(child))
+        elif not any(path == child_name or path.startswith(child_name + ".") for path in experts):
             if not isinstance(child, _HOLDERS):
                 owners.add(child_name)
             continue
@@ -119,8 +130,9 @@ def weight_groups(layer: torch.nn.Module) -> tuple[WeightGroup, ...]:
     groups: list[WeightGroup] = []
     small = members.pop("rest", [])
     expert_bytes = {
-        path: sum(p.numel() * p.element_size() for p in module.parameters()) // _count(module)
-        for path, module in experts.items()
+        path: sum(p.numel() * p.element_size() for p in module.parameters())
+        // (_count(module) if path in experts else 1)
+        for path, module in (experts | in_rows).items()
     }
     for name, tensors in members.items():
         if name in experts:

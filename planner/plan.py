@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from planner.errors import InputError, PlanFormatError
 from planner.graph import LayerGraph
@@ -15,6 +15,10 @@ from planner.hardware import Hardware
 from planner.rules import Rules
 from planner.serial import OMITTED, canonical, decode, encode, write_text
 from planner.workload import Workload
+
+if TYPE_CHECKING:
+    from planner.check import Check
+    from planner.measurement import Measurement
 
 SCHEMA_VERSION = 2
 KINDS_OF_MEMORY = ("weights", "kv_cache", "activations", "slots", "workspace", "context")
@@ -167,6 +171,13 @@ class Plan:
 
     def slots_on(self, device: str, holds: str) -> Slots | None:
         return next((slots for slots in self.slots if (slots.device, slots.holds) == (device, holds)), None)
+
+    def check(self, measurement: Measurement) -> Check:
+        """Return what was predicted beside what `dispatch.measure` found: which prediction is off, and by how much."""
+        # What compares plans with measurements imports this module.
+        from planner.check import compare
+
+        return compare(self, measurement)
 
     def to_json(self) -> str:
         """Return the canonical JSON of this plan, ending in a newline."""

@@ -2,8 +2,8 @@
 
 A layer runs in parts, one for each weight group that is worth a copy, in the order in which they are registered. A
 part whose group is streamed waits for its copy and frees its slot when it ends. Copies of whole groups to a GPU are
-prefetched, in this order, as slots come free; those of routed experts, and reads of mapped files, start when their
-part does.
+prefetched, in this order, as slots come free; those of routed experts start when their part does. Mapped files that the
+CPU computes with are read ahead of it, so many groups at a time, from the beginning of each pass.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from planner.graph import Edge, LayerGraph, WeightGroup
 from planner.hardware import Hardware, Link
 from planner.memory import waiting_slices, with_groups
 from planner.plan import Placement
+
+# Groups of mapped files that are brought while another is used; a pass begins with none.
+READ_AHEAD = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,12 @@ class Part:
     @property
     def prefetched(self) -> bool:
         return self.waiting > 0 and self.group.slices == 1 and not self.placement.run_on.endswith("cpu")
+
+    @property
+    def read_ahead(self) -> bool:
+        """Whether the CPU computes with it straight from a mapped file, whose pages are brought before it does."""
+        placement = self.placement
+        return self.waiting > 0 and self.group.slices == 1 and placement.memory == "disk" and not self.prefetched
 
     def on_cpu(self, tokens: int) -> bool:
         """Tell whether the CPU computes the waiting slices in a pass of so many tokens over all rows."""

@@ -28,7 +28,7 @@ from planner.hardware import Hardware
 from planner.host_cache import down_ns, host_layers, is_prefetched, up_ns
 from planner.memory import Usage, static_usage
 from planner.plan import Plan
-from planner.steps import LayerRun, Part, Transfer, layer_runs, prefetch_order
+from planner.steps import READ_AHEAD, LayerRun, Part, Transfer, layer_runs, prefetch_order
 from simulate.engine import Action, After, Engine, Kind
 from simulate.routing import Routing
 from simulate.timeline import Interval, MemorySample, Timeline
@@ -130,6 +130,9 @@ class _Simulation:
         self.launched: dict[str, After] = {}
         self.copied: dict[str, list[After]] = {}
         self.queue: dict[str, list[Part]] = {}
+        # By device that computes from mapped files: what is to be read in this call, and what is on its way.
+        self.unread: dict[str, list[Part]] = {}
+        self.reading: dict[str, list[After]] = {}
         self.spans = {entry.name: entry.per_layer() for entry in plan.graph.passes}
         self.times: dict[tuple[int, str, bool], tuple[int, int]] = {}
         self.calls: list[_Kept] = []
@@ -232,6 +235,13 @@ class _Simulation:
         """Issue one call, which begins now; return what it ends with."""
         now: After = ()
         self.launched = {}
+        self.unread = {}
+        for run in self.runs:
+            self.unread.setdefault(run.device, []).extend(part for part in run.parts if part.read_ahead)
+        self.reading = {device: [] for device in self.unread}
+        for device in self.unread:
+            for _ in range(READ_AHEAD):
+                self._read_ahead(device, now)
         first, last, weight = self.spans[call.first.name], self.spans[call.last.name], call.weight
         cached: dict[str, int] = dict.fromkeys(self.static, 0)
         for run in self.runs:
@@ -262,7 +272,13 @@ class _Simulation:
         pending, pending_launches = 0, 0
         for part in run.parts:
             own, launches = round(computing * part.share), launching // len(run.parts)
-            if part.waiting and not part.prefetched:
+            if part.read_ahead:
+                now = self._run(run, "", pending, 0, read, now)
+                ready = self.reading[run.device].pop(0)
+                self._read_ahead(run.device, now)
+                now = self._run(run, part.group.name, own, 0, read, (*now, *ready))
+                pending = 0
+            elif part.waiting and not part.prefetched:
                 now = self._run(run, "", pending, pending_launches, read, now)
                 # The host has read what the router chose, and goes on when the copies are under way.
                 self.launched[self.hardware.host(run.device)] = now
@@ -459,6 +475,17 @@ class _Simulation:
         taken = cost.copy_ns(self.hardware, home, device, kind, cost.waiting_bytes(part.group, kind))
         label = f"{part.placement.layer} {part.group.name}"
         self.copied[device].append(self._issue("copy", label, lanes, taken, slot_free, draws))
+
+    def _read_ahead(self, device: str, after: After) -> None:
+        """Bring the next group of a mapped file that the CPU computes with in this call."""
+        if not self.unread[device]:
+            return
+        part = self.unread[device].pop(0)
+        home = part.placement.home
+        lanes, draws = self._way(home, device, "disk")
+        taken = cost.waiting_copy_ns(self.hardware, part.group, home, device, "disk", waiting=part.waiting, tokens=1)
+        label = f"{part.placement.layer} {part.group.name}"
+        self.reading[device].append(self._issue("read", label, lanes, taken, after, draws))
 
     def _way(self, home: str, device: str, kind: cost.Memory) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
         """Return the lanes of a copy, and what it draws from what they share."""

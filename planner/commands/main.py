@@ -20,7 +20,7 @@ from planner.commands.layout import Page, clean
 from planner.errors import InfeasibleError, InputError, PlanError
 
 # Modules of planner.commands, whose `run(argv)` does the work; where none is named, "plan" does.
-COMMANDS = ("memory", "models", "gpus", "show", "verify", "explain", "simulate", "compare", "calibrate")
+COMMANDS = ("memory", "models", "gpus", "show", "verify", "check", "explain", "simulate", "compare", "calibrate")
 # What shells report for a process that SIGINT or SIGPIPE ended.
 INTERRUPTED = 130
 PIPE_CLOSED = 141

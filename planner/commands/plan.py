@@ -22,6 +22,7 @@ commands:
   plan gpus               GPU products that --gpus knows
   plan show PLAN.json     print a saved plan again
   plan verify PLAN.json   check a saved plan against its own constraints
+  plan check PLAN.json MEASUREMENT.json   compare it with what a run took
   plan explain PLAN.json  why a saved plan, or a layer of it, is as it is
   plan compare --model X  beside device maps: Accelerate's own, or from files
   plan calibrate          measure this machine into a file for --hardware

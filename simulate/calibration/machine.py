@@ -197,10 +197,10 @@ def _links_at(hardware: Hardware, name: str) -> tuple[str, ...]:
 def _disk(held: _Held, meter: Meter, folder: Path, nbytes: int) -> None:
     with disk.File(folder, nbytes) as file:
         latency = disk.latency(meter, file)
-        cold = disk.mapped_compute(meter, file, cached=False)
-        warm = disk.mapped_compute(meter, file, cached=True)
+        warm = disk.mapped_compute(meter, file)
         direct = disk.direct_read(meter, file)
         read, cached = (disk.buffered_read(meter, file, cached=each) for each in (False, True))
+        cold = disk.read_ahead(meter, file) or read
         held.take(*([] if direct is None else [direct]), read, cached, cold, warm, latency)
         with contextlib.closing(mmap.mmap(-1, disk.CHUNK_BYTES)) as buffer:
             held.take(*together.pair(meter, together.computing(), together.reading(file, file.descriptor, buffer)))

@@ -13,7 +13,7 @@ import torch
 
 import dispatch
 import planner
-from dispatch.attach import _mover
+from dispatch.mover import mover
 from planner.errors import InputError, PlanMismatchError
 from tiny_models import CONFIGS, Case, on_cpu, spread_over_two, streamed
 
@@ -309,24 +309,9 @@ def test_more_than_was_planned_is_warned_of_once(make_case: Any) -> None:
         model(longer)
 
 
-def test_measured_operator_outputs_are_the_predicted_ones(make_case: Any) -> None:
-    for name, dtype in (("llama", torch.float32), ("mixtral", torch.bfloat16)):
-        case = make_case(name, dtype)
-        for plan in (case.plan(gpus=0), half_on_disk(case) if name == "llama" else case.plan(gpus=0)):
-            model = dispatch.apply(case.meta(), plan, checkpoint=case.folder)
-            mask = torch.ones_like(case.ids)
-            _, measured = dispatch.measure(
-                lambda model=model, mask=mask, ids=case.ids: model.generate(
-                    ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0
-                )
-            )
-            assert plan.prediction is not None
-            assert measured.operator_outputs["cpu"] == plan.prediction.counters["cpu"]["operator_outputs"]
-
-
 def test_what_several_layers_take_is_moved_once() -> None:
     moved: dict[int, Any] = {}
-    before = _mover(torch.device("meta"), moved)
+    before = mover(torch.device("meta"), moved)
     shared, own = torch.ones(3), torch.ones(2)
     args, kwargs = before((own,), {"pair": (shared, shared), "flag": True, "none": None})
     again, _ = before((shared,), {})

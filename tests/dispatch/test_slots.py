@@ -16,14 +16,9 @@ from dispatch.stores import HostStore, Layout, new_slab
 from dispatch.stream import GroupStream, StreamedGroup
 from late_ring import LateRing
 from planner.errors import InputError
-from planner.plan import Plan
-from tiny_models import on_cpu, spread_over_two, streamed
+from tiny_models import on_cpu, spread_over_two, streamed, with_slots
 
 CPU = torch.device("cpu")
-
-
-def with_slots(plan: Plan, count: int) -> Plan:
-    return dataclasses.replace(plan, slots=tuple(dataclasses.replace(entry, count=count) for entry in plan.slots))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 40])
@@ -74,10 +69,17 @@ def weight(group: StreamedGroup) -> torch.Tensor:
 
 
 @settings(deadline=None, max_examples=200)
-@given(number=st.integers(1, 6), count=st.integers(1, 5), walk=st.lists(st.integers(0, 5), max_size=30))
-def test_groups_in_any_order_are_what_they_should_be(number: int, count: int, walk: list[int]) -> None:
-    """Passes in order, with modules called out of order and twice between them."""
+@given(
+    number=st.integers(1, 6),
+    count=st.integers(1, 5),
+    walk=st.lists(st.integers(0, 5), max_size=30),
+    each=st.integers(0, 3),
+)
+def test_groups_in_any_order_are_what_they_should_be(number: int, count: int, walk: list[int], each: int) -> None:
+    """Passes in order, with modules called out of order and twice between them; layers of so many groups, or none."""
     groups = row_of_groups(number)
+    for index, group in enumerate(groups):
+        group.layer = str(index // each) if each else None
     ring = LateRing(CPU, count, groups[0].store.layout.nbytes)
     stream = GroupStream(ring, groups)
     stream.prefetch()
@@ -100,6 +102,26 @@ def test_all_slots_but_the_one_in_use_are_filled_ahead(count: int) -> None:
         assert len(ring.in_flight) == count - 1
         stream.release(group)
     assert ring.copies == 18 + count, "each once a pass, and those ahead"
+
+
+def test_whole_layers_that_are_passed_over_stay_in_the_circle() -> None:
+    groups = row_of_groups(8)
+    for number, group in enumerate(groups):
+        group.layer = str(number // 2)
+    ring = LateRing(CPU, 2, groups[0].store.layout.nbytes)
+    stream = GroupStream(ring, groups)
+    for walk in ([0, 1, 4, 5, 6, 7], [0, 1, 2], range(8), range(8)):
+        for index in walk:
+            stream.acquire(groups[index])
+            assert torch.equal(weight(groups[index]), torch.full((4, 4), float(index)))
+            stream.release(groups[index])
+    assert stream._on_demand == set()
+    for walk in ([0, 1, 2, 4, 5, 6], [0, 1, 2, 4, 5, 6]):
+        for index in walk:
+            stream.acquire(groups[index])
+            assert torch.equal(weight(groups[index]), torch.full((4, 4), float(index)))
+            stream.release(groups[index])
+    assert stream._on_demand == {3, 7}
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -9,7 +9,8 @@ from dispatch.stores import Store
 
 
 class LateRing(SlotRing):
-    """What a GPU's streams may do at worst, on the CPU: a copy is done when it is used, a released slot is overwritten.
+    """What a GPU's streams may do at worst, on the CPU: a copy is done when it is used, and a released slot is garbage
+    until it is used again.
 
     in_flight: copies begun and not used. most: the greatest number of them while a slot was in use.
     """
@@ -17,6 +18,7 @@ class LateRing(SlotRing):
     def __init__(self, device: torch.device, count: int, slot_bytes: int, *, staging: bool = False):
         super().__init__(device, count, slot_bytes, staging=staging)
         self.in_flight: dict[int, Store] = {}
+        self.last: dict[int, Store] = {}
         self.used: set[int] = set()
         self.copies = self.most = 0
 
@@ -26,7 +28,9 @@ class LateRing(SlotRing):
         self.copies += 1
 
     def use(self, slot: int) -> torch.Tensor:
-        super().copy(slot, self.in_flight.pop(slot))
+        if slot in self.in_flight:
+            self.last[slot] = self.in_flight.pop(slot)
+        super().copy(slot, self.last[slot])
         self.used.add(slot)
         self.most = max(self.most, len(self.in_flight))
         return super().use(slot)

@@ -143,3 +143,8 @@ def spread_over_two(plan: Plan) -> Plan:
         )
 
     return with_placements(plan, change)
+
+
+def with_slots(plan: Plan, count: int) -> Plan:
+    """Return the plan with so many slots of every kind on every device that has any."""
+    return dataclasses.replace(plan, slots=tuple(dataclasses.replace(entry, count=count) for entry in plan.slots))

@@ -1,0 +1,75 @@
+"""The calls of one dispatched model: one at a time, held to what was planned, under the plan that is in force."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dispatch import hooks
+from dispatch.calls import call_of
+from dispatch.limits import Limits
+from dispatch.replan import larger_plan
+from planner.errors import InputError
+from planner.plan import Plan
+
+# Dispatches the model by another plan, and returns the session of that.
+Dispatch = Callable[[Plan], "Session"]
+
+
+class Session:
+    """Slots, and the parameters that are views of them, serve one call at a time; other threads wait.
+
+    begin, end: what else is done before and after a call. recover: mends what an interrupted call left behind.
+    dispatch: puts the model under a larger plan; the session then hands over all calls, also of threads that wait.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        begin: Callable[[], None],
+        end: Callable[[], None],
+        recover: Callable[[], None],
+        dispatch: Dispatch,
+    ):
+        self.limits = limits
+        # Not where a plan has taken over.
+        self._around: tuple[Callable[[], None], Callable[[], None], Callable[[], None]] | None = (recover, begin, end)
+        self._dispatch = dispatch
+        self._lock = threading.RLock()
+        self._next: Session | None = None
+
+    def serve(self, module: torch.nn.Module) -> None:
+        """Let every call of a module pass through here, until `hooks.detach`."""
+        hooks.attach_around(module, self)
+
+    def run(
+        self, module: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Return what a call returns, once those of other threads are done."""
+        is_outermost = not self._lock._is_owned()  # type: ignore[attr-defined]  # as threading.Condition asks it
+        # A lock of the interpreter's own: it is given back wherever an interrupt comes.
+        with self._lock:
+            call = call_of(args, kwargs)
+            if self._next is None and self.limits.begin(call):
+                # What holds memory under the old plan is let go before the new one takes any.
+                larger = larger_plan(self.limits.plan, module, call)
+                self._around = None
+                self._next = self._dispatch(larger)
+            if self._next is not None:
+                return self._next.run(module, forward, args, kwargs)
+            if self._around is None:
+                raise InputError("dispatching this model by a larger plan has failed: call dispatch.apply again")
+            recover, begin, end = self._around
+            if is_outermost:
+                recover()
+            begin()
+            try:
+                return forward(*args, **kwargs)
+            except torch.OutOfMemoryError as exc:
+                raise self.limits.explained(exc) from exc
+            finally:
+                end()

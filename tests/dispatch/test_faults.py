@@ -1,0 +1,131 @@
+"""What goes wrong in a call leaves a dispatched model usable; threads wait for each other, and models do not meet."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+import dispatch
+from planner.plan import Plan
+from tiny_models import Case, on_cpu, spread_over_two, streamed
+
+
+def plan_for(case: Case, where: str) -> Plan:
+    if where == "two gpus":
+        return spread_over_two(streamed(case.plan(gpus="2x24GB"), "cpu"))
+    return streamed(case.plan(gpus="1x24GB"), {"gpu from host": "cpu", "gpu from disk": "disk"}[where])
+
+
+def applied(case: Case, where: str = "gpu from host") -> Any:
+    plan = plan_for(case, where)
+    case.run_like(plan)
+    return dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
+
+
+class RaisedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("llama", "gpu from host"), ("llama", "two gpus"), ("mixtral", "gpu from disk")],
+)
+def test_an_error_anywhere_in_a_call_leaves_the_model_usable(make_case: Any, name: str, where: str) -> None:
+    """A hook of the user's own raises in every module in turn, before it and after it."""
+    case = make_case(name)
+    model = applied(case, where)
+    want = case.logits(case.reference)
+
+    def fails(*args: Any) -> None:
+        raise kind("the user's own")
+
+    last = f"model.layers.{len(model.model.layers) - 1}"
+    # Of the last layer, and what is outside of layers.
+    modules = [
+        module
+        for path, module in model.named_modules()
+        if not path.endswith(("rotary_emb", "act_fn")) and (".layers." not in path or path.startswith(last))
+    ]
+    called = 0
+    for number, module in enumerate(modules):
+        kind = KeyboardInterrupt if number % 2 else RaisedError
+        for attach in (module.register_forward_pre_hook, module.register_forward_hook):
+            hook = attach(fails)
+            try:
+                case.logits(model)
+            except kind:
+                called += 1
+            finally:
+                hook.remove()
+    assert called > len(modules)
+    assert torch.equal(case.logits(model), want)
+    assert torch.equal(case.generate(model), case.generate(case.reference))
+    state = dispatch.remove(model).state_dict()
+    assert all(torch.equal(state[key], value) for key, value in case.reference.state_dict().items())
+
+
+def test_ctrl_c_at_any_moment_leaves_the_model_usable(make_case: Any) -> None:
+    """The signal comes from a timer, so wherever the interpreter is."""
+    case = make_case("llama")
+    model = applied(case, "gpu from disk")
+    want = case.logits(case.reference)
+    interrupted = 0
+    try:
+        for number in range(25):
+            signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.00015 * number)
+            signal.signal(signal.SIGALRM, signal.default_int_handler)
+            try:
+                while True:
+                    case.logits(model)
+            except KeyboardInterrupt:
+                interrupted += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    assert interrupted == 25
+    assert torch.equal(case.logits(model), want)
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(case.logits, model).result(timeout=20), want), "no lock is held"
+
+
+def test_calls_of_threads_come_one_after_another(make_case: Any) -> None:
+    case = make_case("llama")
+    model = applied(case)
+    inside, most = 0, 0
+    guard = threading.Lock()
+
+    def enters(*args: Any) -> None:
+        nonlocal inside, most
+        with guard:
+            inside += 1
+            most = max(most, inside)
+
+    def leaves(*args: Any) -> None:
+        nonlocal inside
+        with guard:
+            inside -= 1
+
+    # Inside of what is serialised: the first layer's and the last's own hooks.
+    model.model.layers[0].register_forward_pre_hook(enters)
+    model.model.layers[-1].register_forward_hook(leaves)
+    want = case.logits(case.reference)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(found, want) for found in pool.map(lambda _: case.logits(model), range(16)))
+    assert most == 1
+
+
+def test_two_models_share_a_process(make_case: Any) -> None:
+    one = make_case("mixtral")
+    models = [applied(one), applied(one, "gpu from disk")]
+    want, tokens = one.logits(one.reference), one.generate(one.reference)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda number: one.logits(models[number % 2]), range(12)))
+    assert all(torch.equal(result, want) for result in results)
+    plain = dispatch.remove(models[0])
+    assert torch.equal(one.generate(models[1]), tokens)
+    assert torch.equal(one.logits(plain), want)
