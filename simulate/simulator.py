@@ -484,6 +484,8 @@ class _Simulation:
         home = part.placement.home
         lanes, draws = self._way(home, device, "disk")
         taken = cost.waiting_copy_ns(self.hardware, part.group, home, device, "disk", waiting=part.waiting, tokens=1)
+        most = self._reading(part, device, taken, 1, on_cpu=False)
+        draws = [(name, min(most, rate)) for name, rate in draws]
         label = f"{part.placement.layer} {part.group.name}"
         self.reading[device].append(self._issue("read", label, lanes, taken, after, draws))
 
