@@ -180,3 +180,16 @@ def test_the_device_is_where_it_runs_and_never_meta() -> None:
     dispatch.remove(model)
     assert type(model) is Reading
     assert all(type(layer) is Body for layer in model.body)
+
+
+def test_slots_that_no_hook_gave_back_are_free_in_the_next_call(make_case: Any) -> None:
+    """As an interrupt leaves them that comes between a hook that acquires and the module that it is for."""
+    case = make_case("llama")
+    model = applied(case)
+    (stream,) = model._loadplan_dispatch.streams
+    for group in stream.groups[:2]:
+        stream.acquire(group)
+    assert torch.equal(case.logits(model), case.logits(case.reference))
+    assert torch.equal(case.logits(model), case.logits(case.reference))
+    for group in stream.groups:
+        assert all(parameter.is_meta for parameter in model.get_submodule(group.name).parameters())
