@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dispatch import hooks, peers, place
+from dispatch import hooks, own_device, peers, place
 from dispatch.checkpoint import Checkpoint
 from dispatch.expert_cache import CacheStatistics, ExpertCache
 from dispatch.experts import StreamedExperts
@@ -162,6 +162,7 @@ class _Dispatch:
         self.moved: Moved = {}
         self.before: dict[str, Any] = {}
         self.streams: list[GroupStream] = []
+        self.told: list[tuple[torch.nn.Module, type]] = []
         self.session: Session | None = None
         self.waits = False
 
@@ -243,6 +244,9 @@ class _Dispatch:
                     item.leave()
                     streamed.setdefault(run.device, []).append(item)
         self._hook(streamed)
+        layers = [layer.name for layer in self.plan.graph.layers]
+        devices = {layer: self.targets[name] for layer, name in zip(layers, self.plan.run_on(), strict=True)}
+        self.told = own_device.tell(self.model, layers, devices)
 
     def _load_resident(self, entry: tuple[Placement, WeightGroup, list[str]]) -> dict[str, torch.Tensor]:
         """Return the tensors of a group that stay where they are put; none for a group that is streamed."""
@@ -378,6 +382,7 @@ class _Dispatch:
         groups = [(group, group.load()) for group in self.groups.values() if read]
         experts = [(module, source, source.load() if read else None) for module, source in self.experts]
         mapped = {name: place.get(*place.owner(self.model, name)).clone() for name in self.mapped if read}
+        own_device.untell(self.told)
         for module in self.hooked:
             hooks.detach(module)
         for name in _REFUSED:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import dispatch
+import planner
 from planner.plan import Plan
 from tiny_models import Case, on_cpu, spread_over_two, streamed
 
@@ -129,3 +130,66 @@ def test_two_models_share_a_process(make_case: Any) -> None:
     plain = dispatch.remove(models[0])
     assert torch.equal(one.generate(models[1]), tokens)
     assert torch.equal(one.logits(plain), want)
+
+
+class Reading(torch.nn.Module):
+    """As transformers tells the device of a model: that of its first parameter. That of `body` waits elsewhere."""
+
+    _no_split_modules = ("Body",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.ModuleList([Body() for _ in range(2)])
+
+    @property
+    def device(self) -> torch.device:
+        return next(parameter.device for parameter in self.parameters())
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        for layer in self.body:
+            states = layer(states)
+        return states
+
+
+class Body(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(16, 64, bias=False), torch.nn.Linear(64, 16, bias=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.up.weight.device
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.down(torch.relu(self.up(states))) + states
+        return found
+
+
+def test_the_device_is_where_it_runs_and_never_meta() -> None:
+    model = Reading().eval().requires_grad_(False)
+    states = torch.rand(2, 16)
+    want = model(states)
+    plan = planner.plan_model(model, gpus="1x24GB", example_inputs=(states,))
+    plan = streamed(plan, "cpu")
+    model = dispatch.apply(model, plan, devices=on_cpu(plan))  # type: ignore[assignment]
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert model.device == torch.device("cpu")
+    assert all(layer.device == torch.device("cpu") for layer in model.body)
+    assert isinstance(model, Reading)
+    assert torch.equal(model(states), want)
+    dispatch.remove(model)
+    assert type(model) is Reading
+    assert all(type(layer) is Body for layer in model.body)
+
+
+def test_slots_that_no_hook_gave_back_are_free_in_the_next_call(make_case: Any) -> None:
+    """As an interrupt leaves them that comes between a hook that acquires and the module that it is for."""
+    case = make_case("llama")
+    model = applied(case)
+    (stream,) = model._loadplan_dispatch.streams
+    for group in stream.groups[:2]:
+        stream.acquire(group)
+    assert torch.equal(case.logits(model), case.logits(case.reference))
+    assert torch.equal(case.logits(model), case.logits(case.reference))
+    for group in stream.groups:
+        assert all(parameter.is_meta for parameter in model.get_submodule(group.name).parameters())
