@@ -95,7 +95,7 @@ class ExpertCache:
             self._ready.append(key)
 
     def _give_up(self, layer: Hashable) -> bool:
-        """Free a slot for `layer`; False if this call wants what is left and has others to use first. None is in use."""
+        """Free a slot for `layer`, none being used; False if this call wants what is left and others come first."""
         wanted = {key for key, _ in self._queue}
         idle = [key for key in self._kept if key not in self._ready and key not in wanted]
         if idle:

@@ -16,18 +16,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Counting:
-    """A backend that compiles nothing, and counts the products in each graph that it is given.
-
-    operators: the names of all that it was given.
-    """
+    """A backend that compiles nothing, and counts the products in each graph that it is given."""
 
     def __init__(self) -> None:
         self.products: list[int] = []
-        self.operators: set[str] = set()
 
     def __call__(self, module: torch.fx.GraphModule, inputs: Any) -> Any:
         self.products.append(sum("linear" in str(node.target) for node in module.graph.nodes))
-        self.operators |= {str(node.target) for node in module.graph.nodes}
         return module.forward
 
 
@@ -63,7 +58,6 @@ def test_a_streamed_model_is_compiled_between_its_hooks(make_case: Any, name: st
     assert torch.equal(case.logits(compiled), want)
     attention = [count for count in backend.products if count == 4]
     assert len(attention) >= 3, "the products of attention are in graphs, though its weights come and go"
-    assert not any("index_add" in name for name in backend.operators), "experts come and go outside of graphs"
     before = len(backend.products)
     for _ in range(2):
         assert torch.equal(case.logits(compiled), want)
