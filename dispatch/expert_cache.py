@@ -95,12 +95,12 @@ class ExpertCache:
             self._ready.append(key)
 
     def _give_up(self, layer: Hashable) -> bool:
-        """Free a slot for `layer`; False if this call wants what is left and will soon let go of another."""
+        """Free a slot for `layer`, none being used; False if this call wants what is left and others come first."""
         wanted = {key for key, _ in self._queue}
-        idle = [key for key in self._kept if key != self._held and key not in self._ready and key not in wanted]
+        idle = [key for key in self._kept if key not in self._ready and key not in wanted]
         if idle:
             key = self._least(layer, idle)
-        elif self._held is None and not self._ready:
+        elif not self._ready:
             key = next(key for key, _ in reversed(self._queue) if key in self._kept)
         else:
             return False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
+from collections.abc import Iterator
 
 import torch
 
@@ -63,7 +65,8 @@ class GroupStream:
 
     A group that is passed over while its layer runs (an expert that the router did not choose) is from then on fetched
     on demand: it leaves the circle, and one slot is left to such groups. Where whole layers are passed over, or a pass
-    was broken off, what was prefetched is dropped and the circle goes on from the group that is asked for.
+    was broken off, what was prefetched is dropped and the circle goes on from the group that is asked for. The circle
+    closes at the group that the last pass began with: steps of a decoder do not begin with its encoder.
     """
 
     def __init__(self, ring: SlotRing, groups: list[StreamedGroup]):
@@ -74,7 +77,10 @@ class GroupStream:
         self._held: dict[int, int] = {}
         self._on_demand: set[int] = set()
         self._next: int | None = 0
+        self._first = 0
         self._last: str | None = None
+        # The group of the circle that ran last.
+        self._reached = len(groups) - 1
 
     def prefetch(self) -> None:
         """Begin as many copies as there are free slots, but one where groups are fetched on demand."""
@@ -93,6 +99,7 @@ class GroupStream:
         index = self._position[group.name]
         if index not in self._on_demand:
             self._pass_over(index)
+            self._reached = index
         if self._pending and self._pending[0][0] == index:
             _, slot = self._pending.popleft()
         else:
@@ -123,7 +130,8 @@ class GroupStream:
         for slot in range(len(self.ring)):
             self.ring.release(slot)
         self._free, self._last = deque(range(len(self.ring))), None
-        self._next = self._after(len(self.groups) - 1) if self.groups else None
+        self._reached = len(self.groups) - 1
+        self._next = self._after(self._reached)
 
     def _is_here(self, index: int) -> bool:
         return index in self._held or any(index == pending for pending, _ in self._pending)
@@ -151,23 +159,31 @@ class GroupStream:
 
     def _after(self, index: int) -> int | None:
         """Return the next group in the circle, which may be the same."""
-        around = ((index + step) % len(self.groups) for step in range(1, len(self.groups) + 1))
+        around = itertools.chain(range(index + 1, len(self.groups)), self._around(self._first))
         return next((each for each in around if each not in self._on_demand), None)
+
+    def _around(self, index: int) -> Iterator[int]:
+        """Yield all groups once, from `index` on."""
+        return itertools.chain(range(index, len(self.groups)), range(index))
 
     def _pass_over(self, index: int) -> None:
         """Go on to a group of the circle, and take those out that were passed over while their layer ran."""
         expected = self._pending[0][0] if self._pending else self._next
-        if expected == index:
+        if expected is None or expected == index:
             return
-        skipped = []
-        while expected is not None and expected != index:
-            skipped.append(expected)
-            expected = self._after(expected)
-        running = {self._last, self.groups[index].layer} - {None}
+        passed = itertools.takewhile(lambda each: each != index, self._around(expected))
+        skipped = [each for each in passed if each not in self._on_demand]
+        layer = self.groups[index].layer
+        running = {layer, self._last} - {None}
         beside = [each for each in skipped if self.groups[each].layer in running]
-        # A pass that is begun anew was broken off, unless only groups of its last layer were left.
-        if index > skipped[0] or len(beside) == len(skipped):
-            self._on_demand.update(beside)
+        if expected <= self._reached:
+            # A pass begins: elsewhere than the last one did, or with another choice in the same layer.
+            if index < expected or self.groups[expected].layer != layer or layer is None:
+                self._first, beside = index, []
+        elif index < expected and len(beside) < len(skipped):
+            # A pass that is begun anew was broken off, unless only groups of its last layer were left.
+            beside = []
+        self._on_demand.update(beside)
         while self._pending and self._pending[0][0] != index:
             self._free.append(self._pending.popleft()[1])
         if not self._pending:

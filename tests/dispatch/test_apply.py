@@ -320,6 +320,12 @@ def test_what_several_layers_take_is_moved_once() -> None:
     assert kwargs["none"] is None
     assert kwargs["pair"][0] is kwargs["pair"][1] is again[0]
     assert len(moved) == 2
+    there = torch.ones(1, device="meta")
+    for value in ((there, shared), [there, [shared]], {"one": there, "other": shared}):
+        (inside,), _ = before((value,), {})
+        assert all(tensor.device.type == "meta" for tensor in torch.utils._pytree.tree_leaves(inside))
+    given = ((there, (there,)), {"one": there, "flag": 1})
+    assert before(*given) == given
     del own
     assert len(moved) == 1, "a copy outlives what it was made of"
 

@@ -42,8 +42,7 @@ def test_a_resident_model_is_one_graph(make_case: Any) -> None:
     assert backend.products == [5 * 7 + 1]
 
 
-@pytest.mark.parametrize("how", ["whole", "layers"])
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize(("name", "how"), [("llama", "whole"), ("mixtral", "layers")])
 def test_a_streamed_model_is_compiled_between_its_hooks(make_case: Any, name: str, how: str) -> None:
     case = make_case(name)
     plan = streamed(case.plan(gpus="1x24GB"), "cpu")

@@ -16,6 +16,7 @@ from torch import nn
 import dispatch
 import planner
 import simulate
+from planner import loading
 from planner.errors import InputError
 from planner.plan import Placement, Plan
 from planner.workload import Workload
@@ -126,8 +127,9 @@ def test_any_size_of_the_cache_of_experts(count: int) -> None:
     plan = with_slots(with_placements(whole_plan("mixtral", "1x24GB"), change), count)
     assert count == 1 or planner.verify_plan(plan) == ()
     with dispatched("mixtral", "one", plan) as room:
-        ids = room.inputs(case.ids)
         assert room.machine is not None
+        assert room.machine.live_bytes("cuda:0") == loading.kept_bytes(plan)["cuda:0"]
+        ids = room.inputs(case.ids)
         for _ in range(3):
             room.machine.copied_bytes.clear()
             before = dispatch.cache_statistics(room.model)[0]

@@ -121,6 +121,11 @@ def test_a_layer_with_two_more_gives_one_up() -> None:
     assert run(cache, [(2, (0,)), (0, (2, 3)), (1, (0,))]) == [1, 0, 1], "layer 1 ran last, so it gave up its expert 0"
 
 
+def test_a_layer_with_one_more_keeps_it() -> None:
+    cache = cache_of(5)
+    assert run(cache, [(0, (0, 1, 2)), (1, (0, 1)), (1, (2,)), (0, (0, 1, 2)), (1, (1, 2))]) == [3, 2, 1, 0, 0]
+
+
 def test_what_a_call_still_wants_is_kept_while_another_slot_comes_free() -> None:
     cache = cache_of(2)
     assert run(cache, [(0, (3, 4)), (0, (0, 3, 4))]) == [2, 2], "3 is used before 4, so 4 is given up for 0"

@@ -124,6 +124,29 @@ def test_whole_layers_that_are_passed_over_stay_in_the_circle() -> None:
     assert stream._on_demand == {3, 7}
 
 
+def test_steps_of_a_decoder_do_not_copy_its_encoder() -> None:
+    groups = row_of_groups(10)
+    for number, group in enumerate(groups):
+        group.layer = str(number // 2)
+    ring = LateRing(CPU, 2, groups[0].store.layout.nbytes)
+    stream = GroupStream(ring, groups)
+    copies = []
+    for _ in range(3):
+        for walk in (range(4), *[range(4, 10)] * 6):
+            before = ring.copies
+            for index in walk:
+                stream.acquire(groups[index])
+                assert torch.equal(weight(groups[index]), torch.full((4, 4), float(index)))
+                stream.release(groups[index])
+            copies.append(ring.copies - before)
+    assert stream._on_demand == set()
+    # Two are ahead of the last group of a pass; what is ahead is wrong where the encoder runs, and once after it.
+    for encoder, first, *steps in (copies[:7], copies[7:14], copies[14:]):
+        assert encoder <= 4 + 2
+        assert first <= 6 + 2
+        assert sum(steps) <= 5 * 6 + 2
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_groups_inside_each_other_need_a_slot_each(count: int) -> None:
     groups = row_of_groups(4)
