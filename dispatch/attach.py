@@ -7,15 +7,17 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dispatch import hooks, place
+from dispatch import hooks, page_cache, place
 from dispatch.checkpoint import Checkpoint
 from dispatch.experts import StreamedExperts
 from dispatch.match import check_matches
+from dispatch.readahead import ReadAhead, room_bytes
 from dispatch.slots import SlotRing
 from dispatch.stores import Store
 from dispatch.stream import GroupStream, StreamedGroup
@@ -103,6 +105,7 @@ class _Dispatch:
         self.groups: dict[tuple[str, str], StreamedGroup] = {}
         self.experts: list[tuple[torch.nn.Module, StreamedExperts]] = []
         self.mapped: list[str] = []
+        self.ahead: ReadAhead | None = None
         self.shared = resident_ties(plan.graph, plan.placements)
         self.hooked: list[torch.nn.Module] = []
         self.tied: dict[tuple[str, torch.device], torch.nn.Parameter] = {}
@@ -155,6 +158,22 @@ class _Dispatch:
             device = self.targets[self.plan.run_on()[0]]
             for tensor in self.plan.graph.loose:
                 self.resident[tensor.name] = self.weights.load(tensor.name, device)
+        if self.mapped and page_cache.SUPPORTED:
+            self.ahead = ReadAhead(self._in_pages(), room_bytes(self.plan))
+
+    def _in_pages(self) -> dict[str, list[torch.Tensor]]:
+        """Return {module: its tensors in mapped files}, in the order of a pass; of embeddings only some rows are used."""
+        mapped, found = set(self.mapped), dict[str, list[torch.Tensor]]()
+        named = {(placement.layer, placement.group): names for placement, _, names in self.placed}
+        modules = dict(self.model.named_modules())
+        for run in layer_runs(self.plan.graph, self.plan.placements):
+            for part in run.parts:
+                layer, group = part.placement.layer, part.placement.group
+                path = f"{layer}.{group}" if f"{layer}.{group}" in modules else layer
+                names = [n for n in named[layer, group] if n in mapped and self.weights.in_pages(n)]
+                if names and not isinstance(modules[path], torch.nn.Embedding):
+                    found.setdefault(path, []).extend(self.resident[name] for name in names)
+        return found
 
     def _reads(self) -> Iterator[tuple[str, torch.device, bool]]:
         """Yield (name, device, whether slice by slice) of everything that `prepare` may read."""
@@ -268,6 +287,9 @@ class _Dispatch:
             for group in groups:
                 self._attach(group.name, before=_acquirer(stream, group), after=_releaser(stream, group))
             stream.prefetch()
+        if self.ahead is not None:
+            for path in self.ahead.groups:
+                self._attach(path, before=_reacher(self.ahead, path), after=partial(self.ahead.leave, path))
         if several or self.groups or self.experts or self.mapped:
             hooks.attach(self.model, before=self._begin_call, after=self._end_call)
             self.hooked.append(self.model)
@@ -286,6 +308,8 @@ class _Dispatch:
             if self.reads_files and self.weights.checkpoint is not None:
                 self.weights.checkpoint.check_unchanged()
             self._warn_if_larger(args, kwargs)
+            if self.ahead is not None:
+                self.ahead.begin()
         except BaseException:
             self.calls.release()
             raise
@@ -293,6 +317,8 @@ class _Dispatch:
 
     def _end_call(self) -> None:
         self.moved.clear()
+        if self.ahead is not None:
+            self.ahead.end()
         self.calls.release()
 
     def _warn_if_larger(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -418,6 +444,14 @@ def _each(value: Any, change: Any) -> Any:
 def _acquirer(stream: GroupStream, group: StreamedGroup) -> hooks.Before:
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         stream.acquire(group)
+        return args, kwargs
+
+    return before
+
+
+def _reacher(ahead: ReadAhead, name: str) -> hooks.Before:
+    def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        ahead.reach(name)
         return args, kwargs
 
     return before

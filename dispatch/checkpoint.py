@@ -136,11 +136,15 @@ class Checkpoint:
         Raises:
             InputError: the file shrank since `open`, or cannot be mapped.
         """
-        if entry.nbytes == 0 or entry.offset_bytes % entry.dtype.itemsize != 0:
+        if not self.mappable(entry):
             return self.read(entry)
         count = entry.nbytes // entry.dtype.itemsize
         memory = self._files[entry.file].mapping()
         return torch.frombuffer(memory, dtype=entry.dtype, count=count, offset=entry.offset_bytes).reshape(entry.shape)
+
+    def mappable(self, entry: TensorEntry) -> bool:
+        """Tell whether `map` gives the file's own pages."""
+        return entry.nbytes > 0 and entry.offset_bytes % entry.dtype.itemsize == 0
 
     def equal(self, one: TensorEntry, other: TensorEntry) -> bool:
         """Return whether two entries have one dtype and shape and equal bytes. Reads up to a difference.

@@ -92,6 +92,11 @@ class Weights:
         assert entry is not None
         return self._checkpoint().map(entry)
 
+    def in_pages(self, name: str) -> bool:
+        """Tell whether what `map` returns lies in the page cache, and not in memory of its own."""
+        entry = None if name in self.computed else self.sources[name].whole_entry()
+        return entry is not None and self._checkpoint().mappable(entry)
+
     def store(
         self, names: list[str], *, on_disk: bool, target: torch.device, expert: int | None = None, pinned: bool = True
     ) -> Store:
