@@ -13,6 +13,9 @@ from dispatch import place
 from dispatch.slots import SlotRing
 from dispatch.stores import HostStore, Store
 
+# Experts that the disk may be reading at once.
+_ANNOUNCED = 4
+
 
 class StreamedExperts:
     """The source that `planner.execution.routed_experts` fetches from.
@@ -64,6 +67,8 @@ class StreamedExperts:
         self._pending.clear()
         self._free = deque(range(len(self.ring) if self.ring is not None else 0))
         self._held = None
+        for expert in list(self._queue)[:_ANNOUNCED]:
+            self._waiting[expert].announce()
         self._copy()
 
     def fetch(self, expert: int) -> dict[str, torch.Tensor]:
@@ -112,4 +117,6 @@ class StreamedExperts:
                 self.ring.copy(slot, self._waiting[expert])
             self._queue.popleft()
             self._free.popleft()
+            if len(self._queue) >= _ANNOUNCED:
+                self._waiting[self._queue[_ANNOUNCED - 1]].announce()
             self._pending.append((expert, slot))

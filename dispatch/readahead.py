@@ -131,6 +131,7 @@ class _Pass:
         self._failed: dict[int, BaseException] = {}
         self._at = -1
         self._begun = -1
+        self._ended = False
         self._changed = threading.Condition()
         for _ in range(_READERS):
             threading.Thread(target=self._read, name="loadplan read-ahead", daemon=True).start()
@@ -156,6 +157,7 @@ class _Pass:
     def stop(self) -> tuple[str, ...]:
         """End the reading; return the groups that were begun and never reached."""
         with self._changed:
+            self._ended = True
             self._waiting.clear()
             self._changed.notify_all()
             return self._names[self._at + 1 : self._begun + 1]
@@ -175,6 +177,8 @@ class _Pass:
             except BaseException as exc:  # for the caller's thread, which waits for it
                 failure = exc
             with self._changed:
+                if (self._ended or index < self._at) and self._names[index] not in self._lasting:
+                    page_cache.let_go(address, nbytes)  # whoever was to let it go has been here
                 self._missing[index] -= 1
                 if failure is not None:
                     self._failed[index] = failure
