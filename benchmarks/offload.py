@@ -146,7 +146,7 @@ def on_cpu(case: str, folder: Path) -> Iterator[dict[str, Any]]:
 
 def ours(folder: Path, plan: planner.Plan) -> Run:
     def load() -> Any:
-        return dispatch.apply(str(folder / "model"), plan)
+        return dispatch.apply(str(folder / "model"), plan, progress=False)
 
     run = Run({}, {}, {})
     say("loadplan")
@@ -365,7 +365,7 @@ def storage_read_bytes() -> int:
 
 
 def read_seconds(folder: Path, nbytes: int, *, direct: bool) -> float:
-    """Return the time of reading so many bytes of a folder's files: past the page cache, or through it to new memory."""
+    """Return the time of reading so many bytes of a folder: past the page cache, or through it to new memory."""
     work, left = [], nbytes
     for path in files_of(folder):
         for offset in range(0, path.stat().st_size, READ_BYTES):
@@ -396,7 +396,11 @@ def held_bytes(folder: Path) -> int:
     """Return what all tensors of this process hold outside mapped files."""
     ranges, storages = mappings(folder), {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu" and type(thing).__name__ != "FakeTensor":
+        if (
+            issubclass(type(thing), torch.Tensor)
+            and thing.device.type == "cpu"
+            and type(thing).__name__ != "FakeTensor"
+        ):
             storage = thing.untyped_storage()
             address = storage.data_ptr()
             if address and not any(start <= address < stop for start, stop in ranges):
@@ -405,13 +409,9 @@ def held_bytes(folder: Path) -> int:
 
 
 def operator_output_bytes(model: Any) -> int:
-    tokens = torch.arange(PROMPT_TOKENS)[None] + 5
-    _, measured = dispatch.measure(
-        lambda: model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=WARM_STEPS + 1, min_new_tokens=WARM_STEPS + 1,
-            do_sample=False, pad_token_id=0,
-        )
-    )  # fmt: skip
+    tokens, count = torch.arange(PROMPT_TOKENS)[None] + 5, WARM_STEPS + 1
+    options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    _, measured = dispatch.measure(lambda: model.generate(tokens, attention_mask=torch.ones_like(tokens), **options))
     return measured.operator_outputs["cpu"]
 
 

@@ -17,6 +17,7 @@ from dispatch import hooks, page_cache, place
 from dispatch.checkpoint import Checkpoint
 from dispatch.experts import StreamedExperts
 from dispatch.match import check_matches
+from dispatch.progress import loading_bar
 from dispatch.readahead import ReadAhead, room_bytes
 from dispatch.slots import SlotRing
 from dispatch.stores import Store
@@ -26,7 +27,7 @@ from dispatch.weights import Weights, write_offload
 from planner import execution as implementations
 from planner.errors import InputError, PlanMismatchError
 from planner.graph import WeightGroup
-from planner.loading import READERS, resident_ties
+from planner.loading import READERS, read_bytes, resident_ties
 from planner.memory import slot_kind, waiting_slices, with_groups
 from planner.plan import Placement, Plan
 from planner.steps import layer_runs
@@ -43,12 +44,14 @@ def apply(
     *,
     devices: Mapping[str, torch.device | str] | None = None,
     offload_dir: str | Path | None = None,
+    progress: bool | None = None,
 ) -> torch.nn.Module:
     """Put every weight of `model` where the plan says, and make it run so; return the model.
 
     model: on meta (filled from `checkpoint`), already loaded, or a name, folder or config to build it from.
     devices: real devices for the plan's names, {"cuda:0": "cuda:3"}; each is itself unless named.
     offload_dir: where a loaded model's weights go that are to wait on disk, if no checkpoint holds them.
+    progress: whether a bar on stderr shows how far loading is; None shows it on a terminal.
 
     Everything that can be refused is refused before the model is changed.
 
@@ -68,7 +71,8 @@ def apply(
     weights = Weights(module, opened, offloaded=offloaded)
     state = _Dispatch(module, plan, targets, weights)
     state.check()
-    state.prepare()
+    with loading_bar(read_bytes(plan) if weights.on_meta else 0, shown=progress) as weights.loaded:
+        state.prepare()
     state.attach()
     setattr(module, _ATTRIBUTE, state)
     return module
@@ -144,7 +148,8 @@ class _Dispatch:
             self.rings[entry.device, entry.holds] = ring
         with self.weights.reading(READERS, self._reads()):
             with ThreadPoolExecutor(READERS) as pool:
-                for loaded in pool.map(self._load_resident, self.placed):
+                stored = sorted(self.placed, key=lambda entry: min(map(self.weights.file_order, entry[2])))
+                for loaded in pool.map(self._load_resident, stored):
                     self.resident.update(loaded)
             self.resident.update({name: self.resident[first] for name, first in self.shared.items()})
             for placement, group, names in self.placed:
@@ -162,7 +167,7 @@ class _Dispatch:
             self.ahead = ReadAhead(self._in_pages(), room_bytes(self.plan))
 
     def _in_pages(self) -> dict[str, list[torch.Tensor]]:
-        """Return {module: its tensors in mapped files}, in the order of a pass; of embeddings only some rows are used."""
+        """Return {module: its tensors in mapped files} in the order of a pass; of embeddings few rows are used: none."""
         mapped, found = set(self.mapped), dict[str, list[torch.Tensor]]()
         named = {(placement.layer, placement.group): names for placement, _, names in self.placed}
         modules = dict(self.model.named_modules())
@@ -211,7 +216,7 @@ class _Dispatch:
         placement, group, names = entry
         device = self.targets[placement.run_on]
         if waiting_slices(placement, group) == 0:
-            names = [name for name in names if name not in self.shared]
+            names = sorted((name for name in names if name not in self.shared), key=self.weights.file_order)
             own = [place.get(*place.owner(self.model, name)) for name in names]
             if device.type == "cpu" or any(not tensor.is_meta and tensor.device == device for tensor in own):
                 return {name: self.weights.load(name, device) for name in names}
