@@ -121,8 +121,7 @@ def on_cpu(case: str, folder: Path) -> Iterator[dict[str, Any]]:
     plain = resident(folder, plan)
     gc.collect()
     for phase in own.times:
-        same = [torch.equal(run.outputs[phase], plain.outputs[phase]) for run in (own, other)] if phase in plain.outputs \
-            else [None, None]  # fmt: skip
+        same = [same_outputs(run, plain, phase) for run in (own, other)]
         of_plain = statistics.median(plain.times[phase.replace("cold", "warm")])
         limits = own.limits.get(phase)
         loads = phase.startswith("load")
@@ -142,6 +141,10 @@ def on_cpu(case: str, folder: Path) -> Iterator[dict[str, Any]]:
             "on_disk_bytes": own.disk_bytes,
             "accelerate_on_disk_bytes": other.disk_bytes,
         }
+
+
+def same_outputs(run: Run, plain: Run, phase: str) -> bool | None:
+    return torch.equal(run.outputs[phase], plain.outputs[phase]) if phase in plain.outputs else None
 
 
 def ours(folder: Path, plan: planner.Plan) -> Run:

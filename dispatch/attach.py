@@ -167,7 +167,7 @@ class _Dispatch:
             self.ahead = ReadAhead(self._in_pages(), room_bytes(self.plan))
 
     def _in_pages(self) -> dict[str, list[torch.Tensor]]:
-        """Return {module: its tensors in mapped files} in the order of a pass; of embeddings few rows are used: none."""
+        """Return {module: its tensors in mapped files}, in the order of a pass; not embeddings: few rows are used."""
         mapped, found = set(self.mapped), dict[str, list[torch.Tensor]]()
         named = {(placement.layer, placement.group): names for placement, _, names in self.placed}
         modules = dict(self.model.named_modules())
