@@ -168,8 +168,8 @@ def ours(folder: Path, plan: planner.Plan) -> Run:
             run.limits[phase].append(read_seconds(folder / "model", kept, direct=cold))
         say(f"{phase} {run.times[phase]} {run.limits[phase]}")
     run.disk_bytes = sum(p.nbytes for p in plan.placements if p.home == "disk")
-    measure_phases(model, folder, run)
     run.peak_bytes = held_bytes(folder) + operator_output_bytes(model)
+    measure_phases(model, folder, run)
     return run
 
 
