@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dispatch import hooks, own_device, peers, place
+from dispatch import hooks, own_device, page_cache, peers, place
 from dispatch.checkpoint import Checkpoint
 from dispatch.expert_cache import CacheStatistics, ExpertCache
 from dispatch.experts import StreamedExperts
@@ -17,6 +18,8 @@ from dispatch.limits import Limits, OnExceed
 from dispatch.match import check_matches
 from dispatch.measure import NAMES_ATTRIBUTE, plan_names
 from dispatch.mover import Moved, mover
+from dispatch.progress import loading_bar
+from dispatch.readahead import ReadAhead, room_bytes
 from dispatch.session import Session
 from dispatch.slots import SlotRing
 from dispatch.stores import Store
@@ -26,7 +29,7 @@ from dispatch.weights import OFFLOAD_FILE, Weights, write_offload
 from planner import execution as implementations
 from planner.errors import InputError, PlanMismatchError
 from planner.graph import WeightGroup
-from planner.loading import READERS, resident_ties
+from planner.loading import READERS, read_bytes, resident_ties
 from planner.memory import slot_kind, waiting_slices, with_groups
 from planner.plan import Placement, Plan
 from planner.steps import layer_runs
@@ -44,6 +47,7 @@ def apply(
     devices: Mapping[str, torch.device | str] | None = None,
     offload_dir: str | Path | None = None,
     on_exceed: OnExceed | None = None,
+    progress: bool | None = None,
 ) -> torch.nn.Module:
     """Put every weight of `model` where the plan says, and make it run so; return the model.
 
@@ -54,6 +58,7 @@ def apply(
         at least, and refuses what cannot fit by the plan's figures; "refuse" refuses it; "replan" plans for it and
         dispatches anew before a prompt is taken. None is "warn", but leaves a model that is wholly resident on one
         device without any hook, and so without a word.
+    progress: whether a bar on stderr shows how far loading is; None shows it on a terminal.
 
     Everything that can be refused is refused before the model is changed.
 
@@ -87,7 +92,8 @@ def apply(
 
     state = _Dispatch(module, plan, targets, weights)
     state.check()
-    state.prepare()
+    with loading_bar(read_bytes(plan) if weights.on_meta else 0, shown=progress) as weights.loaded:
+        state.prepare()
     state.attach()
     if state.waits or on_exceed is not None:
         session = Session(
@@ -156,6 +162,7 @@ class _Dispatch:
         self.groups: dict[tuple[str, str], StreamedGroup] = {}
         self.experts: list[tuple[torch.nn.Module, StreamedExperts]] = []
         self.mapped: list[str] = []
+        self.ahead: ReadAhead | None = None
         self.shared = resident_ties(plan.graph, plan.placements)
         self.hooked: list[torch.nn.Module] = []
         self.tied: dict[tuple[str, torch.device], torch.nn.Parameter] = {}
@@ -199,7 +206,8 @@ class _Dispatch:
                 self.caches[entry.device] = ExpertCache(ring)
         with self.weights.reading(READERS, self._reads()):
             with ThreadPoolExecutor(READERS) as pool:
-                for loaded in pool.map(self._load_resident, self.placed):
+                stored = sorted(self.placed, key=lambda entry: min(map(self.weights.file_order, entry[2])))
+                for loaded in pool.map(self._load_resident, stored):
                     self.resident.update(loaded)
             self.resident.update({name: self.resident[first] for name, first in self.shared.items()})
             for placement, group, names in self.placed:
@@ -213,6 +221,22 @@ class _Dispatch:
             device = self.targets[self.plan.run_on()[0]]
             for tensor in self.plan.graph.loose:
                 self.resident[tensor.name] = self.weights.load(tensor.name, device)
+        if self.mapped and page_cache.SUPPORTED:
+            self.ahead = ReadAhead(self._in_pages(), room_bytes(self.plan))
+
+    def _in_pages(self) -> dict[str, list[torch.Tensor]]:
+        """Return {module: its tensors in mapped files}, in the order of a pass; not embeddings: few rows are used."""
+        mapped, found = set(self.mapped), dict[str, list[torch.Tensor]]()
+        named = {(placement.layer, placement.group): names for placement, _, names in self.placed}
+        modules = dict(self.model.named_modules())
+        for run in layer_runs(self.plan.graph, self.plan.placements):
+            for part in run.parts:
+                layer, group = part.placement.layer, part.placement.group
+                path = f"{layer}.{group}" if f"{layer}.{group}" in modules else layer
+                names = [n for n in named[layer, group] if n in mapped and self.weights.in_pages(n)]
+                if names and not isinstance(modules[path], torch.nn.Embedding):
+                    found.setdefault(path, []).extend(self.resident[name] for name in names)
+        return found
 
     def _reads(self) -> Iterator[tuple[str, torch.device, bool]]:
         """Yield (name, device, whether slice by slice) of everything that `prepare` may read."""
@@ -253,7 +277,7 @@ class _Dispatch:
         placement, group, names = entry
         device = self.targets[placement.run_on]
         if waiting_slices(placement, group) == 0:
-            names = [name for name in names if name not in self.shared]
+            names = sorted((name for name in names if name not in self.shared), key=self.weights.file_order)
             own = [place.get(*place.owner(self.model, name)) for name in names]
             if device.type == "cpu" or any(not tensor.is_meta and tensor.device == device for tensor in own):
                 return {name: self.weights.load(name, device) for name in names}
@@ -332,6 +356,9 @@ class _Dispatch:
         self.waits = bool(several or self.groups or self.experts or self.mapped)
         for name in _REFUSED if self.waits else ():
             setattr(self.model, name, _refusal(name))
+        if self.ahead is not None:
+            for path in self.ahead.groups:
+                self._attach(path, before=_reacher(self.ahead, path), after=partial(self.ahead.leave, path))
 
     def serve(self, session: Session) -> None:
         """Let calls of the model pass through a session."""
@@ -348,16 +375,22 @@ class _Dispatch:
         """Refuse a call where files that are read in it are not what they were."""
         if self.reads_files and self.weights.checkpoint is not None:
             self.weights.checkpoint.check_unchanged()
+        if self.ahead is not None:
+            self.ahead.begin()
 
     def recover(self) -> None:
         """Mend what a call that was interrupted between two hooks left behind."""
         self.moved.clear()
         for stream in self.streams:
             stream.recover()
+        if self.ahead is not None:
+            self.ahead.end()
 
     def end_call(self) -> None:
         """Let go of what was held for one call."""
         self.moved.clear()
+        if self.ahead is not None:
+            self.ahead.end()
 
     def _set_implementations(self) -> None:
         model: Any = self.model
@@ -431,6 +464,14 @@ def _refusal(name: str) -> Any:
 def _acquirer(stream: GroupStream, group: StreamedGroup) -> hooks.Before:
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         stream.acquire(group)
+        return args, kwargs
+
+    return before
+
+
+def _reacher(ahead: ReadAhead, name: str) -> hooks.Before:
+    def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        ahead.reach(name)
         return args, kwargs
 
     return before

@@ -18,9 +18,11 @@ import torch
 from planner.errors import InputError
 from planner.headers import AGAIN, DTYPES, StoredTensor, combine, locate, open_regular, os_errors, parse_header
 from planner.loading import COMPARE_BYTES
-from planner.units import MIB
+from planner.units import KIB, MIB
 
 _READ_CHUNK_BYTES = 64 * MIB
+# Of one announcement the kernel takes no more than one request to the disk holds.
+_ANNOUNCED_BYTES = 512 * KIB
 # Linux's MAP_NORESERVE, which Python names only from 3.13 on; 0 where its value is not known.
 _USUAL_LINUX = platform.system() == "Linux" and platform.machine() in {"x86_64", "aarch64", "riscv64"}
 _MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if _USUAL_LINUX else 0)
@@ -115,6 +117,12 @@ class Checkpoint:
             memory = destination.detach().reshape(-1).view(torch.uint8).numpy().data
             self._files[entry.file].read_into(memory, entry.offset_bytes + start)
 
+    def announce(self, entry: TensorEntry, *, start: int = 0, stop: int | None = None) -> None:
+        """Say that bytes [start, stop) of `entry` will be read soon; the kernel begins to bring them, where it can."""
+        if hasattr(os, "posix_fadvise"):
+            end = entry.nbytes if stop is None else stop
+            self._files[entry.file].announce(entry.offset_bytes + start, end - start)
+
     def read(self, entry: TensorEntry) -> torch.Tensor:
         """Return `entry` read into new memory of its own dtype and shape.
 
@@ -136,11 +144,15 @@ class Checkpoint:
         Raises:
             InputError: the file shrank since `open`, or cannot be mapped.
         """
-        if entry.nbytes == 0 or entry.offset_bytes % entry.dtype.itemsize != 0:
+        if not self.mappable(entry):
             return self.read(entry)
         count = entry.nbytes // entry.dtype.itemsize
         memory = self._files[entry.file].mapping()
         return torch.frombuffer(memory, dtype=entry.dtype, count=count, offset=entry.offset_bytes).reshape(entry.shape)
+
+    def mappable(self, entry: TensorEntry) -> bool:
+        """Tell whether `map` gives the file's own pages."""
+        return entry.nbytes > 0 and entry.offset_bytes % entry.dtype.itemsize == 0
 
     def equal(self, one: TensorEntry, other: TensorEntry) -> bool:
         """Return whether two entries have one dtype and shape and equal bytes. Reads up to a difference.
@@ -207,6 +219,11 @@ class _OpenFile:
                         f"{offset_bytes + len(memory):,} are needed; it shrank while it was in use; {AGAIN}"
                     )
                 done += count
+
+    def announce(self, offset_bytes: int, nbytes: int) -> None:
+        for start in range(offset_bytes, offset_bytes + nbytes, _ANNOUNCED_BYTES):
+            count = min(_ANNOUNCED_BYTES, offset_bytes + nbytes - start)
+            os.posix_fadvise(self._descriptor, start, count, os.POSIX_FADV_WILLNEED)
 
     def mapping(self) -> mmap.mmap:
         """Return the whole file mapped privately and writable, made once."""

@@ -18,6 +18,9 @@ import torch
 from dispatch.slots import SlotRing
 from dispatch.stores import Store
 
+# Experts that the disk may be reading at once.
+_ANNOUNCED = 4
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheStatistics:
@@ -56,6 +59,8 @@ class ExpertCache:
         self._ran.pop(layer, None)
         self._ran[layer] = None
         self._queue = deque(((layer, expert), store) for expert, store in experts)
+        for key, store in list(self._queue)[:_ANNOUNCED]:
+            self._announce(key, store)
         self._bring()
 
     def fetch(self, layer: Hashable, expert: int) -> torch.Tensor:
@@ -93,6 +98,13 @@ class ExpertCache:
                 self.copied_bytes += store.layout.nbytes
             self._queue.popleft()
             self._ready.append(key)
+            if len(self._queue) >= _ANNOUNCED:
+                self._announce(*self._queue[_ANNOUNCED - 1])
+
+    def _announce(self, key: tuple[Hashable, int], store: Store) -> None:
+        """Tell the disk what is read soon."""
+        if key not in self._kept:
+            store.announce()
 
     def _give_up(self, layer: Hashable) -> bool:
         """Free a slot for `layer`, none being used; False if this call wants what is left and others come first."""

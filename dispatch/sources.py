@@ -79,6 +79,15 @@ class TensorSource:
         for entry, start, stop, index in self._ranges_of_slice(e):
             buffers.read(checkpoint, entry, start, stop, destination[index], buffer)
 
+    def announce(self, checkpoint: Checkpoint, e: int | None) -> None:
+        """Say that the tensor, or its slice `e`, will be read soon."""
+        if e is None:
+            for piece in self.pieces:
+                checkpoint.announce(piece.entry)
+        else:
+            for entry, start, stop, _ in self._ranges_of_slice(e):
+                checkpoint.announce(entry, start=start, stop=stop)
+
     def same(self, checkpoint: Checkpoint, tensor: torch.Tensor) -> bool:
         """Return whether the checkpoint holds the very bytes of `tensor`. Takes COMPARE_BYTES of memory."""
         _check_shape(self.name, tensor, self.shape)

@@ -64,6 +64,9 @@ class Store(Protocol):
     def renamed(self, names: dict[str, str]) -> Store:
         """Return the same store with its tensors under other names."""
 
+    def announce(self) -> None:
+        """Say that the weights will be copied soon, so that a disk may begin to read them."""
+
     def copy_to(self, slab: torch.Tensor, staging: torch.Tensor | None) -> None:
         """Put the weights into `slab` on any device, on the current stream; `staging` is host memory to go through."""
 
@@ -126,6 +129,9 @@ class HostStore:
         """Return the weights as views of the slab, for the CPU to compute with."""
         return self.layout.views(self.slab)
 
+    def announce(self) -> None:
+        pass
+
     def copy_to(self, slab: torch.Tensor, staging: torch.Tensor | None) -> None:
         slab[: self.layout.nbytes].copy_(self.slab[: self.layout.nbytes], non_blocking=True)
 
@@ -143,6 +149,10 @@ class DiskStore:
 
     def renamed(self, names: dict[str, str]) -> DiskStore:
         return DiskStore(self.layout.renamed(names), self.checkpoint, self.sources, self.expert)
+
+    def announce(self) -> None:
+        for source in self.sources:
+            source.announce(self.checkpoint, self.expert)
 
     def fill(self, slab: torch.Tensor) -> None:
         """Read into `slab`, which is host memory."""

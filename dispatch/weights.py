@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ _CPU = torch.device("cpu")
 class Weights:
     """The tensors of one model. Nothing of the model is changed here.
 
+    loaded: is told of bytes as they are read, in bytes as they are stored.
     offloaded: the checkpoint was written by `write_offload` and holds only what waits on disk, under its own names.
     """
 
@@ -36,6 +37,7 @@ class Weights:
         elif checkpoint is not None:
             self.sources = resolve_sources(model, checkpoint)
         self.computed = recomputed_buffers(model)
+        self.loaded: Callable[[int], None] = lambda nbytes: None
         self._buffers = Buffers(0, 0)
 
     @contextmanager
@@ -66,6 +68,13 @@ class Weights:
         self._fill(name, tensor, None)
         return tensor
 
+    def file_order(self, name: str) -> tuple[str, int]:
+        """Return a key by which tensors come in the order in which they are stored; what no file holds comes first."""
+        if name in self.computed or name not in self.sources:
+            return "", 0
+        first = self.sources[name].pieces[0].entry
+        return str(first.file), first.offset_bytes
+
     def same_on_disk(self, name: str) -> bool:
         """Tell whether the checkpoint holds the very bytes that the loaded model has."""
         current = place.get(*place.owner(self.model, name))
@@ -91,6 +100,11 @@ class Weights:
         entry = self.sources[name].whole_entry()
         assert entry is not None
         return self._checkpoint().map(entry)
+
+    def in_pages(self, name: str) -> bool:
+        """Tell whether what `map` returns lies in the page cache, and not in memory of its own."""
+        entry = None if name in self.computed else self.sources[name].whole_entry()
+        return entry is not None and self._checkpoint().mappable(entry)
 
     def store(
         self, names: list[str], *, on_disk: bool, target: torch.device, expert: int | None = None, pinned: bool = True
@@ -131,6 +145,8 @@ class Weights:
                     self.sources[name].fill(self._checkpoint(), view, buffer)
                 else:
                     self.sources[name].fill_slice(self._checkpoint(), expert, view, buffer)
+            stored = sum(piece.entry.nbytes for piece in self.sources[name].pieces)
+            self.loaded(stored if expert is None else stored // current.shape[0])
 
     def _checkpoint(self) -> Checkpoint:
         assert self.checkpoint is not None

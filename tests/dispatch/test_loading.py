@@ -222,3 +222,55 @@ def test_a_fault_is_found_out(
     plan = make_plan(case, mode)
     fault(monkeypatch)
     assert held(case.meta(), plan, checkpoint=case.folder) != requested(plan)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["tied-llama", "mixtral"])
+def test_the_bar_counts_every_byte_that_is_read_once(
+    make_case: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, mode: str
+) -> None:
+    case = make_case(name, BF16)
+    plan = make_plan(case, mode)
+    told: list[tuple[int, list[int]]] = []
+
+    @contextlib.contextmanager
+    def bar(total_bytes: int, *, shown: bool | None) -> Any:
+        told.append((total_bytes, []))
+        yield told[-1][1].append
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dispatch.attach.loading_bar", bar)
+        dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=as_meta(plan))
+    [(total, parts)] = told
+    assert sum(parts) == total > 0
+    model = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=as_meta(plan))
+    assert "Loading weights" not in capsys.readouterr().err, "no terminal, no bar"
+    if mode in ("cpu", "disk"):
+        dispatch.remove(model)
+        dispatch.apply(case.meta(), plan, checkpoint=case.folder, progress=True)
+        assert "Loading weights: 100%" in capsys.readouterr().err
+
+
+def test_loading_reads_groups_in_the_order_of_the_files(make_case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dispatch.attach.READERS", 1)
+    case = make_case("llama")
+    places: dict[str, tuple[str, int]] = {}
+    inner = TensorSource.fill
+
+    def fill(self: TensorSource, *args: Any) -> None:
+        entry = self.pieces[0].entry
+        assert self.name not in places, "one pass"
+        places[self.name] = (str(entry.file), entry.offset_bytes)
+        inner(self, *args)
+
+    monkeypatch.setattr(TensorSource, "fill", fill)
+    dispatch.apply(case.meta(), plan_of(case, gpus=0), checkpoint=case.folder)
+    groups: dict[str, list[tuple[str, int]]] = {}
+    for name, where in places.items():
+        if "mlp" in name or "self_attn" in name:
+            groups.setdefault(".".join(name.split(".")[:4]), []).append(where)
+    assert len(groups) == 10
+    for found in groups.values():
+        assert found == sorted(found)
+    starts = [found[0] for found in groups.values()]
+    assert starts == sorted(starts)

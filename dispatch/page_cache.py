@@ -1,0 +1,79 @@
+"""The page cache under a mapped file, by address: what of it is in memory, bring it there, let it go again.
+
+On Linux from 5.14 on; elsewhere `SUPPORTED` is false, and pages come when they are touched.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import platform
+
+# The kernel's numbers, the same for every processor that torch runs on; Python does not name the first.
+_MADV_POPULATE_READ = 22
+_MADV_PAGEOUT = 21
+
+_LIBRARY = ctypes.CDLL(None, use_errno=True) if platform.system() == "Linux" else None
+if _LIBRARY is not None:
+    _LIBRARY.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    _LIBRARY.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+
+
+def pages(address: int, nbytes: int) -> tuple[int, int]:
+    """Return (address, bytes) of the whole pages that hold so many bytes, of at least one."""
+    start = address - address % mmap.PAGESIZE
+    return start, -(-(address + nbytes - start) // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def present(address: int, nbytes: int) -> bool:
+    """Tell whether all pages of a mapping are in memory; costs about 0.2 ms a GB.
+
+    The kernel says so of every file that the user may not write to, whether or not it is true.
+    """
+    assert _LIBRARY is not None
+    start, length = pages(address, nbytes)
+    flags = ctypes.create_string_buffer(length // mmap.PAGESIZE)
+    return _LIBRARY.mincore(start, length, flags) == 0 and b"\0" not in flags.raw
+
+
+def bring(address: int, nbytes: int) -> None:
+    """Read all pages of a mapping that are not in memory yet, and return when they are. Other threads go on.
+
+    Raises:
+        OSError: they cannot be read, as where the file has become shorter.
+    """
+    assert _LIBRARY is not None
+    start, length = pages(address, nbytes)
+    while _LIBRARY.madvise(start, length, _MADV_POPULATE_READ):
+        number = ctypes.get_errno()
+        if number not in (errno.EINTR, errno.EAGAIN):
+            raise OSError(number, os.strerror(number))
+
+
+def let_go(address: int, nbytes: int) -> None:
+    """Free the pages of a mapping, in the page cache too, but for those that were written to or that others map.
+
+    Of files that the user may not write to they stay until the kernel needs the memory.
+    """
+    assert _LIBRARY is not None
+    start, length = pages(address, nbytes)
+    _LIBRARY.madvise(start, length, _MADV_PAGEOUT)
+
+
+def _supported() -> bool:
+    if _LIBRARY is None:
+        return False
+    with mmap.mmap(-1, mmap.PAGESIZE) as page:
+        view = ctypes.c_char.from_buffer(page)
+        try:
+            bring(ctypes.addressof(view), 1)
+        except OSError:
+            return False
+        finally:
+            del view
+    return True
+
+
+SUPPORTED = _supported()
