@@ -14,7 +14,7 @@ from typing import Any
 import planner
 import simulate
 from machine import describe
-from simulate import simulator
+from simulate import series
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("70B, 80 layers, offloaded, 10,000 steps", "meta-llama/Llama-3.1-70B", {"gpus": "2x24GB", "new_tokens": 10_001}),
@@ -45,7 +45,7 @@ def row(name: str, model: str, options: dict[str, Any]) -> dict[str, Any]:
     if drawn != timeline:
         result |= {"drawn_seconds": round(drawn_seconds, 3), "drawn_total_s": round(drawn.total_ns / 1e9, 4)}
     if name.endswith("every one"):
-        kept, simulator.STEPS_AT_EACH_END = simulator.STEPS_AT_EACH_END, plan.workload.decode_steps
+        kept, series.STEPS_AT_EACH_END = series.STEPS_AT_EACH_END, plan.workload.decode_steps
         started = time.perf_counter()
         whole = simulate.run(plan)
         result |= {
@@ -55,7 +55,7 @@ def row(name: str, model: str, options: dict[str, Any]) -> dict[str, Any]:
                 max(abs(a / b - 1) for a, b in zip(timeline.step_ns, whole.step_ns, strict=True)), 7
             ),
         }
-        simulator.STEPS_AT_EACH_END = kept
+        series.STEPS_AT_EACH_END = kept
     return result
 
 

@@ -1,10 +1,7 @@
 """A Plan → the Timeline of one call: prefill, then decode steps with a growing cache.
 
-The first steps and the last ones are kept interval by interval. Between them only a few are simulated, each repeated
-until it takes as long as the time before: then copies that run ahead have settled. A step between two of these is
-interpolated where the one in the middle lies on their line, and looked at more closely where it does not, for a step's
-work is affine in the context, and its time is piecewise so. Calls of a prefill in chunks, which together are step 0,
-are treated alike.
+Of many steps only some are simulated, and of these the first and last are kept interval by interval
+(`simulate.series`). Calls of a prefill in chunks, which together are step 0, are treated alike.
 
 What waits of experts is taken at its expected number per pass; with a seed it is drawn, pass by pass.
 
@@ -16,9 +13,8 @@ share that memory (`planner.hardware.Shared`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 from planner import cost
 from planner.chunks import chunks_of
@@ -31,16 +27,8 @@ from planner.plan import Plan
 from planner.steps import READ_AHEAD, LayerRun, Part, Transfer, layer_runs, prefetch_order
 from simulate.engine import Action, After, Engine, Kind
 from simulate.routing import Routing
+from simulate.series import between, durations
 from simulate.timeline import Interval, MemorySample, Timeline
-
-# Steps kept at either end; a call of at most twice as many is simulated whole.
-STEPS_AT_EACH_END = 4
-# A step is settled when it takes as long as the time before, or after so many times.
-_REPEATS = 6
-# Of steps whose experts are drawn no two are alike: so many, evenly spread, are simulated.
-STEPS_DRAWN = 256
-# How far from its neighbours' line a step may lie before those between are looked at, as a fraction.
-_LINE = 1e-4
 
 
 def run(plan: Plan, *, seed: int | None = None) -> Timeline:
@@ -170,45 +158,16 @@ class _Simulation:
 
     def _series(self, first: int, last: int, call_of: Callable[[int], _Call]) -> list[tuple[int | None, int]]:
         """Return for each number which kept call it is, if any, and how long it takes in ns."""
-        if last < first:
-            return []
-        drawn = self.routing is not None and any(p.waiting and p.group.slices > 1 for r in self.runs for p in r.parts)
-        near = set(_at_both_ends(first, last))
-        known: dict[int, int] = {}
         kept: dict[int, int] = {}
-        chosen = sorted(near | set(_spread(first, last, STEPS_DRAWN))) if drawn else sorted(near)
-        for number in chosen:
-            call = call_of(number)
-            if number - 1 not in known and known and not drawn:
-                known |= self._between(max(known), number - 1, known[max(known)], call_of)
-            if number in near:
+
+        def simulate(number: int, *, keep: bool) -> int:
+            if keep:
                 kept[number] = len(self.calls)
-            known[number] = self._simulate(call, kept=number in near)
-        return [(kept.get(n), taken) for n, taken in zip(range(first, last + 1), _interpolate(known), strict=True)]
+            return self._simulate(call_of(number), kept=keep)
 
-    def _between(self, first: int, last: int, taken: int, call_of: Callable[[int], _Call]) -> dict[int, int]:
-        """Return the settled durations of as many numbers after `first`, to `last`, as their lines need."""
-        known = {last: self._settled(call_of(last))}
-        open_ends = [(first, taken, last, known[last])]
-        while open_ends:
-            low, low_ns, high, high_ns = open_ends.pop()
-            if high - low < 2:
-                continue
-            middle = (low + high) // 2
-            found = known[middle] = self._settled(call_of(middle))
-            straight = _between(low_ns, high_ns, (middle - low) / (high - low))
-            if abs(found - straight) > max(2 * len(self.runs), _LINE * found):
-                open_ends += [(low, low_ns, middle, found), (middle, found, high, high_ns)]
-        self._settled(call_of(last))
-        return known
-
-    def _settled(self, call: _Call) -> int:
-        taken = self._simulate(call, kept=False)
-        for _ in range(_REPEATS):
-            before, taken = taken, self._simulate(call, kept=False)
-            if abs(taken - before) <= len(self.runs):
-                break
-        return taken
+        drawn = self.routing is not None and any(p.waiting and p.group.slices > 1 for r in self.runs for p in r.parts)
+        taken = durations(first, last, simulate, drawn=drawn, rounding_ns=len(self.runs))
+        return [(kept.get(number), each) for number, each in enumerate(taken, start=first)]
 
     def _simulate(self, call: _Call, *, kept: bool) -> int:
         started = self.engine.clock_ns
@@ -245,9 +204,9 @@ class _Simulation:
         first, last, weight = self.spans[call.first.name], self.spans[call.last.name], call.weight
         cached: dict[str, int] = dict.fromkeys(self.static, 0)
         for run in self.runs:
-            cached[run.device] += _between(first[run.index].kv_before_bytes, last[run.index].kv_before_bytes, weight)
+            cached[run.device] += between(first[run.index].kv_before_bytes, last[run.index].kv_before_bytes, weight)
             if last[run.index].kv_host_bytes:
-                cached[self.hardware.host(run.device)] += _between(
+                cached[self.hardware.host(run.device)] += between(
                     first[run.index].kv_host_bytes, last[run.index].kv_host_bytes, weight
                 )
         for host in sorted({self.hardware.host(run.device) for run in self.runs if last[run.index].kv_host_bytes}):
@@ -255,10 +214,10 @@ class _Simulation:
         for run in self.runs:
             span, other = first[run.index], last[run.index]
             now = self._take(run, now, call)
-            held = _between(span.requested_bytes, other.requested_bytes, weight)
+            held = between(span.requested_bytes, other.requested_bytes, weight)
             self._hold(now, run.device, self.static[run.device], cached[run.device], held)
             now = self._layer(run, call, now)
-            cached[run.device] += _between(
+            cached[run.device] += between(
                 span.kv_after_bytes - span.kv_before_bytes, other.kv_after_bytes - other.kv_before_bytes, weight
             )
             self._hold(now, run.device, self.static[run.device], cached[run.device], 0)
@@ -303,8 +262,8 @@ class _Simulation:
         """
         device = self.hardware.device(run.device)
         begun, ended = (self._time(run.index, run.device, entry, call.prefill) for entry in (call.first, call.last))
-        taken = _between(begun[0], ended[0], call.weight)
-        launching = _between(begun[1], ended[1], call.weight)
+        taken = between(begun[0], ended[0], call.weight)
+        launching = between(begun[1], ended[1], call.weight)
         span = self.spans[call.first.name][run.index]
         tokens = call.first.tokens * self.graph.batch_size
         moved = span.moved_bytes + sum(
@@ -357,7 +316,7 @@ class _Simulation:
     ) -> After:
         first, last = (self.spans[entry.name][run.index] for entry in (call.first, call.last))
         host, device = self.hardware.host(run.device), run.device
-        duration = _between(priced(self.hardware, first, device), priced(self.hardware, last, device), call.weight)
+        duration = between(priced(self.hardware, first, device), priced(self.hardware, last, device), call.weight)
         ends = (host, device) if up else (device, host)
         waits = not (up and is_prefetched(self.hardware, device))
         lanes = (self._lane(*ends), f"{device} compute") if waits else (self._lane(*ends),)
@@ -568,32 +527,6 @@ def _shared(hardware: Hardware) -> tuple[dict[str, list[str]], dict[str, int]]:
         for user in entry.users:
             users.setdefault(user, []).append(entry.name)
     return users, {name: entry.bytes_per_s for name, entry in named.items()}
-
-
-def _between(first: int, last: int, weight: float) -> int:
-    return first + round((last - first) * weight)
-
-
-def _at_both_ends(first: int, last: int) -> list[int]:
-    """Return the numbers from `first` to `last`, of many only those at either end."""
-    if last - first < 2 * STEPS_AT_EACH_END:
-        return list(range(first, last + 1))
-    return [*range(first, first + STEPS_AT_EACH_END), *range(last - STEPS_AT_EACH_END + 1, last + 1)]
-
-
-def _spread(first: int, last: int, count: int) -> list[int]:
-    """Return at most `count` numbers from `first` to `last`, evenly spread."""
-    numbers = last - first + 1
-    return list(range(first, last + 1)) if numbers <= count else [first + i * numbers // count for i in range(count)]
-
-
-def _interpolate(known: Mapping[int, int]) -> list[int]:
-    """Return all durations from the first number to the last; those not known lie on the line of their neighbours."""
-    result: list[int] = []
-    numbers = sorted(known)
-    for low, high in pairwise(numbers):
-        result += [_between(known[low], known[high], (n - low) / (high - low)) for n in range(low, high)]
-    return [*result, known[numbers[-1]]]
 
 
 def _order(interval: Interval) -> tuple[int, int, str, str]:

@@ -24,7 +24,7 @@ from planner.plan import Placement
 from planner.rules import Pin, Rules
 from planner.tracer import tracing_for
 from planner.workload import Workload
-from simulate import simulator
+from simulate import series
 from small_cases import MIB, Case, build_graph, end_kind, gpu, group, machine, plan_of, span
 from tiny_models import CONFIGS
 
@@ -182,7 +182,7 @@ def test_experts_are_expected_by_the_tokens_of_a_chunk() -> None:
 def test_chunks_that_are_left_out_lie_on_the_line_of_their_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(streamed_case(prompt=203, chunk=4))
     shortened = simulate.run(plan)
-    monkeypatch.setattr(simulator, "STEPS_AT_EACH_END", 100)
+    monkeypatch.setattr(series, "STEPS_AT_EACH_END", 100)
     whole = simulate.run(plan)
     assert shortened.prefill_ns == pytest.approx(whole.prefill_ns, rel=1e-3)
     assert len(shortened.intervals) < len(whole.intervals) / 2

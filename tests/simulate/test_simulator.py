@@ -21,7 +21,7 @@ from planner.plan import Plan
 from planner.rules import NO_RULES, Rules
 from planner.steps import READ_AHEAD
 from planner.workload import Workload
-from simulate import Interval, Timeline, simulator
+from simulate import Interval, Timeline, series
 from small_cases import MIB, Case, build_graph, end_kind, gpu, group, machine, plan_of, span, with_nodes
 
 GPU = "cuda:0 compute"
@@ -341,7 +341,7 @@ def test_steps_that_are_left_out_take_what_they_would_have(
     plan = dataclasses.replace(plans[name], workload=long.workload)
     timeline = simulate.run(plan)
     assert timeline.simulated_steps == (*range(5), *range(296, 300))
-    monkeypatch.setattr(simulator, "STEPS_AT_EACH_END", 200)
+    monkeypatch.setattr(series, "STEPS_AT_EACH_END", 200)
     whole = simulate.run(plan)
     assert whole.simulated_steps == tuple(range(300))
     assert timeline.step_ns == pytest.approx(whole.step_ns, rel=1e-2)
@@ -350,7 +350,7 @@ def test_steps_that_are_left_out_take_what_they_would_have(
 
 def test_what_is_kept_stands_where_it_happens(plans: dict[str, Plan], monkeypatch: pytest.MonkeyPatch) -> None:
     timeline = simulate.run(plans["many tokens"])
-    monkeypatch.setattr(simulator, "STEPS_AT_EACH_END", 200)
+    monkeypatch.setattr(series, "STEPS_AT_EACH_END", 200)
     whole = simulate.run(plans["many tokens"])
     for step in (0, 1, 4, 297, 299):
         mine, all_of_it = ([i for i in on_lane(t, GPU) if i.step == step] for t in (timeline, whole))
