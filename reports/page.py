@@ -373,7 +373,9 @@ def _solver(plan: Plan) -> str:
     ]
     if (found := phrases.bound(plan)) is not None:
         what, bound_ns, simulated_ns = found
-        pairs.append(("simulated", f"{format_ns(simulated_ns)} for {what}, whose bound is {format_ns(bound_ns)}"))
+        pairs.append(
+            ("simulated", f"{format_ns(simulated_ns)} for {what}; at least {format_ns(bound_ns)} by the cost model")
+        )
     if (ended := phrases.cut_short(solver)) is not None:
         pairs.append(("cut short", ended))
     pairs.append(("cost model", solver.cost_model))

@@ -280,8 +280,8 @@ def _proof(page: Page, plan: Plan) -> None:
         apart = simulated_ns / bound_ns - 1
         words = f" ({abs(apart):.1%} {'more' if apart > 0 else 'less'})" if abs(apart) >= 0.0005 else ""
         page.paragraph(
-            f"The bound on {what} is {format_ns(bound_ns)}; the simulator, which times every copy and layer in turn, "
-            f"gives {format_ns(simulated_ns)}{words}.",
+            f"By the cost model {what} takes at least {format_ns(bound_ns)}; the simulator, which times every copy and "
+            f"layer in turn, gives {format_ns(simulated_ns)}{words}.",
             first="  ",
         )
     page.paragraph(f"Cost model: {solver.cost_model}.", first="  ", style="dim")

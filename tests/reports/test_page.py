@@ -277,7 +277,7 @@ def test_memory_is_proven_in_bytes(plan: Plan, timeline: Timeline) -> None:
     fit = dataclasses.replace(plan, solver=solver, workload=dataclasses.replace(plan.workload, objective="fit"))
     visible = Reader(own(page_html(fit, timeline))).visible
     assert "fit: 3.00 GB, bound 3.00 GB" in visible
-    assert "whose bound is" not in visible
+    assert "by the cost model" not in visible
 
 
 def test_how_busy_lanes_are_is_told(plan: Plan, timeline: Timeline) -> None:
