@@ -3,8 +3,8 @@
     python benchmarks/validation_calibrated.py [--hardware here.json] [--folder DIR] [--json]
 
 Every row is predicted before anything of it is run. Models have random weights. "warm": the page cache holds the files;
-"cold": it is emptied before every pass, as where memory is too short to keep them. Times are those of the
-quickest tenth of passes of `generate`, one sequence, greedy: what calibration takes too.
+"cold": it is emptied before every pass, as where memory is too short to keep them. Times are means over
+passes of `generate`, one sequence, greedy, as those of calibration are.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ import planner
 from machine import describe
 from planner import Hardware, Plan
 from simulate.calibration import calibrate
-from simulate.calibration.figures import quick
 
 PROMPT_TOKENS, NEW_TOKENS = 256, 9
-CALLS = {"memory": 4, "warm": 4, "cold": 2}
+CALLS = {"memory": 6, "warm": 6, "cold": 2}
 DTYPES = ("bfloat16", "float32")
 SHAPES: dict[str, Callable[[str], Any]] = {
     "llama": lambda dtype: transformers.LlamaConfig(
@@ -127,8 +126,8 @@ class Stamps(transformers.StoppingCriteria):  # type: ignore[misc]
 
 
 def measured(model: Any, *, calls: int, before_each_pass: Callable[[], None] | None = None) -> tuple[int, int]:
-    """Return the times of a prefill and of a decode step, in ns: the quickest tenth, as calibration takes it. The first
-    call warms up.
+    """Return the times of a prefill and of a decode step, in ns: means, as calibration takes them. The first call
+    warms up.
     """
     prefills, steps = [], []
     prompt = torch.randint(5, 30000, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
@@ -140,7 +139,7 @@ def measured(model: Any, *, calls: int, before_each_pass: Callable[[], None] | N
             first, *later = [done - begun for begun, done in stamps.times[:-1]]
             prefills.append(first)
             steps += later
-    return round(quick(prefills) * 1e9), round(quick(steps) * 1e9)
+    return round(statistics.fmean(prefills) * 1e9), round(statistics.fmean(steps) * 1e9)
 
 
 def drop(folder: Path) -> None:

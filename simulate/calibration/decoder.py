@@ -7,13 +7,14 @@ do, when its products and its attention have been timed by themselves.
 from __future__ import annotations
 
 import itertools
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simulate.calibration.figures import Figure, Meter, quick, rate_of, time_of
+from simulate.calibration.figures import Figure, Meter, rate_of, time_of
 from simulate.calibration.processor import name_of
 
 PROMPT_TOKENS = 384
@@ -80,7 +81,7 @@ def operators(meter: Meter, dtype: torch.dtype, *, device: torch.device | str = 
     cache = model(prompt, use_cache=True).past_key_values
     with _Counted(model) as counted:
         model(prompt[:, :1], past_key_values=cache, use_cache=True)
-    products_s = quick(apart)
+    products_s = fmean(apart)
     left = [max(1.0, (seconds - products_s) * 1e9 / counted.operators) for seconds in steps]
     return time_of("operators", name_of(dtype), left)
 
@@ -109,7 +110,7 @@ def activations(meter: Meter, dtype: torch.dtype, operator_ns: int, *, device: t
         passes.append(between - started)
         apart.append(ended - between)
         spent += ended - started
-    products_s = quick(apart)
+    products_s = fmean(apart)
     # Where nothing is left, it is lost in the noise of the rest: then it is taken to be a hundredth.
     left = [max(seconds - products_s - overhead, seconds / 100) for seconds in passes]
     return rate_of("activations", name_of(dtype), "B/s", counted.nbytes, left)

@@ -13,12 +13,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch.nn import functional
 
 from planner.errors import InputError
-from simulate.calibration.figures import Figure, Meter, quick, rate_of, time_of
+from simulate.calibration.figures import Figure, Meter, rate_of, time_of
 
 # One read; a multiple of any disk's blocks.
 CHUNK_BYTES = 8 * 2**20
@@ -192,7 +193,7 @@ def mapped_compute(meter: Meter, file: File) -> Figure:
 
             return call
 
-        inside = quick(meter.samples(passed(resident)))
+        inside = fmean(meter.samples(passed(resident)))
         taken = meter.samples(passed(mapped))
     # What cannot be told from nothing is taken as a hundredth of the computing.
     beside = [max(sample - inside, inside / FREE_TIMES) for sample in taken]

@@ -1,13 +1,13 @@
-"""How a rate is measured: repeated samples, each long enough for the clock, of which the quickest tenth counts.
+"""How a rate is measured: repeated samples, each long enough for the clock; the mean of their times, and their spread.
 
-What else a machine does (other processes, other guests of a virtual machine) only makes samples slower, and more of
-them at one time than at another. So figures are what the machine reaches when nothing disturbs it, and their spread is
-how much slower 9 of 10 samples were at most.
+A call is a sum of many such times, so what it takes on a machine that is disturbed now and then (by other processes, or
+other guests of a virtual machine) is told by their mean, and neither by the quickest nor by the one in the middle.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -17,13 +17,13 @@ Unit = Literal["FLOP/s", "B/s", "ns"]
 # One sample takes at least this, so that neither the clock nor one turn of the scheduler is much of it.
 LEAST_SAMPLE_S = 0.005
 LEAST_SAMPLES = 3
-# Of the samples in order, quickest first: the one that counts, and the one that the spread reaches to.
-_QUICK, _MOST = 0.1, 0.9
+# Of the samples, what lies within the spread.
+_MOST = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """A measured rate or time: that of the quickest tenth of its samples.
+    """A measured rate or time: that of the mean time of its samples.
 
     group, name: what was measured, as tables print it.
     spread: 9 of 10 samples took at most so much more time, as a fraction of it.
@@ -37,16 +37,10 @@ class Figure:
     samples: int
 
 
-def quick(times: Iterable[float]) -> float:
-    """Return the time at the end of the quickest tenth."""
-    ordered = sorted(times)
-    return ordered[math.ceil(_QUICK * len(ordered)) - 1]
-
-
 def time_of(group: str, name: str, times_ns: Iterable[float]) -> Figure:
     """Return the time that samples make, in ns."""
     ordered = sorted(times_ns)
-    value, slow = quick(ordered), ordered[math.ceil(_MOST * len(ordered)) - 1]
+    value, slow = statistics.fmean(ordered), ordered[math.ceil(_MOST * len(ordered)) - 1]
     spread = max(0.0, slow / value - 1) if value > 0 else 0.0
     return Figure(
         group=group, name=name, value=max(1, round(value)), unit="ns", spread=round(spread, 4), samples=len(ordered)
@@ -54,18 +48,23 @@ def time_of(group: str, name: str, times_ns: Iterable[float]) -> Figure:
 
 
 def rate_of(group: str, name: str, unit: Unit, work: float, seconds: Iterable[float]) -> Figure:
-    """Return the rate at which `work` is done in the quickest tenth of `seconds`."""
+    """Return the rate at which `work` is done in the mean of `seconds`."""
     taken = time_of(group, name, (each * 1e9 for each in seconds))
     return replace(taken, value=max(1, round(work * 1e9 / taken.value)), unit=unit)
 
 
-def best_of(figures: Sequence[Figure]) -> Figure:
-    """Return what several rounds make of one figure: the best of them, with a spread to the slowest."""
+def mean_of(figures: Sequence[Figure]) -> Figure:
+    """Return what several rounds make of one figure: the mean of their times, with a spread to the slowest."""
     is_time = figures[0].unit == "ns"
     times = [float(figure.value) if is_time else 1 / figure.value for figure in figures]
-    best = figures[times.index(min(times))]
+    mean = statistics.fmean(times)
     slowest = max(time * (1 + figure.spread) for time, figure in zip(times, figures, strict=True))
-    return replace(best, spread=round(slowest / min(times) - 1, 4), samples=sum(figure.samples for figure in figures))
+    return replace(
+        figures[0],
+        value=max(1, round(mean if is_time else 1 / mean)),
+        spread=round(slowest / mean - 1, 4),
+        samples=sum(figure.samples for figure in figures),
+    )
 
 
 class Meter:

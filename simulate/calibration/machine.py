@@ -14,7 +14,7 @@ import torch
 
 from planner.hardware import Device, Hardware, Link, Shared
 from simulate.calibration import decoder, disk, gpu, processor, together
-from simulate.calibration.figures import Figure, Meter, best_of
+from simulate.calibration.figures import Figure, Meter, mean_of
 
 # Seconds for one figure, and bytes of the file that reads are timed with.
 SECONDS, QUICK_SECONDS = 0.3, 0.02
@@ -116,11 +116,11 @@ def _processor(held: _Held, meter: Meter, *, quick: bool) -> None:
     rows = _QUICK_ROWS if quick else processor.ROWS
     attention = _QUICK_ROWS if quick else processor.ATTENTION_ROWS
     found = [_round(meter, widths, rows, attention, quick=quick) for _ in range(1 if quick else ROUNDS)]
-    measured = [
-        (max((rate for rate, _ in each), key=lambda rate: rate.flops_per_s), best_of([figure for _, figure in each]))
-        for each in zip(*(each.products for each in found), strict=True)
-    ]
-    others = [best_of(each) for each in zip(*(each.others for each in found), strict=True)]
+    measured = []
+    for each in zip(*(one.products for one in found), strict=True):
+        figure = mean_of([figure for _, figure in each])
+        measured.append((replace(each[0][0], flops_per_s=figure.value), figure))
+    others = [mean_of(each) for each in zip(*(each.others for each in found), strict=True)]
     overheads, activations = (
         [figure for figure in others if figure.group == name] for name in ("operators", "activations")
     )
