@@ -18,7 +18,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,20 @@ def drop(folder: Path) -> None:
         os.close(descriptor)
 
 
+def summary_of(found: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Return the median and the worst error of all rows, and of those whose files are cold, dense models apart."""
+    groups: dict[str, list[float]] = {"all": [abs(row.error) for row in found]}
+    for row in found:
+        shape, _, where = row.id.split()
+        kind = "Mixtral-shaped" if shape == "mixtral" else "dense"
+        name = f"{kind}, {'cold' if where == 'cold' else 'in memory or warm'}"
+        groups.setdefault(name, []).append(abs(row.error))
+    return {
+        name: {"median": round(statistics.median(errors), 4), "worst": max(errors), "rows": len(errors)}
+        for name, errors in groups.items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hardware", metavar="FILE", help="what plan calibrate wrote; measured anew where left out")
@@ -170,12 +184,12 @@ def main() -> None:
         if not options.json:
             figures = f"{row.predicted / 1e6:9.1f} ms  {row.measured / 1e6:9.1f} ms"
             print(f"{row.id:26} {row.metric:20} {figures}  {row.error:+.1%}", flush=True)
-    errors = sorted(abs(row.error) for row in found)
-    summary = {"median": round(statistics.median(errors), 4), "worst": errors[-1], "rows": len(errors)}
+    summary = summary_of(found)
     if options.json:
         print(json.dumps({"rows": [asdict(row) for row in found], "summary": summary, "machine": describe()}, indent=1))
     else:
-        print(f"median error {summary['median']:.1%}, worst {summary['worst']:.1%}, of {len(errors)} figures")
+        for name, each in summary.items():
+            print(f"{name}: median error {each['median']:.1%}, worst {each['worst']:.1%}, of {each['rows']} figures")
 
 
 if __name__ == "__main__":
