@@ -7,14 +7,13 @@ placement differs: what waits elsewhere is streamed by our engine, also for peer
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import simulate
 from planner import memory
+from planner.accelerate_map import quiet
 from planner.graph import LayerGraph
 from planner.hardware import Hardware
 from planner.plan import SCHEMA_VERSION, Execution, ModelInfo, Placement, Plan, Slots, Solver
@@ -200,20 +199,8 @@ def device_map(task: Task, kind: str, caps: dict[int | str, int]) -> dict[str, i
     except ImportError as exc:
         raise NoMapError("accelerate is not installed") from exc
     model = task.model if task.model is not None else module_of(task.graph)
-    with _quiet():
+    with quiet():
         return dict(_get_device_map(model, kind, dict(caps), None))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep accelerate from saying of every GPU that this machine has none."""
-    logger = logging.getLogger("accelerate.utils.modeling")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def wheres_of(task: Task, mapped: dict[str, int | str]) -> tuple[Where, ...]:

@@ -16,10 +16,9 @@ from dispatch import page_cache
 from planner.errors import InputError
 from planner.loading import kept_bytes
 from planner.plan import Plan
+from planner.steps import READ_AHEAD
 from planner.units import MIB
 
-# Groups that are on their way while another is used, where not all may stay.
-AHEAD = 3
 _READERS = 2
 _PIECE_BYTES = 32 * MIB
 
@@ -43,13 +42,13 @@ def room_bytes(plan: Plan) -> int | None:
 def lasting(sizes: Mapping[str, int], room: int | None) -> frozenset[str]:
     """Return the groups that stay in the page cache from pass to pass: all where `room` holds them.
 
-    Else as many as leave room for one in use and AHEAD more, spread evenly, so that the disk is busy throughout.
+    Else as many as leave room for one in use and READ_AHEAD more, spread evenly, so that the disk is busy throughout.
     The kernel alone would keep none: of what is read in a circle it evicts what is needed next.
     """
     total = sum(sizes.values())
     if room is None or total <= room:
         return frozenset(sizes)
-    share = max(0, room - (AHEAD + 1) * max(sizes.values()))
+    share = max(0, room - (READ_AHEAD + 1) * max(sizes.values()))
     kept, kept_bytes, seen_bytes = [], 0, 0
     for name, nbytes in sizes.items():
         seen_bytes += nbytes
@@ -186,7 +185,7 @@ class _Pass:
 
     def _may_begin(self, index: int) -> bool:
         ahead = self._passing[index + 1] - self._passing[self._at + 1]
-        return self._names[index] in self._lasting or ahead <= AHEAD
+        return self._names[index] in self._lasting or ahead <= READ_AHEAD
 
 
 def _pieces(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:

@@ -31,7 +31,7 @@ def auto_map(model: Any, hardware: Hardware) -> dict[str, int | str]:
         number: hardware.pool(gpu.pool).usable_bytes for number, gpu in enumerate(hardware.gpus)
     }
     caps["cpu"] = hardware.pool(hardware.hosts[0].pool).usable_bytes
-    with _quiet():
+    with quiet():
         if hasattr(model, "tie_weights"):
             model.tie_weights()
         balanced = modeling.get_balanced_memory(model, max_memory=caps, no_split_module_classes=whole)
@@ -39,7 +39,7 @@ def auto_map(model: Any, hardware: Hardware) -> dict[str, int | str]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep Accelerate from telling of every GPU that this machine has none."""
     logger = logging.getLogger("accelerate.utils.modeling")
     before = logger.level

@@ -338,7 +338,7 @@ def predict(plan: Plan) -> Prediction:
     peaks = memory.peak(plan.graph, plan.hardware, plan.placements, plan.slots)
     outputs = memory.operator_outputs(plan.graph, plan.placements)
     asked = memory.operator_outputs(plan.graph, plan.placements, with_scratch=True)
-    prefill_range, decode_range = _ranges(plan, timeline, simulate.run)
+    prefill_range, decode_range = _ranges(plan, simulate.run)
     decode_ns = timeline.decode_ns_per_token
     per_token = decode_ns or timeline.prefill_ns
     return Prediction(
@@ -356,11 +356,11 @@ def predict(plan: Plan) -> Prediction:
     )
 
 
-def _ranges(plan: Plan, timeline: Any, run: Callable[[Plan], Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return from what to what prefill and decode step may take: as predicted, and with rates lower by their spread."""
+def _ranges(plan: Plan, run: Callable[[Plan], Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return from what to what prefill and decode step may take: with all rates higher and lower by their spread."""
     if not plan.hardware.is_spread:
         return (), ()
-    ends = [timeline, run(replace(plan, hardware=plan.hardware.slower()))]
+    ends = [run(replace(plan, hardware=each)) for each in (plan.hardware.faster(), plan.hardware.slower())]
     prefill, decode = tuple(end.prefill_ns for end in ends), tuple(end.decode_ns_per_token for end in ends)
     return prefill, decode if any(decode) else ()
 

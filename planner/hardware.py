@@ -85,7 +85,7 @@ class Device:
     context_bytes, workspace_bytes: taken by the driver and the matmul library before any tensor.
     matmuls: measured rates by rows, where the device was calibrated; used instead of `flops_per_s`.
     activation_bytes_per_s: measured of operators on activations, what they read and write together; 0: not measured.
-    spread: of its rates: 9 of 10 measurements took at most so much longer, as a fraction.
+    spread: of its rates: 9 of 10 measurements took at most so much more or less time, as a fraction.
     """
 
     name: str
@@ -107,6 +107,9 @@ class Device:
 
     def times(self, factor: float) -> Device:
         """Return this device with `factor` times all its rates, and times so much shorter."""
+
+        if factor == 1:
+            return self
 
         def scaled(rate: int) -> int:
             return max(1, int(rate * factor))
@@ -418,19 +421,33 @@ class Hardware:
 
     def slower(self) -> Hardware:
         """Return this machine with every rate lower, and every time longer, by its spread."""
-        return replace(
-            self,
-            devices=tuple(_slower_device(device) for device in self.devices),
-            links=tuple(_slower_link(link) for link in self.links),
-            shared=tuple(self._slower_shared(entry) for entry in self.shared),
-        )
+        return self._spread(-1)
 
-    def _slower_shared(self, entry: Shared) -> Shared:
-        """Return what is shared lower by the largest spread of those that share it."""
+    def faster(self) -> Hardware:
+        """Return this machine with every rate higher, and every time shorter, by its spread."""
+        return self._spread(1)
+
+    def _spread(self, sign: int) -> Hardware:
+        """Return it with rates times 1 + spread, or divided by it; what is shared by the largest of its users'."""
         spreads = {device.name: device.spread for device in self.devices}
         spreads |= {f"{link.source}→{link.target}": link.spread for link in self.links}
-        spread = max((spreads[user] for user in entry.users), default=0.0)
-        return replace(entry, bytes_per_s=max(1, int(entry.bytes_per_s / (1 + spread)))) if spread else entry
+
+        def factor(*names: str) -> float:
+            return float((1 + max((spreads[name] for name in names), default=0.0)) ** sign)
+
+        return replace(
+            self,
+            devices=tuple(device.times(factor(device.name)) for device in self.devices),
+            links=tuple(
+                replace(link.times(by), latency_ns=int(link.latency_ns / by))
+                for link in self.links
+                for by in [factor(f"{link.source}→{link.target}")]
+            ),
+            shared=tuple(
+                replace(entry, bytes_per_s=max(1, int(entry.bytes_per_s * factor(*entry.users))))
+                for entry in self.shared
+            ),
+        )
 
     def check(self) -> None:
         """Check that names are unique, that everything named is there, and that what plans need is.
@@ -442,15 +459,6 @@ class Hardware:
         from planner.soundness import check
 
         check(self)
-
-
-def _slower_link(link: Link) -> Link:
-    factor = 1 + link.spread
-    return replace(link.times(1 / factor), latency_ns=int(link.latency_ns * factor)) if link.spread else link
-
-
-def _slower_device(device: Device) -> Device:
-    return device.times(1 / (1 + device.spread)) if device.spread else device
 
 
 def listed(names: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from planner.hardware import MAX_GPUS, MAX_NODES, Hardware
 from planner.hosts import behind, disk_rate, host, memory_rate
 from planner.machines import WAYS, Machine, Node, parse_ram
 from planner.products import product as product_of
-from planner.serial import decode
+from planner.serial import decode, read_text
 from planner.units import format_bytes, parse_bytes, parse_flops, parse_rate
 
 
@@ -23,10 +23,7 @@ def load(path: str | Path) -> Hardware:
     Raises:
         InputError: the file cannot be read, or what it says cannot be; the message says where.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as exc:
-        raise InputError(f"cannot read the hardware file {path}: {exc}") from exc
+    text = read_text(path, what="hardware file")
     try:
         data = json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as exc:

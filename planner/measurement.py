@@ -10,7 +10,7 @@ from pathlib import Path
 
 from planner.errors import InputError, PlanFormatError
 from planner.popularity import Popularity
-from planner.serial import canonical, decode, write_text
+from planner.serial import canonical, decode, read_text, write_text
 
 MEASUREMENT_VERSION = 1
 
@@ -116,8 +116,4 @@ class Measurement:
         Raises:
             InputError: the file cannot be read. PlanFormatError: it is not a measurement.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as exc:
-            raise InputError(f"cannot read the measurement {path}: {exc}") from exc
-        return cls.from_json(text)
+        return cls.from_json(read_text(path, what="measurement"))

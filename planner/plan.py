@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from planner.errors import InputError, PlanFormatError
+from planner.errors import PlanFormatError
 from planner.graph import LayerGraph
 from planner.hardware import Hardware
 from planner.rules import Rules
-from planner.serial import OMITTED, canonical, decode, encode, write_text
+from planner.serial import OMITTED, canonical, decode, encode, read_text, write_text
 from planner.workload import Workload
 
 if TYPE_CHECKING:
@@ -108,8 +108,8 @@ class Prediction:
         the caching allocator, and "device_used" with the context.
     load_peak_bytes: per memory but the disk, the most while `dispatch.apply` loads (see `planner.loading`): bytes
         requested on the host, device-used on GPUs.
-    prefill_ns_range, decode_ns_range: from and to, where rates were measured with a spread: with the rates as they are,
-        and with all of them lower by it.
+    prefill_ns_range, decode_ns_range: from and to, where rates were measured with a spread: all of them higher by it,
+        and all lower.
     """
 
     peak_bytes: dict[str, int]
@@ -223,11 +223,7 @@ class Plan:
         Raises:
             InputError: the file cannot be read. PlanFormatError: it is not a plan.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as exc:
-            raise InputError(f"cannot read the plan {path}: {exc}") from exc
-        return cls.from_json(text)
+        return cls.from_json(read_text(path, what="plan"))
 
     def as_dict(self) -> dict[str, Any]:
         return dict(encode(self))

@@ -134,6 +134,18 @@ def _name(data: Any) -> str:
     return "null" if data is None else type(data).__name__
 
 
+def read_text(path: str | Path, *, what: str) -> str:
+    """Return the text of a file.
+
+    Raises:
+        InputError: it cannot be read, or is no text; `what` says in the message what it was to be.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as exc:
+        raise InputError(f"cannot read the {what} {path}: {exc}") from exc
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path` under a temporary name and rename it, so that readers see all of it or the old file.
 

@@ -66,7 +66,7 @@ def render(found: Calibration, *, color: bool) -> str:
     page.line("This machine, measured", "bold")
     for group, figures in groupby(found.figures, key=lambda figure: figure.group):
         page.line()
-        page.line(f"{group:44}{'median':>15}{'9 of 10 within':>18}", "dim")
+        page.line(f"{group:44}{'mean':>15}{'9 of 10 within':>18}", "dim")
         for figure in figures:
             page.line(f"  {figure.name:42}{_value(figure):>15}{f'{figure.spread:.1%}':>18}")
     page.heading("Shared")

@@ -18,7 +18,7 @@ Unit = Literal["FLOP/s", "B/s", "ns"]
 LEAST_SAMPLE_S = 0.005
 LEAST_SAMPLES = 3
 # Of the samples, what lies within the spread.
-_MOST = 0.9
+_COVERED = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +26,7 @@ class Figure:
     """A measured rate or time: that of the mean time of its samples.
 
     group, name: what was measured, as tables print it.
-    spread: 9 of 10 samples took at most so much more time, as a fraction of it.
+    spread: 9 of 10 samples took at most so much more or less time, as a fraction of it.
     """
 
     group: str
@@ -39,11 +39,12 @@ class Figure:
 
 def time_of(group: str, name: str, times_ns: Iterable[float]) -> Figure:
     """Return the time that samples make, in ns."""
-    ordered = sorted(times_ns)
-    value, slow = statistics.fmean(ordered), ordered[math.ceil(_MOST * len(ordered)) - 1]
-    spread = max(0.0, slow / value - 1) if value > 0 else 0.0
+    samples = list(times_ns)
+    mean = statistics.fmean(samples)
+    apart = sorted(abs(sample / mean - 1) for sample in samples) if mean > 0 else [0.0]
+    spread = apart[math.ceil(_COVERED * len(apart)) - 1]
     return Figure(
-        group=group, name=name, value=max(1, round(value)), unit="ns", spread=round(spread, 4), samples=len(ordered)
+        group=group, name=name, value=max(1, round(mean)), unit="ns", spread=round(spread, 4), samples=len(samples)
     )
 
 
@@ -54,15 +55,15 @@ def rate_of(group: str, name: str, unit: Unit, work: float, seconds: Iterable[fl
 
 
 def mean_of(figures: Sequence[Figure]) -> Figure:
-    """Return what several rounds make of one figure: the mean of their times, with a spread to the slowest."""
+    """Return what several rounds make of one figure: the mean of their times, and a spread that holds all of theirs."""
     is_time = figures[0].unit == "ns"
     times = [float(figure.value) if is_time else 1 / figure.value for figure in figures]
     mean = statistics.fmean(times)
-    slowest = max(time * (1 + figure.spread) for time, figure in zip(times, figures, strict=True))
+    ends = [time * (1 + side * figure.spread) for time, figure in zip(times, figures, strict=True) for side in (-1, 1)]
     return replace(
         figures[0],
         value=max(1, round(mean if is_time else 1 / mean)),
-        spread=round(slowest / mean - 1, 4),
+        spread=round(max(abs(end / mean - 1) for end in ends), 4),
         samples=sum(figure.samples for figure in figures),
     )
 

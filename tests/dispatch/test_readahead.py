@@ -16,9 +16,10 @@ import torch
 
 import dispatch
 from dispatch import page_cache, readahead
-from dispatch.readahead import AHEAD, ReadAhead, lasting
+from dispatch.readahead import ReadAhead, lasting
 from planner.errors import InputError
 from planner.plan import Plan
+from planner.steps import READ_AHEAD
 from tiny_models import Case
 
 pytestmark = pytest.mark.skipif(not page_cache.SUPPORTED, reason="the kernel does not bring pages on demand")
@@ -83,11 +84,11 @@ def test_what_stays_and_what_passes_through_fit_into_the_room(room: int) -> None
             continue
         stay = sum(named[name] for name in kept)
         passing = sorted((size for name, size in named.items() if name not in kept), reverse=True)
-        assert stay == 0 or stay + sum(passing[: AHEAD + 1]) <= room
+        assert stay == 0 or stay + sum(passing[: READ_AHEAD + 1]) <= room
 
 
 def test_what_stays_is_spread_evenly_and_fills_the_room() -> None:
-    kept = lasting({str(index): 10 for index in range(30)}, 10 * (AHEAD + 1) + 100)
+    kept = lasting({str(index): 10 for index in range(30)}, 10 * (READ_AHEAD + 1) + 100)
     assert len(kept) == 10
     assert sorted(map(int, kept)) == list(range(2, 30, 3))
     assert lasting({"a": 1, "b": 1}, None) == {"a", "b"}
@@ -115,9 +116,9 @@ def test_no_more_than_three_groups_are_ahead_where_there_is_not(files: Files) ->
         ahead.begin()
         for index, name in enumerate(names):
             ahead.reach(name)
-            assert wait_for(lambda index=index: files.present() == set(names[index : index + AHEAD + 1]))
+            assert wait_for(lambda index=index: files.present() == set(names[index : index + READ_AHEAD + 1]))
             time.sleep(0.01)
-            assert files.present() == set(names[index : index + AHEAD + 1])
+            assert files.present() == set(names[index : index + READ_AHEAD + 1])
             ahead.leave(name)
         ahead.end()
         assert files.present() == set()
