@@ -13,7 +13,7 @@ import torch
 from dispatch import hooks, own_device, page_cache, peers, place
 from dispatch.checkpoint import Checkpoint
 from dispatch.expert_cache import CacheStatistics, ExpertCache
-from dispatch.experts import StreamedExperts
+from dispatch.experts import MappedExperts, StreamedExperts
 from dispatch.limits import Limits, OnExceed
 from dispatch.match import check_matches
 from dispatch.measure import NAMES_ATTRIBUTE, plan_names
@@ -160,7 +160,7 @@ class _Dispatch:
         self.caches: dict[str, ExpertCache] = {}
         self.resident: dict[str, torch.Tensor] = {}
         self.groups: dict[tuple[str, str], StreamedGroup] = {}
-        self.experts: list[tuple[torch.nn.Module, StreamedExperts]] = []
+        self.experts: list[tuple[torch.nn.Module, MappedExperts | StreamedExperts]] = []
         self.mapped: list[str] = []
         self.ahead: ReadAhead | None = None
         self.shared = resident_ties(plan.graph, plan.placements)
@@ -324,10 +324,16 @@ class _Dispatch:
             expert: {leaves[name]: view for name, view in self.weights.slab(names, device, expert=expert).items()}
             for expert in sorted(ranked[:kept])
         }
+        owners = {leaf: (module, leaf) for leaf in leaves.values()}
+        known = all(tensor.stored is not None for tensor in group.tensors)
+        if self._runs_on_host(placement) and self._waits_on_disk(placement) and known and group.is_mappable:
+            whole = {leaves[name]: self.weights.map(name) for name in names}
+            mapped = {expert: {leaf: tensor[expert] for leaf, tensor in whole.items()} for expert in ranked[kept:]}
+            self.experts.append((module, MappedExperts(owners, resident, mapped, name=path)))
+            return
         waiting = {
             expert: self._store(placement, names, device, expert).renamed(leaves) for expert in sorted(ranked[kept:])
         }
-        owners = {leaf: (module, leaf) for leaf in leaves.values()}
         cache, limit = self.caches.get(placement.run_on), placement.cpu_up_to_tokens
         source = StreamedExperts(cache, owners, resident, waiting, cpu_up_to_tokens=limit)
         self.experts.append((module, source))

@@ -1,5 +1,5 @@
 """One layer's fused experts, some on the device where the layer runs; the others are streamed when the router asks, or
-computed by the CPU from where they wait.
+computed by the CPU from where they wait: in host memory, or straight in a mapped file.
 """
 
 from __future__ import annotations
@@ -10,15 +10,46 @@ import torch
 
 from dispatch import place
 from dispatch.expert_cache import ExpertCache
+from dispatch.readahead import Bringing
 from dispatch.stores import HostStore, Store
 
 
-class StreamedExperts:
-    """The source that `planner.execution.routed_experts` fetches from.
+class _Experts:
+    """What every source has for `planner.execution.routed_experts`: the module's parameters, and experts that are
+    `resident` on the device, by their numbers.
+    """
 
-    Experts are either `resident` on the device or wait in the stores of `waiting`, both by their numbers. Copies of the
-    routed experts that wait, and that are not in the `cache` still, begin as soon as the routing is known, as many at
-    once as there are slots.
+    def __init__(self, owners: dict[str, tuple[torch.nn.Module, str]], resident: Mapping[int, dict[str, torch.Tensor]]):
+        self.owners, self._resident = owners, resident
+        self._meta = {name: place.as_parameter(place.get(*owner).to("meta")) for name, owner in owners.items()}
+
+    def leave(self) -> None:
+        """Put the module's parameters on meta: `fetch` gives what is computed with."""
+        for name, owner in self.owners.items():
+            place.put(*owner, self._meta[name])
+
+    def restore(self, loaded: dict[str, torch.Tensor]) -> None:
+        """Give the module what `load` returned."""
+        for name, owner in self.owners.items():
+            place.put(*owner, loaded[name])
+
+    def _check(self) -> None:
+        """Raise InputError if somebody replaced one of the module's parameters."""
+        place.check_away(self.owners, self._meta)
+
+    def _whole(self, waiting: Mapping[int, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Return the whole parameters, all experts of them, in host memory."""
+        whole = {name: torch.empty(like.shape, dtype=like.dtype) for name, like in self._meta.items()}
+        for expert, tensors in (*self._resident.items(), *waiting.items()):
+            for name, tensor in tensors.items():
+                whole[name][expert].copy_(tensor)
+        return whole
+
+
+class StreamedExperts(_Experts):
+    """Those that are not resident wait in the stores of `waiting`, by their numbers. Copies of the routed experts that
+    wait, and that are not in the `cache` still, begin as soon as the routing is known, as many at once as there are
+    slots.
 
     In calls of at most `cpu_up_to_tokens` the CPU computes those that wait, and nothing is copied; without a cache it
     does so in every call. Then all of them wait in host memory.
@@ -33,18 +64,13 @@ class StreamedExperts:
         *,
         cpu_up_to_tokens: int = 0,
     ):
-        self.cache, self.owners, self.cpu_up_to_tokens = cache, owners, cpu_up_to_tokens
-        self._resident, self._waiting = resident, waiting
+        super().__init__(owners, resident)
+        self.cache, self.cpu_up_to_tokens = cache, cpu_up_to_tokens
+        self._waiting = waiting
         self._on_host: dict[int, dict[str, torch.Tensor]] = {}
         if cache is None or cpu_up_to_tokens:
             self._on_host = {n: store.views() for n, store in waiting.items() if isinstance(store, HostStore)}
             assert len(self._on_host) == len(waiting)
-        self._meta = {name: place.as_parameter(place.get(*owner).to("meta")) for name, owner in owners.items()}
-
-    def leave(self) -> None:
-        """Put the module's parameters on meta: `fetch` gives what is computed with."""
-        for name, owner in self.owners.items():
-            place.put(*owner, self._meta[name])
 
     def host_computes(self, tokens: int) -> Set[int]:
         """Return the experts that wait if the CPU computes them in a call of so many tokens, else none.
@@ -60,7 +86,7 @@ class StreamedExperts:
         Raises:
             InputError: somebody replaced one of the module's parameters.
         """
-        place.check_away(self.owners, self._meta)
+        self._check()
         if self.cache is not None:
             self.cache.begin(self, [(expert, self._waiting[expert]) for expert in experts if expert in self._waiting])
 
@@ -83,16 +109,64 @@ class StreamedExperts:
 
     def load(self) -> dict[str, torch.Tensor]:
         """Return the whole parameters, all experts of them, in host memory."""
-        whole = {name: torch.empty(like.shape, dtype=like.dtype) for name, like in self._meta.items()}
-        for expert, tensors in self._resident.items():
-            for name, tensor in tensors.items():
-                whole[name][expert].copy_(tensor)
-        for expert, store in self._waiting.items():
-            for name, tensor in store.to_host().items():
-                whole[name][expert].copy_(tensor)
-        return whole
+        return self._whole({expert: store.to_host() for expert, store in self._waiting.items()})
 
-    def restore(self, loaded: dict[str, torch.Tensor]) -> None:
-        """Give the module what `load` returned."""
-        for name, owner in self.owners.items():
-            place.put(*owner, loaded[name])
+
+class MappedExperts(_Experts):
+    """The CPU computes with those that are not resident straight from the mapped file. What of the routed ones is not
+    in the page cache is read as soon as the routing is known, ahead of computing.
+    """
+
+    def __init__(
+        self,
+        owners: dict[str, tuple[torch.nn.Module, str]],
+        resident: Mapping[int, dict[str, torch.Tensor]],
+        mapped: Mapping[int, dict[str, torch.Tensor]],
+        *,
+        name: str,
+    ):
+        """Take the experts by their numbers; name: of the module, for errors."""
+        super().__init__(owners, resident)
+        self._mapped = mapped
+        self._pages = {expert: (f"{name} {expert}", tuple(tensors.values())) for expert, tensors in mapped.items()}
+        self._bringing: Bringing | None = None
+
+    def host_computes(self, tokens: int) -> Set[int]:
+        """Return none: they are where the layer runs."""
+        return frozenset()
+
+    def begin(self, module: torch.nn.Module, experts: list[int]) -> None:
+        """Begin to read those of `experts` that are not there, in order.
+
+        Raises:
+            InputError: somebody replaced one of the module's parameters.
+        """
+        self._check()
+        self.end()
+        self._bringing = Bringing.of(dict(self._pages[expert] for expert in experts if expert in self._pages))
+
+    def fetch(self, expert: int) -> dict[str, torch.Tensor]:
+        """Return an expert's tensors.
+
+        Raises:
+            InputError: it cannot be read any more.
+        """
+        if expert in self._resident:
+            return self._resident[expert]
+        if self._bringing is not None:
+            self._bringing.reach(self._pages[expert][0])
+        return self._mapped[expert]
+
+    def end(self) -> None:
+        """Stop reading."""
+        if self._bringing is not None:
+            self._bringing.stop()
+            self._bringing = None
+
+    def on_host(self, expert: int) -> dict[str, torch.Tensor]:
+        """Return an expert's tensors."""
+        return self.fetch(expert)
+
+    def load(self) -> dict[str, torch.Tensor]:
+        """Return the whole parameters, all experts of them, in host memory."""
+        return self._whole(self._mapped)

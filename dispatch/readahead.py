@@ -72,13 +72,13 @@ class ReadAhead:
         self.lasting = lasting({name: sum(t.nbytes for t in tensors) for name, tensors in groups.items()}, room)
         self._order = self.groups
         self._reached: list[str] = []
-        self._pass: _Pass | None = None
+        self._pass: Bringing | None = None
 
     def begin(self) -> None:
         """Begin to bring what a call needs."""
         self.end()
         self._reached = []
-        self._pass = _Pass({name: self._tensors[name] for name in self._order}, self.lasting)
+        self._pass = Bringing({name: self._tensors[name] for name in self._order}, self.lasting)
 
     def reach(self, name: str) -> None:
         """Wait until a group is there.
@@ -112,8 +112,17 @@ class ReadAhead:
             self._order = tuple(dict.fromkeys((*self._reached, *self._order[last + 1 :])))
 
 
-class _Pass:
+class Bringing:
     """One call's reading: pieces in order, by threads that end when all are read or the call has ended."""
+
+    @classmethod
+    def of(cls, groups: Mapping[str, Sequence[torch.Tensor]]) -> Bringing | None:
+        """Begin to read groups that stay, in order; None where all are in the page cache, or nobody can tell."""
+        if not page_cache.SUPPORTED or all(
+            page_cache.present(tensor.data_ptr(), tensor.nbytes) for tensors in groups.values() for tensor in tensors
+        ):
+            return None
+        return cls(groups, frozenset(groups))
 
     def __init__(self, groups: Mapping[str, Sequence[torch.Tensor]], lasting: frozenset[str]):
         self._lasting = lasting
@@ -189,12 +198,17 @@ class _Pass:
 
 
 def _pieces(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
-    """Return (address, bytes) of all that the tensors take, in pieces of at most _PIECE_BYTES."""
-    return [
-        (tensor.data_ptr() + start, min(_PIECE_BYTES, tensor.nbytes - start))
-        for tensor in sorted(tensors, key=torch.Tensor.data_ptr)
-        for start in range(0, tensor.nbytes, _PIECE_BYTES)
-    ]
+    """Return (address, bytes) of all that the tensors take, those on one page or on neighbouring ones together, in
+    pieces of at most _PIECE_BYTES.
+    """
+    spans: list[tuple[int, int]] = []
+    for tensor in sorted(tensors, key=torch.Tensor.data_ptr):
+        start, length = page_cache.pages(tensor.data_ptr(), tensor.nbytes)
+        if spans and start <= spans[-1][1]:
+            spans[-1] = spans[-1][0], max(spans[-1][1], start + length)
+        else:
+            spans.append((start, start + length))
+    return [(at, min(_PIECE_BYTES, end - at)) for start, end in spans for at in range(start, end, _PIECE_BYTES)]
 
 
 def _bring(name: str, address: int, nbytes: int) -> None:

@@ -27,7 +27,7 @@ _BLOCK_BYTES = 4096
 # A layer's matrix as it waits in a mapped file.
 _MATRIX = (4096, 4096)
 # How pages are brought ahead: so many threads, for so many bytes at a time.
-READERS, PIECE_BYTES = 2, 32 * 2**20
+READERS, PIECE_BYTES, ANNOUNCED_BYTES = 2, 32 * 2**20, 512 * 2**10
 # The kernel's number, from Linux 5.14 on.
 _MADV_POPULATE_READ = 22
 # Not measurably slower than memory: so many times as fast as what memory reaches.
@@ -141,7 +141,7 @@ def read_ahead(meter: Meter, file: File) -> Figure | None:
     """Return what threads reach that bring a mapped file's pages ahead of their use, none of which is in memory; None
     where the system cannot be asked to.
 
-    The kernel is asked as dispatch asks it: by READERS threads, for pieces of PIECE_BYTES.
+    The kernel is asked as dispatch asks it: by READERS threads, for pieces of PIECE_BYTES, each announced first.
     """
     if platform.system() != "Linux":
         return None
@@ -152,6 +152,8 @@ def read_ahead(meter: Meter, file: File) -> Figure | None:
 
         def bring(offset: int) -> int:
             nbytes = min(PIECE_BYTES, file.nbytes - offset)
+            for at in range(offset, offset + nbytes, ANNOUNCED_BYTES):
+                library.madvise(start + at, min(ANNOUNCED_BYTES, offset + nbytes - at), mmap.MADV_WILLNEED)
             return int(library.madvise(start + offset, nbytes, _MADV_POPULATE_READ))
 
         def whole() -> None:

@@ -24,7 +24,8 @@ from tiny_models import Case
 
 pytestmark = pytest.mark.skipif(not page_cache.SUPPORTED, reason="the kernel does not bring pages on demand")
 PAGE = mmap.PAGESIZE
-PAGES = 16  # of a group
+# More than the kernel holds back for each processor: it lets those go only later.
+PAGES = 128
 
 
 class Files:

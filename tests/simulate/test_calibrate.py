@@ -428,7 +428,8 @@ def test_the_file_is_of_weights_and_gone_at_the_end(tmp_path: Path) -> None:
 
 
 def test_pages_are_brought_as_dispatch_brings_them() -> None:
-    assert (disk.READERS, disk.PIECE_BYTES) == (readahead._READERS, readahead._PIECE_BYTES)
+    mine = (disk.READERS, disk.PIECE_BYTES, disk.ANNOUNCED_BYTES)
+    assert mine == (readahead._READERS, readahead._PIECE_BYTES, page_cache._ANNOUNCED_BYTES)
     assert page_cache._MADV_POPULATE_READ == disk._MADV_POPULATE_READ
 
 
