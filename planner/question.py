@@ -62,25 +62,34 @@ class Question:
             pool.usable_bytes for pool in hardware.pools if pool.name != hardware.disk(pool.name)
         )
         may_group = self.dtype == "bfloat16" and fits_whole
-        graph, execution = self._trace(tracer, routed=not may_group)
+        outweighs = bool(hardware.gpus) and tracer.weight_bytes() > sum(
+            hardware.pool(gpu.name).usable_bytes for gpu in hardware.gpus
+        )
+        # Grouped matmul needs every expert where it computes. What the GPUs cannot hold is most likely to be streamed,
+        # and a trace that is not used takes a second.
+        routed = not may_group or outweighs
+        graph, execution = self._trace(tracer, routed=routed)
         workload = _carried(graph, workload)
         self.report("placing")
         rules.check(graph, hardware)
-        # The name is planner.execution.GROUPED_EXPERTS, whose module would load torch on a path that has the trace
-        # cached.
-        grouped = execution.experts == "loadplan_grouped"
         try:
             placements, slots, solver = find(graph, hardware, workload, rules)
         except InfeasibleError:
-            if not grouped:
+            if routed or execution.experts is None:
                 raise
             placements = ()
-        if grouped and (not placements or not _experts_stay(placements)):
-            # Grouped matmul needs every expert where it computes; the best placement streams some, so run them by
-            # route.
-            self.report("tracing routed experts")
-            graph, execution = self._trace(tracer, routed=True)
-            placements, slots, solver = find(graph, hardware, workload, rules)
+        stay = bool(placements) and _experts_stay(placements)
+        if execution.experts is not None and may_group and stay == routed:
+            self.report("tracing experts run otherwise")
+            other, run = self._trace(tracer, routed=not routed)
+            try:
+                found = find(other, hardware, workload, rules)
+            except InfeasibleError:
+                if not routed:
+                    raise
+            else:
+                if not routed or _experts_stay(found[0]):
+                    graph, execution, (placements, slots, solver) = other, run, found
         return self._finished(tracer, graph, execution, hardware, workload, rules, placements, slots, solver)
 
     def mapped(self, hardware: Hardware, workload: Workload, given: Mapping[str, int | str]) -> Plan:

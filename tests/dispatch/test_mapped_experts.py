@@ -1,4 +1,4 @@
-"""Experts that the CPU computes straight from a mapped file: the same bits, what was routed to and nothing else read."""
+"""Experts that the CPU computes straight from a mapped file: the same bits, and nothing read but what was routed to."""
 
 from __future__ import annotations
 
