@@ -54,6 +54,11 @@ class Home:
         return sum(price.slices for price in self.prices)
 
     @property
+    def is_copied(self) -> bool:
+        """Whether slices that wait there are copied or read, and not just computed with where they are."""
+        return self.needs_slot or any(any(price.lane_ns.values()) for price in self.prices)
+
+    @property
     def lane_ns(self) -> dict[str, int]:
         """Return what the first slice to wait adds to the link's time: of a whole group, all of it."""
         return self.prices[0].lane_ns
@@ -540,17 +545,16 @@ class _Maker:
             if loss is None:
                 continue
             stored = precision.stored_as(group, dtype)
+            homes = self._homes(stored, device, dtype)
             found.append(
                 Option(
                     layer=index,
                     group=stored,
                     dtype=dtype,
                     freed_bytes=memory.resident_bytes(stored, 1, device),
-                    homes=self._homes(stored, device, dtype),
-                    prefetched=cost.is_prefetched(group, device),
-                    smallest_ns=0
-                    if device.kind == "cpu"
-                    else cost.smallest_copy_ns(self.hardware, stored, device.name),
+                    homes=homes,
+                    prefetched=cost.is_prefetched(group),
+                    smallest_ns=cost.smallest_copy_ns(self.hardware, stored, device.name) if homes else 0,
                     loss=math.ceil(loss * LOSS_UNIT),
                 )
             )
@@ -576,7 +580,7 @@ class _Maker:
         until = 0
         if kind != "disk" and group.slices > 1 and self.rules.cpu_experts:
             until = self._cpu_up_to(group, device, place, kind, tokens)
-        prefetched = cost.is_prefetched(group, device)
+        prefetched = cost.is_prefetched(group)
         prices = []
         for bucket in group.from_least:
             serial, lane = {}, {}
