@@ -20,11 +20,12 @@ first, each taken to be the smallest. Y runs before the first copy or after the 
 (embeddings, head), and one of the others, which are taken to be alike; those whose groups are streamed are spread from
 its first layer to its last. A CPU has no slots: whole groups that wait on disk are read ahead of it as mapped files,
 from the beginning of each pass. So H = 0, and F, the smallest of them, is waited for before there is anything to
-compute with; elsewhere F = 0. Experts and groups from one disk take turns, and so do devices, whose times add up. No
-pass is shorter than one link is busy. What moves between devices takes its bytes and latency on the link between them,
-once for each device that takes it (`planner.steps.transfers`). The price of a decode step is the mean of the first and
-the last. A prefill in chunks is a pass for each, which streams what waits again: the first, the others at the mean of
-the second and the last whole one, and the rest, whose moves between devices are priced as a whole chunk's.
+compute with; elsewhere F = 0. Experts that files hold as they are used are read as mapped files too, when a router asks
+for them. Experts and groups from one disk take turns, and so do devices, whose times add up. No pass is shorter than
+one link is busy. What moves between devices takes its bytes and latency on the link between them, once for each device
+that takes it (`planner.steps.transfers`). The price of a decode step is the mean of the first and the last. A prefill
+in chunks is a pass for each, which streams what waits again: the first, the others at the mean of the second and the
+last whole one, and the rest, whose moves between devices are priced as a whole chunk's.
 
 A cache that waits in host memory is copied down by what computes, which is part of C, and up beside it: that is hidden
 behind the copy down of the layer before, but where whole groups come over the same link it adds to X.
@@ -34,21 +35,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from planner.chunks import chunks_of
 from planner.graph import Bucket, LayerGraph, LayerKind, Pass, Span, WeightGroup
 from planner.hardware import Device, Hardware
 from planner.host_cache import is_on_host, up_ns, waited_ns
-from planner.memory import SLOT_COUNT, waiting_slices, with_groups
+from planner.memory import SLOT_COUNT, Memory, is_mapped, waiting_slices, with_groups
 from planner.plan import Placement, Slots
 from planner.rates import measured_ns
 from planner.steps import transfers
 from planner.workload import Workload
 
 COST_MODEL = "roofline layers, prefetched groups, transfers by link (planner/cost.py, version 4)"
-
-Memory = Literal["device", "pinned", "pageable", "disk"]
 
 
 def weight_dtype(graph: LayerGraph) -> str:
@@ -116,15 +114,19 @@ def waiting_bytes(group: WeightGroup, memory: Memory) -> int:
 def slice_copy_ns(
     hardware: Hardware, group: WeightGroup, bucket: Bucket, home: str, device: str, memory: Memory, *, tokens: int
 ) -> int:
-    """Return the expected time per pass that one waiting slice of a bucket costs: its copy, times the chance that it
-    is used. The CPU computes with whole groups straight from mapped files.
+    """Return the expected time per pass that one waiting slice of a bucket costs: to copy or to read it, times the
+    chance that it is used.
     """
-    if memory == "disk" and group.slices == 1 and device == hardware.host(device):
-        link = hardware.link(home, device)
-        rate = link.mapped_bytes_per_s or link.bytes_per_s
-        return link.latency_ns + waiting_bytes(group, memory) * 10**9 // rate
-    whole = copy_ns(hardware, home, device, memory, waiting_bytes(group, memory))
-    return int(whole * group.used(bucket, tokens))
+    return int(once_ns(hardware, group, home, device, memory) * group.used(bucket, tokens))
+
+
+def once_ns(hardware: Hardware, group: WeightGroup, home: str, device: str, memory: Memory) -> int:
+    """Return the time in which one waiting slice is copied, or read where the CPU computes with mapped files."""
+    nbytes = waiting_bytes(group, memory)
+    if not is_mapped(hardware, group, device, memory):
+        return copy_ns(hardware, home, device, memory, nbytes)
+    link = hardware.link(home, device)
+    return link.latency_ns + nbytes * 10**9 // (link.mapped_bytes_per_s or link.bytes_per_s)
 
 
 def waiting_copy_ns(
@@ -346,7 +348,7 @@ def smallest_copy_ns(hardware: Hardware, group: WeightGroup, device: str) -> int
     """
     host = hardware.host(device)
     if device == host:
-        return waiting_copy_ns(hardware, group, hardware.disk(device), device, "disk", waiting=1, tokens=1)
+        return once_ns(hardware, group, hardware.disk(device), device, "disk")
     return copy_ns(hardware, host, device, "pinned", group.slice_slab_bytes)
 
 

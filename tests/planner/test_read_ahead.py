@@ -12,10 +12,12 @@ from brute_force import MOST_COLUMNS, Ledger
 from drawn_cases import check_against_brute_force
 from planner import cost
 from planner.graph import LayerKind
-from planner.placement import solution
+from planner.placement import counts as counting
+from planner.placement import rent, solution
 from planner.placement.problem import build
 from planner.placement.realise import realise
 from planner.placement.tables import applies, share_out
+from planner.rules import Pin, Rules
 from planner.workload import Workload
 from small_cases import MIB, Case, build_graph, end_kind, gpu, group, machine, plan_of, span
 
@@ -80,6 +82,37 @@ def test_tables_prove_and_choose_what_brute_force_finds(seed: int) -> None:
         assert cost.objective_ns(found.graph, found.hardware, found.workload, placements, slots) >= best
         if not problem.hardware.gpus:
             assert filled.objective == share.bound_ns == best
+
+
+def test_what_a_cpu_without_blocks_reads_is_counted_as_brute_force_does() -> None:
+    """Its layers have nothing that a GPU could stream: all of them run before the first read or after the last."""
+    kinds = [end_kind("Embedding", 8 * MIB), end_kind("Norm", 2 * MIB), end_kind("Head", MIB)]
+    kinds.append(LayerKind(name="Block", groups=(group("attn", 4 * MIB),)))
+    ends = [span(held=100, peak=MIB, flops=10**9, moved=10**6)] * 3
+    graph = build_graph(kinds, [ends] * 4, [("embed", 0), ("norm", 1), ("b.0", 3), ("b.1", 3), ("head", 2)])
+    hardware = machine(
+        [gpu(0, product="big", flops=10**14, rate=10**12)], {"cuda:0": 90 * MIB, "cpu": 2 * MIB, "disk": 2**30}
+    )
+    rules = Rules(pins=(Pin(layers="embed|norm", device="cpu"), Pin(layers="b.*|head", device="cuda:0")))
+    found = Case(graph, hardware, Workload(prompt_tokens=8, new_tokens=20), rules)
+    problem = build(graph, hardware, found.workload, rules, named=False)
+    counts = counting.solve(problem, counting.Clock())
+    assert counts is not None
+    given = counting.solve(problem, counting.Clock(), layers=counts.layers)
+    assert given is not None
+    assert {memory for (_, memory), slices in counts.away.items() if slices} == {"disk"}
+    assert counts.objective == given.objective == Ledger(found).best()
+
+
+# Of the even ones each is a case in which groups on disk that are read beside computing make the best placement.
+@pytest.mark.parametrize("seed", [4, 12, 20, 26, 30, 44, 46, 62, 7, 11, 13, 19])
+def test_no_placement_is_below_the_bound_with_rent(seed: int) -> None:
+    rng, gpus = random.Random(seed), seed % 2
+    found = case(rng, blocks=3 - gpus, gpus=gpus, experts=2, new_tokens=20)
+    best = Ledger(found).best()
+    assert best is not None
+    bound, _ = rent.with_rent(build(found.graph, found.hardware, found.workload, found.rules, named=False))
+    assert bound <= best
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -349,7 +349,7 @@ class Ledger:
         what = "experts" if entry.slices > 1 else "groups"
         until = self.cpu_up_to(entry, how, device)
         longest = max(entry.tokens for entry in self.graph.passes) * self.graph.batch_size
-        if (is_gpu or entry.slices > 1) and (how.memory == "disk" or longest > until):
+        if not self._is_mapped(entry, how, device) and (how.memory == "disk" or longest > until):
             reach((what, device), _allocated(slab, is_gpu=is_gpu))
         if is_gpu and how.memory == "disk":
             reach((f"{what} from disk", device), 1)
@@ -408,8 +408,8 @@ class Ledger:
         rate, latency = self.machine.way(*stops)
         if how.memory == "pageable":
             rate = int(rate * self.hardware.pageable_fraction)
-        if not self.machine.is_gpu[device] and entry.slices == 1:
-            # Computed with straight from the mapped file, at a rate of its own where that was measured.
+        if self._is_mapped(entry, how, device):
+            # At a rate of its own where that was measured.
             rate = self.machine.mapped[how.home, device] or rate
         nbytes = _slab(entry, _sizes(entry, how.dtype))
         if how.memory == "disk" and any(tensor.stored is not None for tensor in entry.tensors):
@@ -417,6 +417,11 @@ class Ledger:
         if entry.slices == 1:
             return [latency + nbytes * 10**9 // rate]
         return [int((latency + nbytes * 10**9 // rate) * _used(chance, tokens)) for chance in _chances(entry)]
+
+    def _is_mapped(self, entry: WeightGroup, how: Kept, device: str) -> bool:
+        """Tell whether the CPU computes straight from the files: with experts only if these are known to lie there."""
+        known = all(t.stored and t.stored.pieces == 1 and t.stored.dtype == t.dtype for t in entry.tensors)
+        return how.memory == "disk" and not self.machine.is_gpu[device] and (entry.slices == 1 or known)
 
     def _on_cpu(self, entry: WeightGroup, how: Kept, device: str, tokens: int) -> list[int]:
         """Return the expected time of every slice there, the least popular first: its weights read or multiplied, and
