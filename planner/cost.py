@@ -11,18 +11,21 @@ to be used.
 
 In one pass, layers run one after another, so the times of the devices add up. A device takes
 
-    max(C + E, X + Y)    where it has two slots for whole groups and copies no experts, or no whole groups
-    C + E + X            where copies and computing do not overlap: one slot, or experts that queue as well
+    max(C + E + F, X + Y)    where it has two slots for groups, or none (a CPU), and copies no experts, or no groups
+    C + E + X                where copies and computing do not overlap: one slot, or experts that queue as well
 
-with C its computing, E copies that start when a router or a page fault asks for them, and X = max(0, G - H) of the
-copies G of whole groups, whose order is known: H are done while other devices compute, as many as there are slots, in
-every pass but the first, each taken to be the smallest. Y runs before the first copy or after the last: layers that
-have nothing to stream (embeddings, head), and one of the others, which are taken to be alike; those whose groups are
-streamed are spread from its first layer to its last. No pass is shorter than one link is busy. What
-moves between devices takes its bytes and latency on the link between them, once for each device that takes it
-(`planner.steps.transfers`). The price of a decode step is the mean of the first and the last. A prefill in chunks is a
-pass for each, which streams what waits again: the first, the others at the mean of the second and the last whole one,
-and the rest, whose moves between devices are priced as a whole chunk's.
+with C its computing, E copies that start when a router asks for them, and X = max(0, G - H) of the copies G of whole
+groups, whose order is known: H are done while other devices compute, as many as there are slots, in every pass but the
+first, each taken to be the smallest. Y runs before the first copy or after the last: layers that have nothing to stream
+(embeddings, head), and one of the others, which are taken to be alike; those whose groups are streamed are spread from
+its first layer to its last. A CPU has no slots: whole groups that wait on disk are read ahead of it as mapped files,
+from the beginning of each pass. So H = 0, and F, the smallest of them, is waited for before there is anything to
+compute with; elsewhere F = 0. Experts that files hold as they are used are read as mapped files too, when a router asks
+for them. Experts and groups from one disk take turns, and so do devices, whose times add up. No pass is shorter than
+one link is busy. What moves between devices takes its bytes and latency on the link between them, once for each device
+that takes it (`planner.steps.transfers`). The price of a decode step is the mean of the first and the last. A prefill
+in chunks is a pass for each, which streams what waits again: the first, the others at the mean of the second and the
+last whole one, and the rest, whose moves between devices are priced as a whole chunk's.
 
 A cache that waits in host memory is copied down by what computes, which is part of C, and up beside it: that is hidden
 behind the copy down of the layer before, but where whole groups come over the same link it adds to X.
@@ -32,21 +35,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from planner.chunks import chunks_of
 from planner.graph import Bucket, LayerGraph, LayerKind, Pass, Span, WeightGroup
 from planner.hardware import Device, Hardware
 from planner.host_cache import is_on_host, up_ns, waited_ns
-from planner.memory import SLOT_COUNT, waiting_slices, with_groups
+from planner.memory import SLOT_COUNT, Memory, is_mapped, waiting_slices, with_groups
 from planner.plan import Placement, Slots
 from planner.rates import measured_ns
 from planner.steps import transfers
 from planner.workload import Workload
 
-COST_MODEL = "roofline layers, prefetched groups, transfers by link (planner/cost.py, version 3)"
-
-Memory = Literal["device", "pinned", "pageable", "disk"]
+COST_MODEL = "roofline layers, prefetched groups, transfers by link (planner/cost.py, version 4)"
 
 
 def weight_dtype(graph: LayerGraph) -> str:
@@ -114,15 +114,19 @@ def waiting_bytes(group: WeightGroup, memory: Memory) -> int:
 def slice_copy_ns(
     hardware: Hardware, group: WeightGroup, bucket: Bucket, home: str, device: str, memory: Memory, *, tokens: int
 ) -> int:
-    """Return the expected time per pass that one waiting slice of a bucket costs: its copy, times the chance that it
-    is used. The CPU computes with whole groups straight from mapped files.
+    """Return the expected time per pass that one waiting slice of a bucket costs: to copy or to read it, times the
+    chance that it is used.
     """
-    if memory == "disk" and group.slices == 1 and device == hardware.host(device):
-        link = hardware.link(home, device)
-        rate = link.mapped_bytes_per_s or link.bytes_per_s
-        return link.latency_ns + waiting_bytes(group, memory) * 10**9 // rate
-    whole = copy_ns(hardware, home, device, memory, waiting_bytes(group, memory))
-    return int(whole * group.used(bucket, tokens))
+    return int(once_ns(hardware, group, home, device, memory) * group.used(bucket, tokens))
+
+
+def once_ns(hardware: Hardware, group: WeightGroup, home: str, device: str, memory: Memory) -> int:
+    """Return the time in which one waiting slice is copied, or read where the CPU computes with mapped files."""
+    nbytes = waiting_bytes(group, memory)
+    if not is_mapped(hardware, group, device, memory):
+        return copy_ns(hardware, home, device, memory, nbytes)
+    link = hardware.link(home, device)
+    return link.latency_ns + nbytes * 10**9 // (link.mapped_bytes_per_s or link.bytes_per_s)
 
 
 def waiting_copy_ns(
@@ -181,9 +185,14 @@ def waiting_cpu_ns(
     )
 
 
-def is_prefetched(group: WeightGroup, device: Device) -> bool:
-    """Tell whether copies of this group start before they are asked for: whole groups on their way to a GPU."""
-    return group.slices == 1 and device.kind != "cpu"
+def is_prefetched(group: WeightGroup) -> bool:
+    """Tell whether copies of this group start before they are asked for: of whole groups, whose order is known."""
+    return group.slices == 1
+
+
+def slot_count(device: Device, slots: int) -> int:
+    """Return how many copies of whole groups are begun before a pass: none for a CPU, else as many as it has slots."""
+    return 0 if device.kind == "cpu" else slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +266,8 @@ class Lane:
     """What one device does in one step, in ns.
 
     blocks: how many of its layers may have something to stream; apart: what the others compute, of `computing`.
-    smallest: the least copy of a whole group, from host memory. cache: copies of keys and values from there.
+    smallest: the least copy of a whole group, from host memory, or to a CPU from disk. cache: copies of keys and values
+    from host memory.
     """
 
     blocks: int = 0
@@ -269,13 +279,17 @@ class Lane:
     cache: int = 0
 
     def busy_ns(self, slots: int, *, first: bool) -> int:
-        """Return how long the pass stands at this device. first: no copy was begun before it."""
+        """Return how long the pass stands at this device. first: no copy was begun before it.
+
+        slots: 0 where mapped files are read ahead and nothing is begun before the pass.
+        """
         hidden = 0 if first else slots * self.smallest
         exposed = max(0, self.groups - hidden)
         serial = self.computing + self.on_demand
-        if slots > 1 and not (self.on_demand and self.groups):
+        if slots != 1 and not (self.on_demand and self.groups):
             beside = self.apart - (-(serial - self.apart) // max(self.blocks, 1))
-            return max(serial, exposed + self.cache + beside) if exposed else serial
+            begins = serial if slots else serial + self.smallest
+            return max(begins, exposed + self.cache + beside) if exposed else serial
         return serial + exposed
 
     def least_ns(self, slots: int) -> int:
@@ -309,12 +323,12 @@ def lanes_of(
         if waiting == 0:
             continue
         home, name, memory = placement.home, placement.run_on, placement.memory
-        lane, device = lanes[name], hardware.device(name)
+        lane = lanes[name]
         if memory != "disk" and tokens <= placement.cpu_up_to_tokens:
             lane.computing += waiting_cpu_ns(hardware, group, home, name, waiting=waiting, tokens=tokens, dtype=dtype)
             continue
         copies = waiting_copy_ns(hardware, group, home, name, memory, waiting=waiting, tokens=tokens)
-        if is_prefetched(group, device):
+        if is_prefetched(group):
             lane.groups += copies
             smallest = smallest_copy_ns(hardware, group, name)
             lane.smallest = min(smallest, lane.smallest) if lane.smallest else smallest
@@ -329,8 +343,13 @@ def is_block(graph: LayerGraph, index: int) -> bool:
 
 
 def smallest_copy_ns(hardware: Hardware, group: WeightGroup, device: str) -> int:
-    """Return the time of a whole group's copy from host memory, the least that hiding it behind others can save."""
-    return copy_ns(hardware, hardware.host(device), device, "pinned", group.slice_slab_bytes)
+    """Return the time of a whole group's copy from host memory, the least that hiding it behind others can save; to a
+    CPU from disk.
+    """
+    host = hardware.host(device)
+    if device == host:
+        return once_ns(hardware, group, hardware.disk(device), device, "disk")
+    return copy_ns(hardware, host, device, "pinned", group.slice_slab_bytes)
 
 
 def step_ns(
@@ -342,13 +361,14 @@ def step_ns(
     dtype: str,
 ) -> int:
     """Return the time of one pass, in ns."""
-    counts = {entry.device: entry.count for entry in slots if entry.holds == "groups"}
+    given = {entry.device: entry.count for entry in slots if entry.holds == "groups"}
     lanes = lanes_of(graph, hardware, step, placements, dtype)
+    counts = {name: slot_count(hardware.device(name), given.get(name, SLOT_COUNT)) for name in lanes}
     run_on = {placement.layer: placement.run_on for placement in placements}
     moves = transfers(graph, [run_on[layer.name] for layer in graph.layers])
     total = sum(move.ns(hardware, prefill=step.is_prefill) for move in moves)
-    total += sum(lane.busy_ns(counts.get(name, SLOT_COUNT), first=step.is_first) for name, lane in lanes.items())
-    return max([total, *(lane.least_ns(counts.get(name, SLOT_COUNT)) for name, lane in lanes.items())])
+    total += sum(lane.busy_ns(counts[name], first=step.is_first) for name, lane in lanes.items())
+    return max([total, *(lane.least_ns(counts[name]) for name, lane in lanes.items())])
 
 
 def objective_ns(

@@ -117,7 +117,12 @@ class WeightGroup:
 
     @property
     def is_mappable(self) -> bool:
-        """Whether the files hold each tensor as it is computed with, so that it can be used straight from there."""
+        """Whether the files hold each tensor as it is computed with, so that it can be used straight from there.
+
+        Of experts that must be known: most files hold each of them apart.
+        """
+        if self.slices > 1 and any(t.stored is None for t in self.tensors):
+            return False
         return all(t.stored is None or (t.stored.pieces == 1 and not t.is_converted) for t in self.tensors)
 
     @property

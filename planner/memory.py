@@ -18,6 +18,8 @@ from planner.plan import Placement, Slots
 from planner.precision import stored_as
 from planner.units import MIB, round_up
 
+Memory = Literal["device", "pinned", "pageable", "disk"]
+
 # c10/core/AllocatorConfig.h: an allocation of 10 MiB or more gets a segment of its own, rounded up to 2 MiB.
 _OWN_SEGMENT_BYTES = 10 * MIB
 _SEGMENT_BYTES = 2 * MIB
@@ -98,21 +100,17 @@ def needed_slots(
     """Return the slots that a placement needs: on each device that streams, two of its largest streamed group, and
     two of its largest streamed expert.
 
-    Whole groups that the CPU computes with straight from the mapped file need none, nor do experts that it computes
-    where they wait in every pass. single: devices that make do with one slot for whole groups.
+    single: devices that make do with one slot for whole groups.
     """
     largest: dict[tuple[str, Literal["groups", "experts"]], int] = {}
     longest = max((entry.tokens * graph.batch_size for entry in graph.passes), default=0)
     for placement, group in with_groups(graph, placements):
-        if waiting_slices(placement, group) == 0:
-            continue
-        on_cpu = hardware.device(placement.run_on).kind == "cpu"
-        if on_cpu and group.slices == 1:
-            continue
-        if not on_cpu and placement.home != hardware.disk(placement.run_on) and placement.cpu_up_to_tokens >= longest:
-            continue
-        key = (placement.run_on, slot_kind(group))
-        largest[key] = max(largest.get(key, 0), group.slice_slab_bytes)
+        until = placement.cpu_up_to_tokens
+        if waiting_slices(placement, group) and through_slot(
+            hardware, group, placement.run_on, placement.memory, tokens=longest, cpu_up_to_tokens=until
+        ):
+            key = (placement.run_on, slot_kind(group))
+            largest[key] = max(largest.get(key, 0), group.slice_slab_bytes)
     return tuple(
         Slots(
             device=device.name,
@@ -124,6 +122,25 @@ def needed_slots(
         for (name, holds), nbytes in sorted(largest.items(), reverse=True)
         if name == device.name
     )
+
+
+def through_slot(
+    hardware: Hardware, group: WeightGroup, device: str, memory: Memory, *, tokens: int, cpu_up_to_tokens: int = 0
+) -> bool:
+    """Tell whether slices of a group that wait in a memory pass through a slot of the device that runs them, in a pass
+    of so many tokens over all rows: not what is mapped, nor experts that the CPU computes where they wait.
+    """
+    if is_mapped(hardware, group, device, memory):
+        return False
+    return memory == "disk" or tokens > cpu_up_to_tokens
+
+
+def is_mapped(hardware: Hardware, group: WeightGroup, device: str, memory: Memory) -> bool:
+    """Tell whether a device computes with waiting slices straight from the mapped file: the CPU with whole groups, and
+    with experts that the file holds as they are used.
+    """
+    on_cpu = device == hardware.host(device)
+    return on_cpu and memory == "disk" and (group.slices == 1 or group.is_mappable)
 
 
 def slot_kind(group: WeightGroup) -> Literal["groups", "experts"]:

@@ -22,7 +22,7 @@ from planner.errors import PlanFormatError
 from planner.graph import Pass, Span
 from planner.hardware import Hardware
 from planner.host_cache import down_ns, host_layers, is_prefetched, up_ns
-from planner.memory import Usage, static_usage
+from planner.memory import Memory, Usage, static_usage
 from planner.plan import Plan
 from planner.steps import READ_AHEAD, LayerRun, Part, Transfer, layer_runs, prefetch_order
 from simulate.engine import Action, After, Engine, Kind
@@ -402,7 +402,7 @@ class _Simulation:
                 )
             yield taken, sum(count * group.used(bucket, tokens) for count, bucket in group.waiting(part.waiting))
             return
-        whole = cost.copy_ns(self.hardware, home, run.device, memory, cost.waiting_bytes(group, memory))
+        whole = cost.once_ns(self.hardware, group, home, run.device, memory)
         for bucket in self.routing.waiting(group, waiting=part.waiting, tokens=tokens):
             if on_cpu:
                 expected = cost.slice_cpu_ns(
@@ -448,7 +448,7 @@ class _Simulation:
         label = f"{part.placement.layer} {part.group.name}"
         self.reading[device].append(self._issue("read", label, lanes, taken, after, draws))
 
-    def _way(self, home: str, device: str, kind: cost.Memory) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
+    def _way(self, home: str, device: str, kind: Memory) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
         """Return the lanes of a copy, and what it draws from what they share."""
         host = self.hardware.host(device)
         rate, _ = cost.path_rate(self.hardware, home, device, kind)

@@ -290,7 +290,7 @@ class _Model:
 
     def _copied(self, unit: Unit, key: Stored, option: Option, home: Home, slices: Any, most: int) -> None:
         """Note what a home's copies need: slots, staging memory for what is on disk, and time that is not hidden."""
-        if not home.needs_slot:
+        if not home.is_copied:
             return
         model, name = self.model, key[1]
         device = self.hardware.device(name)
@@ -298,11 +298,15 @@ class _Model:
         if most > 1:
             waits = model.new_bool_var(f"waits {key} {home.memory}")
             model.add(slices <= most * waits)
-        kind = (name, memory.slot_kind(option.group))
-        size = memory.allocation_bytes(option.group.slice_slab_bytes, device)
-        self.slots.setdefault(kind, []).append((size, waits))
-        if home.memory == "disk" and device.kind != "cpu":
-            self.staged.setdefault(kind, []).append(waits)
+            if device.kind == "cpu":
+                # What the CPU reads first is the smallest that does wait.
+                model.add(slices >= waits)
+        if home.needs_slot:
+            kind = (name, memory.slot_kind(option.group))
+            size = memory.allocation_bytes(option.group.slice_slab_bytes, device)
+            self.slots.setdefault(kind, []).append((size, waits))
+            if home.memory == "disk" and device.kind != "cpu":
+                self.staged.setdefault(kind, []).append(waits)
         if option.prefetched:
             self.streams[name].append((option.smallest_ns, waits))
         else:
@@ -370,7 +374,7 @@ class _Model:
                     self.held[host].append(nbytes * staging)
                     self.pinned[host].append(nbytes * staging)
         for name in self.devices:
-            if not self.streams[name]:
+            if not self.streams[name] or self.hardware.device(name).kind == "cpu":
                 model.add(self.two[name] == 1)
 
     def _greatest(self, needs: list[tuple[int, Any]], what: str) -> list[tuple[int, Any]]:
@@ -566,7 +570,10 @@ class _Model:
             lane = sum(groups) + sum(demand) + cache
             if groups:
                 exposed = model.new_int_var(0, most, f"exposed {step} {name}")
-                model.add(exposed >= sum(groups) - (0 if priced.is_first else self._hidden(name)))
+                is_cpu = self.hardware.device(name).kind == "cpu"
+                model.add(exposed >= sum(groups) - (0 if priced.is_first or is_cpu else self._hidden(name)))
+                if is_cpu and self.streams[name]:
+                    model.add(taken >= serial + self._begins(name))
                 overlaps = self.two[name]
                 if self.demands.get((step, name)):
                     overlaps = model.new_bool_var(f"overlaps {step} {name}")
@@ -577,7 +584,8 @@ class _Model:
                 model.add(taken >= exposed)
                 if self.shared is None:
                     self._last_block(step, name, taken, exposed, cache, serial)
-                if self.shared is not None and (blocks := problem.blocks_on(name, self.shared)):
+                if self.shared is not None:
+                    blocks = max(problem.blocks_on(name, self.shared), 1)
                     # What has nothing to stream, and one block, run before the first copy or after the last.
                     apart = problem.apart_ns(name, step, self.shared)
                     streams = model.new_bool_var(f"copies last {step} {name}")
@@ -624,11 +632,12 @@ class _Model:
         )
         copies = model.new_bool_var(f"copies last {step} {name}")
         model.add(exposed <= 0).only_enforce_if(~copies)
-        for count, literal in enumerate(known[name]):
-            if count:
-                model.add(count * taken >= count * (exposed + cache) + serial + (count - 1) * apart).only_enforce_if(
-                    literal, copies
-                )
+        for number, literal in enumerate(known[name]):
+            # A CPU without blocks may read what only it lets wait.
+            count = max(number, 1)
+            model.add(count * taken >= count * (exposed + cache) + serial + (count - 1) * apart).only_enforce_if(
+                literal, copies
+            )
 
     def _cache(self, step: str, name: str) -> Any:
         """Return what copies of caches from host memory keep a device's link busy with."""
@@ -657,6 +666,24 @@ class _Model:
                 self.model.add(hidden <= memory.SLOT_COUNT * smallest).only_enforce_if(literal)
                 self.model.add(hidden <= smallest).only_enforce_if(literal, ~self.two[name])
             known[name] = hidden
+        return known[name]
+
+    def _begins(self, name: str) -> Any:
+        """Return what a CPU waits for before it has anything to compute with: the least of what is read for it."""
+        known: dict[str, Any] = self.__dict__.setdefault("_reads", {})
+        if name not in known:
+            by_size: dict[int, list[Any]] = {}
+            for smallest, literal in self.streams[name]:
+                by_size.setdefault(smallest, []).append(literal)
+            known[name] = self.model.new_int_var(0, max(by_size), f"begins {name}")
+            smaller: list[Any] = []
+            for size, literals in sorted(by_size.items()):
+                is_less = self.model.new_bool_var(f"reads less than {size} {name}")
+                # [Constraint] something is as small only where it waits
+                self.model.add_bool_or(*smaller, ~is_less)
+                for literal in literals:
+                    self.model.add(known[name] >= size).only_enforce_if(literal, ~is_less)
+                smaller = [is_less, *literals]
         return known[name]
 
     def _work(self, step: str, name: str) -> tuple[list[Any], list[Any], list[Any]]:

@@ -17,6 +17,7 @@ from planner.errors import InputError
 from planner.graph import SLAB_ALIGNMENT_BYTES, Bucket, LayerGraph, WeightGroup
 from planner.hardware import Device, Hardware
 from planner.host_cache import host_bytes, host_layers, is_on_host, is_prefetched
+from planner.memory import Memory
 from planner.rules import Rules
 from planner.units import round_up
 from planner.workload import Workload
@@ -43,7 +44,7 @@ class Home:
     """
 
     place: str
-    memory: cost.Memory
+    memory: Memory
     nbytes: int
     prices: tuple[Price, ...]
     needs_slot: bool
@@ -52,6 +53,11 @@ class Home:
     @property
     def slices(self) -> int:
         return sum(price.slices for price in self.prices)
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether slices that wait there are copied or read, and not just computed with where they are."""
+        return self.needs_slot or any(any(price.lane_ns.values()) for price in self.prices)
 
     @property
     def lane_ns(self) -> dict[str, int]:
@@ -540,17 +546,16 @@ class _Maker:
             if loss is None:
                 continue
             stored = precision.stored_as(group, dtype)
+            homes = self._homes(stored, device, dtype)
             found.append(
                 Option(
                     layer=index,
                     group=stored,
                     dtype=dtype,
                     freed_bytes=memory.resident_bytes(stored, 1, device),
-                    homes=self._homes(stored, device, dtype),
-                    prefetched=cost.is_prefetched(group, device),
-                    smallest_ns=0
-                    if device.kind == "cpu"
-                    else cost.smallest_copy_ns(self.hardware, stored, device.name),
+                    homes=homes,
+                    prefetched=cost.is_prefetched(group),
+                    smallest_ns=cost.smallest_copy_ns(self.hardware, stored, device.name) if homes else 0,
                     loss=math.ceil(loss * LOSS_UNIT),
                 )
             )
@@ -571,12 +576,12 @@ class _Maker:
             found.append(self._home(group, device, self.hardware.disk(device.name), "disk"))
         return tuple(found)
 
-    def _home(self, group: WeightGroup, device: Device, place: str, kind: cost.Memory) -> Home:
+    def _home(self, group: WeightGroup, device: Device, place: str, kind: Memory) -> Home:
         tokens = {step.name: step.tokens * self.graph.batch_size for step in self.steps}
         until = 0
         if kind != "disk" and group.slices > 1 and self.rules.cpu_experts:
             until = self._cpu_up_to(group, device, place, kind, tokens)
-        prefetched = cost.is_prefetched(group, device)
+        prefetched = cost.is_prefetched(group)
         prices = []
         for bucket in group.from_least:
             serial, lane = {}, {}
@@ -592,21 +597,19 @@ class _Maker:
             memory=kind,
             nbytes=cost.waiting_bytes(group, kind),
             prices=tuple(prices),
-            needs_slot=(device.kind != "cpu" or group.slices > 1) and not all(t <= until for t in tokens.values()),
+            needs_slot=memory.through_slot(
+                self.hardware, group, device.name, kind, tokens=max(tokens.values()), cpu_up_to_tokens=until
+            ),
             cpu_up_to_tokens=until,
         )
 
-    def _copied(
-        self, group: WeightGroup, bucket: Bucket, device: Device, place: str, kind: cost.Memory, tokens: int
-    ) -> int:
+    def _copied(self, group: WeightGroup, bucket: Bucket, device: Device, place: str, kind: Memory, tokens: int) -> int:
         return cost.slice_copy_ns(self.hardware, group, bucket, place, device.name, kind, tokens=tokens)
 
     def _computed(self, group: WeightGroup, bucket: Bucket, device: Device, place: str, tokens: int) -> int:
         return cost.slice_cpu_ns(self.hardware, group, bucket, place, device.name, tokens=tokens, dtype=self.dtype)
 
-    def _cpu_up_to(
-        self, group: WeightGroup, device: Device, place: str, kind: cost.Memory, tokens: dict[str, int]
-    ) -> int:
+    def _cpu_up_to(self, group: WeightGroup, device: Device, place: str, kind: Memory, tokens: dict[str, int]) -> int:
         """Return the number of tokens up to which computing on the CPU costs least, of 0 and each step's, all slices of
         the group taken together.
         """

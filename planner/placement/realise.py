@@ -212,10 +212,15 @@ def _wait(
 
 
 def _space_out(problem: Problem, run_on: Sequence[str], name: str, kept: dict[tuple[int, str], _Kept]) -> None:
-    """Let whole groups that cost the same wait in layers that lie evenly in time, from a device's first to its last."""
+    """Let whole groups that cost the same wait in layers that lie evenly in time, from a device's first to its last.
+
+    Those with a tie are like no others: where they wait decides how often it is stored.
+    """
+    tied = {member for tie in problem.ties for member in tie.members}
     alike: dict[object, list[tuple[int, str]]] = {}
     for (index, group), found in kept.items():
-        if run_on[index] == name and found.option.prefetched:
+        is_tied = (problem.unit_of(index).name, found.option.key) in tied
+        if run_on[index] == name and found.option.prefetched and not is_tied:
             prices = tuple((home.memory, home.nbytes, *home.lane_ns.values()) for home in found.option.homes)
             alike.setdefault((group, found.option.freed_bytes, prices), []).append((index, group))
     lasts = [_lasts_ns(problem, index, name, kept) if run_on[index] == name else 0 for index in range(len(run_on))]

@@ -23,6 +23,7 @@ from typing import Any
 from ortools.math_opt.python import mathopt
 
 from planner import memory
+from planner.cost import slot_count
 from planner.graph import Edge
 from planner.placement.counts import Clock
 from planner.placement.problem import Option, Problem
@@ -174,7 +175,7 @@ class _Relaxation:
                 if (unit.name, key) in slots:
                     model.add_linear_constraint(away <= sized[bisect.bisect_right(sizes, slots[unit.name, key]) - 1])
                 held.append(-option.freed_bytes / _MB * away)
-                most_hidden = max(most_hidden, memory.SLOT_COUNT * option.smallest_ns)
+                most_hidden = max(most_hidden, slot_count(device, memory.SLOT_COUNT) * option.smallest_ns)
                 if (unit.name, key) in slots and option.prefetched:
                     first = min(_waiting_ns(option, step.name) for step in problem.steps if step.is_first)
                     least_ns = min(least_ns, first / slots[unit.name, key])

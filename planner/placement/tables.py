@@ -353,11 +353,15 @@ def needs(problem: Problem, device: Device, units: list[Unit], counts: dict[str,
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """What goes on beside a device's copies of whole groups, by step, in ns: see `planner.cost`."""
+    """What goes on beside a device's copies of whole groups, by step, in ns: see `planner.cost`.
+
+    reads_ahead: it is a CPU, whose copies begin anew with each pass.
+    """
 
     blocks: int
     apart: dict[str, int]
     cached: dict[str, int]
+    reads_ahead: bool
 
     @staticmethod
     def of(problem: Problem, device: Device, counts: dict[str, int]) -> Beside:
@@ -366,17 +370,21 @@ class Beside:
             max(problem.blocks_on(device.name, shared), 1),
             {step.name: problem.apart_ns(device.name, step.name, shared) for step in problem.steps},
             {step.name: problem.cache_ns(device.name, step.name, shared) for step in problem.steps},
+            device.kind == "cpu",
         )
 
     def outside_ns(self, step: str, serial: Any) -> Any:
         """Return what runs before the first copy or after the last."""
         return self.apart[step] - (-(serial - self.apart[step]) // self.blocks)
 
-    def busy_ns(self, step: Step, serial: Any, exposed: Any, slots: int, queued: Any) -> Any:
-        """Return how long a step stands at the device. queued: copies on demand keep whole groups from overlapping."""
+    def busy_ns(self, step: Step, serial: Any, exposed: Any, slots: int, queued: Any, begins: Any = 0) -> Any:
+        """Return how long a step stands at the device. queued: copies on demand keep whole groups from overlapping.
+
+        begins: what is waited for before there is anything to compute with, where anything is exposed.
+        """
         if slots == 1:
             return serial + exposed
-        longest = np.maximum(serial, exposed + self.cached[step.name] + self.outside_ns(step.name, serial))
+        longest = np.maximum(serial + begins, exposed + self.cached[step.name] + self.outside_ns(step.name, serial))
         return np.where(queued, serial + exposed, np.where(exposed > 0, longest, serial))
 
 
@@ -402,10 +410,14 @@ def _stream(
     sliced.sort(key=lambda entry: tuple(entry[0].serial.values()))
     is_exact = _is_ladder(sliced) and all(kind.is_exact for kind, _ in (*whole, *sliced))
     whole.sort(key=lambda entry: -entry[0].freed * entry[1])
+    least_lane = INFINITE
     while math.prod(most + 1 for _, most in whole) > MOST_COMBINATIONS * (1 if sliced else whole[0][1] + 1):
         kind, most = whole.pop()
         missing -= kind.freed * most
         is_exact = False
+        if beside.reads_ahead:
+            # It may be what is read first.
+            least_lane = np.minimum(least_lane, kind.lane)
     if missing <= 0:
         return _Choice(weighted(problem, computing), memory.SLOT_COUNT, (), is_exact=is_exact)
     # Without experts, the largest kind of group takes what the others leave, at least one of it.
@@ -415,14 +427,15 @@ def _stream(
     taken = [axis.ravel() for axis in grid]
     size = taken[0].size if taken else 1
     freed, lane = np.zeros(size, np.int64), np.zeros(size, np.int64)
-    largest, smallest = np.zeros(size, np.int64), np.full(size, INFINITE)
+    largest, smallest = np.zeros(size, np.int64), np.full(size, least_lane)
     for (kind, _), amount in zip(enumerated, taken, strict=True):
         freed += kind.freed * amount
         lane += kind.lane * amount
         largest = np.where(amount > 0, np.maximum(largest, kind.slot), largest)
         smallest = np.where(amount > 0, np.minimum(smallest, kind.lane), smallest)
     best: _Choice | None = None
-    for slots in (memory.SLOT_COUNT, *(count for count in memory.SLOT_COUNTS if count != memory.SLOT_COUNT)):
+    more_slots = (count for count in memory.SLOT_COUNTS if count != memory.SLOT_COUNT)
+    for slots in (0,) if beside.reads_ahead else (memory.SLOT_COUNT, *more_slots):
         for more in (None, residual) if residual is not None else (None,):
             rest, copies, least, extra = _filled(missing, slots, freed, lane, largest, smallest, more)
             found = _price(problem, computing, slots, rest, copies, least, sliced, beside)
@@ -518,6 +531,7 @@ def _price(
         serial = computing[step.name] + experts[step.name]
         exposed = np.maximum(lane - hidden_ns(step, slots, lane, smallest), 0)
         held_up = queued[step.name] & (lane > 0)
-        total += step.weight * beside.busy_ns(step, serial, exposed, slots, held_up)
+        begins = np.where(lane > 0, smallest, 0) if beside.reads_ahead else 0
+        total += step.weight * beside.busy_ns(step, serial, exposed, slots, held_up, begins)
     at = int(np.where(fits, total, INFINITE).argmin())
     return int(total[at]), at, int(amount[at])

@@ -7,7 +7,7 @@ as it still has room for: whole layers of them, since the experts of one layer w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner import memory
 from planner.hardware import Device
@@ -81,9 +81,11 @@ def shared_out(problem: Problem, chosen: Sequence[Chosen], rent: int) -> Share |
 
 
 def _less(problem: Problem, chosen: Chosen, rent: int, room: int) -> Pick | None:
-    """Return the best pick without experts on disk that takes no more than so many bytes of host memory."""
+    """Return the best pick without experts on disk that takes no more than so many bytes of host memory; of a CPU the
+    same one with more on disk.
+    """
     if chosen.device.kind == "cpu":
-        return None
+        return replace(chosen.pick, away=chosen.pick.away + chosen.pick.nbytes - room, nbytes=room)
     ways = Entries(problem, chosen.device, units_of(problem), [rent], room).ways(chosen.counts)
     found = [(int(way.costs[0]), way.picks[0]) for way in ways if not way.picks[0].is_far and way.costs[0] < FAR]
     return min(found, key=lambda entry: entry[0])[1] if found else None
@@ -167,11 +169,14 @@ class _Filler:
         _, missing = entries.needed(chosen.counts)
         capacity = self.problem.hardware.pool(chosen.device.pool).usable_bytes
         self.room[name] -= missing + capacity
-        for kind, most in there:
-            assert kind.far is not None
-            if weighted(self.problem, kind.far) < kind.nbytes * self.rent // (1 << 20):
-                self.room[name] += kind.freed * most - memory.SLOT_COUNT * kind.far_slot
-                self._wait(entries, chosen, kind, most, "disk")
+        left = chosen.pick.away
+        those = [entry for entry in there if entry[0].is_whole or chosen.pick.is_far]
+        for kind, most in sorted(those, key=lambda entry: _far_ns(self.problem, entry[0]) / entry[0].freed):
+            amount = min(most, -(-left // kind.freed))
+            left = max(0, left - amount * kind.freed)
+            if amount:
+                self.room[name] += kind.freed * amount - memory.SLOT_COUNT * kind.far_slot
+                self._wait(entries, chosen, kind, amount, "disk")
 
     def _wait(self, entries: Entries, chosen: Chosen, kind: Kind, amount: int, where: str, *, skip: int = 0) -> None:
         """Note that so many slices of a kind wait somewhere. skip: the first so many of them wait elsewhere."""
@@ -186,6 +191,12 @@ class _Filler:
             self.away[at] = self.away.get(at, 0) + more
             if home.memory != "disk":
                 self.room[home.place] -= more * home.nbytes
+
+
+def _far_ns(problem: Problem, kind: Kind) -> int:
+    """Return what a slice takes on disk over the weighted steps."""
+    assert kind.far is not None
+    return weighted(problem, kind.far)
 
 
 def _home(option: Option, where: str) -> Home:

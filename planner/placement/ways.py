@@ -73,9 +73,9 @@ def _slot(homes: Sequence[Home], size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Pick:
-    """What attains a way's cost: slots, which combination of whole groups, how many bytes of these are on disk, how
-    many bytes experts free, and whether some of them are on disk. nbytes: in host memory, less experts that may be on
-    disk.
+    """What attains a way's cost: slots, which combination of whole groups, how many bytes of these are on disk (with
+    is_far on a CPU: of experts too), how many bytes experts free, and whether some of them are on disk. nbytes: in host
+    memory, less experts that may be on disk.
     """
 
     slots: int = memory.SLOT_COUNT
@@ -150,7 +150,7 @@ class Entries:
         if sum(kind.freed * most for kind, most in there) < missing:
             return []
         if self.device.kind == "cpu":
-            return [self._on_host(computing, missing, there)]
+            return list(self._on_host(computing, missing, there, Beside.of(self.problem, self.device, counts)))
         cached = sum(
             unit.on[self.device.name].host_bytes * counts[unit.name] for unit in self.units if counts[unit.name]
         )
@@ -188,8 +188,12 @@ class Entries:
     def _rent(self, nbytes: int) -> Any:
         return np.array([rent * nbytes // MIB for rent in self.rents], np.int64)
 
-    def _on_host(self, computing: Mapping[str, int], missing: int, there: Sequence[tuple[Kind, int]]) -> Way:
-        """Return what the CPU's layers cost where they wait in its memory, which has its rent, or on disk."""
+    def _on_host(
+        self, computing: Mapping[str, int], missing: int, there: Sequence[tuple[Kind, int]], beside: Beside
+    ) -> Iterator[Way]:
+        """Yield what the CPU's layers cost where they wait in its memory, which has its rent, or on disk: with experts
+        there, or whole groups, which are read beside computing, and no experts that are asked for in every step.
+        """
         capacity = self.problem.hardware.pool(self.device.pool).usable_bytes
         kept = missing + capacity - sum(kind.freed * most for kind, most in there)
         costs, here = weighted(self.problem, computing) + self._rent(kept), np.full(len(self.rents), kept)
@@ -198,7 +202,36 @@ class Entries:
             paid, on_disk = self._rent(kind.freed), weighted(self.problem, kind.far)
             costs = costs + np.minimum(paid, on_disk) * most
             here += np.where(paid <= on_disk, kind.freed * most, 0)
-        return Way(costs, max(0, kept), tuple(Pick(nbytes=max(0, int(nbytes))) for nbytes in here))
+        most_here = kept + sum(kind.freed * most for kind, most in there)
+        picks = tuple(Pick(away=most_here - int(n), is_far=True, nbytes=max(0, int(n))) for n in here)
+        yield Way(costs, max(0, kept), picks)
+        whole = [(kind, most) for kind, most in there if kind.is_whole]
+        if not whole:
+            return
+        kept += sum(kind.freed * most for kind, most in there if not kind.is_whole and kind.queues)
+        size = sum(kind.freed * most for kind, most in whole)
+        reads = [(min(kind.far.values()), kind.freed) for kind, _ in whole if kind.far is not None]
+        each, begins = min(ns / nbytes for ns, nbytes in reads), min(ns for ns, _ in reads)
+        least = min(nbytes for _, nbytes in reads)
+        steps = [
+            (s.weight, computing[s.name] + begins, beside.outside_ns(s.name, computing[s.name]))
+            for s in self.problem.steps
+        ]
+        # The time is convex in the bytes on disk, but for the first group: with the rent of the others, it is least at
+        # an end or where some step's reading is just as long as what it is beside.
+        kinks = [min(max(least, (computes - beyond) / each), size) for _, computes, beyond in steps]
+        aways = [0, least, size, *kinks]
+        times = [
+            sum(weight * max(computes, beyond + int(away * each)) for weight, computes, beyond in steps)
+            for away in aways[1:]
+        ]
+        times = [weighted(self.problem, computing), *times]
+        found = [
+            min((ns + int(rent * (kept + size - away) / MIB) - 1, away) for ns, away in zip(times, aways, strict=True))
+            for rent in self.rents
+        ]
+        picks = tuple(Pick(away=int(away), nbytes=max(0, kept + size - int(away))) for _, away in found)
+        yield Way(np.array([ns for ns, _ in found], np.int64), max(0, kept), picks)
 
     def _way(self, choices: Sequence[_Choices], surely: int, slots: int) -> Way:
         """Return the way with the least cost of some choices."""

@@ -121,8 +121,6 @@ TOLERANCE = {
     "streamed on two": 0.03,
     "one token": 0.15,
     "two tokens": 0.06,
-    # The cost has the CPU read a mapped file before it computes with it, and not beside.
-    "no gpu, from disk": 0.08,
 }
 
 

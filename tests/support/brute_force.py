@@ -64,6 +64,7 @@ class Machine:
         self.devices = [device.name for device in self.hardware.devices]
         self.is_gpu = {device.name: device.kind != "cpu" for device in self.hardware.devices}
         self.links = {(link.source, link.target): (link.bytes_per_s, link.latency_ns) for link in self.hardware.links}
+        self.mapped = {(link.source, link.target): link.mapped_bytes_per_s for link in self.hardware.links}
 
     @staticmethod
     def beside(name: str, what: str) -> str:
@@ -348,19 +349,22 @@ class Ledger:
         what = "experts" if entry.slices > 1 else "groups"
         until = self.cpu_up_to(entry, how, device)
         longest = max(entry.tokens for entry in self.graph.passes) * self.graph.batch_size
-        if (is_gpu or entry.slices > 1) and (how.memory == "disk" or longest > until):
+        if not self._is_mapped(entry, how, device) and (how.memory == "disk" or longest > until):
             reach((what, device), _allocated(slab, is_gpu=is_gpu))
         if is_gpu and how.memory == "disk":
             reach((f"{what} from disk", device), 1)
-        if is_gpu and entry.slices == 1:
-            rate, latency = self.machine.way(self.machine.beside(device, "cpu"), device)
-            reach(("nearness", device), FAR - (latency + slab * 10**9 // rate))
+        if entry.slices == 1:
+            least = self._copy(entry, how, device, 1)[0]
+            if is_gpu:
+                rate, latency = self.machine.way(self.machine.beside(device, "cpu"), device)
+                least = latency + slab * 10**9 // rate
+            reach(("nearness", device), FAR - least)
         for step, _, passes in self.steps:
             tokens = passes[0].tokens * self.graph.batch_size
             if how.memory != "disk" and tokens <= until:
                 add(("C", step, device), sum(self._on_cpu(entry, how, device, tokens)[:away]))
             else:
-                lane = "G" if is_gpu and entry.slices == 1 else "E"
+                lane = "G" if entry.slices == 1 else "E"
                 add((lane, step, device), sum(self._copy(entry, how, device, tokens)[:away]))
 
     def cpu_up_to(self, entry: WeightGroup, how: Kept, device: str) -> int:
@@ -404,12 +408,20 @@ class Ledger:
         rate, latency = self.machine.way(*stops)
         if how.memory == "pageable":
             rate = int(rate * self.hardware.pageable_fraction)
+        if self._is_mapped(entry, how, device):
+            # At a rate of its own where that was measured.
+            rate = self.machine.mapped[how.home, device] or rate
         nbytes = _slab(entry, _sizes(entry, how.dtype))
         if how.memory == "disk" and any(tensor.stored is not None for tensor in entry.tensors):
             nbytes = sum(t.nbytes if t.stored is None else t.stored.nbytes for t in entry.tensors) // entry.slices
         if entry.slices == 1:
             return [latency + nbytes * 10**9 // rate]
         return [int((latency + nbytes * 10**9 // rate) * _used(chance, tokens)) for chance in _chances(entry)]
+
+    def _is_mapped(self, entry: WeightGroup, how: Kept, device: str) -> bool:
+        """Tell whether the CPU computes straight from the files: with experts only if these are known to lie there."""
+        known = all(t.stored and t.stored.pieces == 1 and t.stored.dtype == t.dtype for t in entry.tensors)
+        return how.memory == "disk" and not self.machine.is_gpu[device] and (entry.slices == 1 or known)
 
     def _on_cpu(self, entry: WeightGroup, how: Kept, device: str, tokens: int) -> list[int]:
         """Return the expected time of every slice there, the least popular first: its weights read or multiplied, and
@@ -510,19 +522,21 @@ class Ledger:
             taken, floor = moves[step].copy(), np.zeros(self.size, dtype=np.int64)
             for name in self.devices:
                 computing, demand, groups = (self.sums[lane, step, name] for lane in "CEG")
-                slots = 1 if name in single else 2
                 nearness = self.most["nearness", name]
-                hidden = np.where(nearness > 0, slots * (FAR - nearness), 0) if step != "prefill" else 0
-                exposed = np.maximum(groups - hidden, 0)
-                apart = (demand > 0) & (groups > 0) if slots == 2 else np.ones(self.size, dtype=bool)
+                least = np.where(nearness > 0, FAR - nearness, 0)
+                # A CPU reads files ahead in each pass anew: none was begun before, and the first is waited for.
+                begun = (1 if name in single else 2) if self.machine.is_gpu[name] and step != "prefill" else 0
+                exposed = np.maximum(groups - begun * least, 0)
+                apart = (demand > 0) & (groups > 0) if name not in single else np.ones(self.size, dtype=bool)
                 serial = computing + demand
+                first = serial + (0 if self.machine.is_gpu[name] else least)
                 # Beside the copies run the layers without anything to copy, and the mean of the others.
                 ends = self.sums["A", step, name]
                 beside = ends + np.ceil((serial - ends) / np.maximum(self.sums["blocks", name], 1)).astype(np.int64)
                 cache = self.sums["K", step, name]
-                together = np.where(exposed > 0, np.maximum(serial, exposed + cache + beside), serial)
+                together = np.where(exposed > 0, np.maximum(first, exposed + cache + beside), serial)
                 taken += np.where(apart, serial + exposed, together)
-                alone = groups + demand + cache + (np.where(groups > 0, computing, 0) if slots == 1 else 0)
+                alone = groups + demand + cache + (np.where(groups > 0, computing, 0) if name in single else 0)
                 floor = np.maximum(floor, alone)
             total += times * np.maximum(taken, floor)
         return total

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from brute_force import MOST_COLUMNS, Ledger
 from planner.errors import InfeasibleError
 from planner.graph import Edge, LayerKind, MeasuredTime, Span, Stored, WeightGroup
-from planner.hardware import Device, Hardware
+from planner.hardware import Device, Hardware, Link
 from planner.placement.counts import NEAR
 from planner.placement.solution import find
 from planner.plan import Plan
@@ -62,6 +62,20 @@ def groups(draw: st.DrawFn, name: str) -> WeightGroup:
 
 
 @st.composite
+def stored_experts(draw: st.DrawFn, found: WeightGroup) -> WeightGroup:
+    """Draw how a checkpoint holds experts: unknown, in one tensor as they are used, or each apart."""
+    pieces = draw(st.sampled_from([None, 1, found.slices]))
+    if pieces is None:
+        return found
+    (tensor,) = found.tensors
+    stored = Stored(
+        dtype=tensor.dtype, item_bytes=2, nbytes=tensor.nbytes, pieces=pieces, largest_bytes=tensor.nbytes // pieces,
+        in_place=True,
+    )  # fmt: skip
+    return dataclasses.replace(found, tensors=(dataclasses.replace(tensor, stored=stored),))
+
+
+@st.composite
 def block_kinds(draw: st.DrawFn, name: str, *, most_groups: int = 3) -> tuple[LayerKind, list[Span]]:
     """Draw a kind of layer with something that may wait elsewhere, and its spans."""
     found = []
@@ -74,7 +88,7 @@ def block_kinds(draw: st.DrawFn, name: str, *, most_groups: int = 3) -> tuple[La
     elif second == "experts":
         slices = draw(st.integers(2, 3))
         used = draw(st.integers(1, slices))
-        found.append(group("experts", draw(st.sampled_from(SIZES)), slices=slices, used=used))
+        found.append(draw(stored_experts(group("experts", draw(st.sampled_from(SIZES)), slices=slices, used=used))))
     if draw(st.booleans()):
         found.append(group("rest", draw(st.sampled_from([1024, MIB])), streamable=False))
     flops = draw(st.sampled_from([10**6, 10**9, 10**11]))
@@ -146,6 +160,11 @@ def fitted(draw: st.DrawFn, case: Case, *, named: bool) -> Case:
     return dataclasses.replace(case, hardware=dataclasses.replace(hardware, pools=pools, pinned_limit_bytes=limit))
 
 
+def replaced(link: Link, mapped: int) -> Link:
+    """Return a link, with a rate of mapped files where it is a disk's."""
+    return dataclasses.replace(link, mapped_bytes_per_s=mapped) if link.source == "disk" else link
+
+
 @st.composite
 def machines(draw: st.DrawFn, gpus: tuple[str, ...], *, own_links: bool | None = None, nodes: int = 1) -> Hardware:
     """Draw a machine without capacities: whole ones of one rate, or links that all differ, and a limit of pinning."""
@@ -157,6 +176,9 @@ def machines(draw: st.DrawFn, gpus: tuple[str, ...], *, own_links: bool | None =
         # A host so slow that streaming to GPUs is worth it.
         slow = [dataclasses.replace(d, bytes_per_s=10**9, flops_per_s={"default": 10**10}) for d in found.hosts]
         found = dataclasses.replace(found, devices=(*found.gpus, *slow))
+    if mapped := draw(st.sampled_from([0, 10**9])):
+        links = [replaced(link, mapped) for link in found.links]
+        found = dataclasses.replace(found, links=tuple(links))
     if draw(st.integers(0, 3)) == 0:
         found = dataclasses.replace(found, pinned_limit_bytes=draw(st.sampled_from([0, 4 * MIB, 20 * MIB])))
     if nodes > 1:
