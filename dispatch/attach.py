@@ -30,7 +30,7 @@ from planner import execution as implementations
 from planner.errors import InputError, PlanMismatchError
 from planner.graph import WeightGroup
 from planner.loading import READERS, read_bytes, resident_ties
-from planner.memory import slot_kind, waiting_slices, with_groups
+from planner.memory import is_mapped, slot_kind, waiting_slices, with_groups
 from planner.plan import Placement, Plan
 from planner.steps import layer_runs
 
@@ -184,7 +184,7 @@ class _Dispatch:
                 "them to"
             )
         for placement, group, names in waiting:
-            if self._runs_on_host(placement) and group.slices == 1:
+            if self._is_mapped(placement, group):
                 for name in names:
                     self.weights.check_mappable(name)
             for name in names if not self.weights.on_meta and not self.weights.offloaded else []:
@@ -211,7 +211,7 @@ class _Dispatch:
                     self.resident.update(loaded)
             self.resident.update({name: self.resident[first] for name, first in self.shared.items()})
             for placement, group, names in self.placed:
-                if waiting_slices(placement, group) == 0 or (self._runs_on_host(placement) and group.slices == 1):
+                if waiting_slices(placement, group) == 0 or (group.slices == 1 and self._is_mapped(placement, group)):
                     continue
                 device = self.targets[placement.run_on]
                 if group.slices > 1:
@@ -283,7 +283,7 @@ class _Dispatch:
                 return {name: self.weights.load(name, device) for name in names}
             # One slab for a group: many small allocations would leave the allocator's segments half empty.
             return self.weights.slab(names, device)
-        if self._runs_on_host(placement) and group.slices == 1:
+        if group.slices == 1 and self._is_mapped(placement, group):
             self.mapped += names
             return {name: self.weights.map(name) for name in names}
         return {}
@@ -325,8 +325,7 @@ class _Dispatch:
             for expert in sorted(ranked[:kept])
         }
         owners = {leaf: (module, leaf) for leaf in leaves.values()}
-        known = all(tensor.stored is not None for tensor in group.tensors)
-        if self._runs_on_host(placement) and self._waits_on_disk(placement) and known and group.is_mappable:
+        if self._is_mapped(placement, group):
             whole = {leaves[name]: self.weights.map(name) for name in names}
             mapped = {expert: {leaf: tensor[expert] for leaf, tensor in whole.items()} for expert in ranked[kept:]}
             self.experts.append((module, MappedExperts(owners, resident, mapped, name=path)))
@@ -344,6 +343,9 @@ class _Dispatch:
 
     def _waits_on_disk(self, placement: Placement) -> bool:
         return placement.home == self.plan.hardware.disk(placement.run_on)
+
+    def _is_mapped(self, placement: Placement, group: WeightGroup) -> bool:
+        return is_mapped(self.plan.hardware, group, placement.run_on, placement.memory)
 
     def _runs_on_host(self, placement: Placement) -> bool:
         return placement.run_on == self.plan.hardware.host(placement.run_on)

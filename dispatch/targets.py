@@ -8,7 +8,7 @@ import torch
 
 from planner.errors import InputError
 from planner.graph import WeightGroup
-from planner.memory import slot_kind, waiting_slices, with_groups
+from planner.memory import is_mapped, slot_kind, waiting_slices, with_groups
 from planner.plan import Placement, Plan
 from planner.units import format_bytes
 
@@ -44,8 +44,8 @@ def _check_waiting(plan: Plan, placement: Placement, group: WeightGroup) -> None
                 f"the plan lets the CPU compute {placement.layer} {placement.group}, which waits on {placement.home}: "
                 "it computes only experts that wait in its own memory; plan again"
             )
-    elif device == hardware.host(device) and group.slices == 1:
-        return  # used straight from the mapped file
+    elif is_mapped(hardware, group, device, placement.memory):
+        return
     slots = plan.slots_on(device, slot_kind(group))
     if slots is None and placement.cpu_up_to_tokens:
         return
