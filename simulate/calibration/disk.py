@@ -20,12 +20,15 @@ from torch.nn import functional
 
 from planner.errors import InputError
 from simulate.calibration.figures import Figure, Meter, rate_of, time_of
+from simulate.calibration.processor import cache_bytes
 
 # One read; a multiple of any disk's blocks.
 CHUNK_BYTES = 8 * 2**20
 _BLOCK_BYTES = 4096
 # A layer's matrix as it waits in a mapped file.
 _MATRIX = (4096, 4096)
+# An expert's weights in one file, as many as are announced ahead, and a stride without a divisor of their number.
+SLICE_BYTES, AHEAD, _STRIDE = 4 * 2**20, 4, 37
 # How pages are brought ahead: so many threads, for so many bytes at a time.
 READERS, PIECE_BYTES, ANNOUNCED_BYTES = 2, 32 * 2**20, 512 * 2**10
 # The kernel's number, from Linux 5.14 on.
@@ -100,8 +103,34 @@ def direct_read(meter: Meter, file: File) -> Figure | None:
 
 
 def buffered_read(meter: Meter, file: File, *, cached: bool) -> Figure:
-    """Return what reads through the page cache reach, of files that it holds or does not."""
-    return _read(meter, file, file.descriptor, f"read, {'cached' if cached else 'not cached'}", drops=not cached)
+    """Return what reads through the page cache reach, of files that it holds or does not.
+
+    They are as those of experts into their slots: of pieces here and there, some announced ahead of reading, into more
+    memory than caches hold.
+    """
+    count = max(2, 2 * cache_bytes() // SLICE_BYTES)
+    # No piece follows the one before.
+    pieces = list(range(0, file.nbytes, SLICE_BYTES))
+    order = [pieces[number * _STRIDE % len(pieces)] for number in range(len(pieces))]
+
+    with contextlib.closing(mmap.mmap(-1, count * SLICE_BYTES)) as memory, memoryview(memory) as view:
+        places = [view[at : at + SLICE_BYTES] for at in range(0, len(view), SLICE_BYTES)]
+
+        def whole() -> None:
+            for first in range(0, len(order), AHEAD):
+                for offset in order[first : first + AHEAD] if hasattr(os, "posix_fadvise") else ():
+                    for at in range(offset, offset + SLICE_BYTES, ANNOUNCED_BYTES):
+                        os.posix_fadvise(file.descriptor, at, ANNOUNCED_BYTES, os.POSIX_FADV_WILLNEED)
+                for number, offset in enumerate(order[first : first + AHEAD], start=first):
+                    if os.preadv(file.descriptor, [places[number % count]], offset) != SLICE_BYTES:
+                        raise OSError("the file ended early")
+
+        name = f"read, {'cached' if cached else 'not cached'}"
+        try:
+            return meter.rate("disk", name, "B/s", whole, float(file.nbytes), before=None if cached else file.drop)
+        finally:
+            for place in places:
+                place.release()
 
 
 def latency(meter: Meter, file: File) -> Figure:
