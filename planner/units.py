@@ -15,6 +15,7 @@ _UNITS = {
     "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB,
 }  # fmt: skip
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+_BITS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTkmgt])(?:[Bb]it|b)\s*")
 _RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B|[KMGT]iB|[KMGT]bit)(?:/s)?\s*")
 _FLOPS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([GTP])(?:FLOPS?|FLOP/s)?\s*")
 
@@ -43,6 +44,20 @@ def parse_bytes(text: str | int, *, what: str = "a size") -> int:
     digits = len(fraction)
     scale: int = 10**digits
     return int(whole + fraction) * unit // scale
+
+
+def parse_memory(given: str | int | float, *, what: str = "a size") -> int:
+    """Return bytes as Accelerate's users write them: those of `parse_bytes`, and bits where the last letter of a decimal
+    unit is a small b ("10Gb", "10gb", also "10Gbit").
+
+    Raises:
+        InputError: not a size, or negative.
+    """
+    if isinstance(given, float) and given.is_integer() or isinstance(given, float) and given > 0:
+        return parse_bytes(int(given), what=what)
+    if isinstance(given, str) and (match := _BITS.fullmatch(given)) is not None:
+        return parse_bytes(f"{match[1]}{match[2]}B", what=what) // 8
+    return parse_bytes(given, what=what)  # type: ignore[arg-type]
 
 
 def parse_rate(text: str | int, *, what: str = "a rate") -> int:

@@ -1,0 +1,129 @@
+"""A module as a row of units, each of which has one place in a device map: layers that stay whole, and lone tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from planner.layers import HOLDERS, WHOLE
+from planner.map_fill import Unit
+from planner.module_sizes import Sizes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """A module that is not split, or one of the tensors of a module that is. need: as in `Unit`."""
+
+    name: str
+    tensors: tuple[tuple[str, torch.Tensor, bool], ...]
+    need: int
+
+
+def units_of(
+    model: torch.nn.Module,
+    whole: Collection[str],
+    sizes: Sizes,
+    *,
+    opened: bool,
+    offload_buffers: bool = False,
+    apart: Collection[int] = (),
+) -> tuple[Unit, ...]:
+    """Return what has to be placed, in the order of registration; parts that share a tensor are one unit.
+
+    A module is not split where its class is in `whole`, where it has no children, and, unless `opened`, where it has
+    tensors of its own: those are used where the module's input is, and no hook brings them. The model itself always
+    is, into children and tensors.
+
+    apart: tensors, by id, whose users are placed apart all the same; each then counts the tensor.
+    """
+    parts = list(_parts(model, whole, opened=opened))
+    joined: list[list[_Part]] = []
+    owner: dict[int, int] = {}
+    for part in parts:
+        shared = {owner[id(tensor)] for _, tensor, _ in part.tensors if id(tensor) in owner and id(tensor) not in apart}
+        first = min(shared, default=len(joined))
+        if first == len(joined):
+            joined.append([])
+        for other in sorted(shared - {first}):
+            joined[first] += joined[other]
+            joined[other] = []
+            owner = {key: first if place == other else place for key, place in owner.items()}
+        joined[first].append(part)
+        owner |= {id(tensor): first for _, tensor, _ in part.tensors}
+    return tuple(_unit(group, sizes, offload_buffers=offload_buffers) for group in joined if group)
+
+
+def tied_tensors(model: torch.nn.Module, names: Collection[str]) -> set[int]:
+    """Return the ids of tensors that more than one of the named parts uses."""
+    found: dict[int, set[str]] = {}
+    for name, tensor in [
+        *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False),
+    ]:  # fmt: skip
+        part = next((n for n in names if n in ("", name) or name.startswith(f"{n}.")), "")
+        found.setdefault(id(tensor), set()).add(part)
+    return {key for key, parts in found.items() if len(parts) > 1}
+
+
+def _parts(model: torch.nn.Module, whole: Collection[str], *, opened: bool) -> Iterator[_Part]:
+    waiting: list[tuple[str, torch.nn.Module, int, frozenset[int]]] = [("", model, 0, frozenset())]
+    while waiting:
+        path, module, need, above = waiting.pop()
+        children = [
+            (f"{path}.{name}" if path else name, child)
+            for name, child in module._modules.items()
+            if child is not None and id(child) not in above
+        ]
+        held = any(isinstance(child, HOLDERS) for _, child in children)
+        own = [(name, tensor, is_buffer) for name, tensor, is_buffer in _own(path, module)]
+        is_model = module is model
+        if (
+            not children
+            or type(module).__name__ in whole
+            or isinstance(module, (*WHOLE, *HOLDERS))
+            or ((own or held) and not is_model and not opened)
+        ):
+            yield _Part(name=path, tensors=tuple(_below(path, module, above)), need=need)
+            continue
+        need = 2 if is_model else 1
+        for name, tensor, is_buffer in own:
+            yield _Part(name=name, tensors=((name, tensor, is_buffer),), need=need)
+        inside = above | {id(module)}
+        waiting += [
+            (name, child, need if isinstance(child, HOLDERS) else 0, inside) for name, child in reversed(children)
+        ]
+
+
+def _own(path: str, module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    for table in (module._parameters, module._buffers):
+        for name, tensor in table.items():
+            if tensor is not None:
+                yield f"{path}.{name}" if path else name, tensor, table is module._buffers
+
+
+def _below(
+    path: str, module: torch.nn.Module, above: frozenset[int]
+) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """Yield the tensors of a module and of all below it, under every name."""
+    yield from _own(path, module)
+    for name, child in module._modules.items():
+        if child is not None and id(child) not in above:
+            yield from _below(f"{path}.{name}" if path else name, child, above | {id(module)})
+
+
+def _unit(parts: list[_Part], sizes: Sizes, *, offload_buffers: bool) -> Unit:
+    tensors = [entry for part in parts for entry in part.tensors]
+    buffers = [(name, tensor) for name, tensor, is_buffer in tensors if is_buffer]
+    brought = [
+        [(name, tensor) for name, tensor, is_buffer in part.tensors if offload_buffers or not is_buffer]
+        for part in parts
+    ]
+    return Unit(
+        names=tuple(part.name for part in parts),
+        tensors=tuple(name for name, _, _ in tensors),
+        nbytes=sizes.total((name, tensor) for name, tensor, _ in tensors),
+        left_bytes=0 if offload_buffers else sizes.total(buffers),
+        brought_bytes=max(sizes.total(each) for each in brought),
+        need=max(part.need for part in parts),
+    )
