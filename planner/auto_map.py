@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from planner import map_fill
@@ -16,15 +17,16 @@ from planner.errors import InfeasibleError, InputError
 from planner.hardware import listed
 from planner.map_fill import Unit
 from planner.memory_caps import Caps, get_max_memory, gpus_of
-from planner.module_sizes import Sizes, paths
+from planner.module_sizes import paths
 from planner.units import format_bytes
 
 if TYPE_CHECKING:
     import torch
 
+
 def infer_auto_device_map(
     model: torch.nn.Module,
-    max_memory: Mapping[int | str, int | str] | None = None,
+    max_memory: Mapping[Any, int | str] | None = None,
     no_split_module_classes: Collection[str] | str | None = None,
     dtype: str | torch.dtype | None = None,
     special_dtypes: Mapping[str, str | torch.dtype] | None = None,
@@ -33,15 +35,17 @@ def infer_auto_device_map(
     offload_buffers: bool = False,
     fallback_allocation: bool = False,
 ) -> dict[str, int | str]:
-    """Return a device map, module → number of a GPU, "cpu" or "disk", that Accelerate and `dispatch` run under these caps.
+    """Return a device map that Accelerate and `dispatch` can run: module → number of a GPU, "cpu" or "disk".
 
-    The first GPU of the map keeps room for the largest layer that waits, and, unless `offload_buffers`, for the
-    buffers of all that wait; host memory keeps room for the largest on disk. What shares a tensor is in one place,
-    unless no GPU could hold it. fallback_allocation: taken for the sake of calls that have it; gaps are always filled.
+    It is within the caps. The first GPU of the map keeps room for the largest layer that waits, and, unless
+    `offload_buffers`, for the buffers of all that wait; host memory keeps room for the largest on disk. What shares a
+    tensor is in one place, unless no GPU could hold it. fallback_allocation: changes nothing, gaps are always filled.
 
     Raises:
         InputError: a device, size or dtype that cannot be one. InfeasibleError: a cap for the disk is too small.
     """
+    from planner.module_units import rows_of
+
     caps = get_max_memory(max_memory)
     gpus = gpus_of(caps)
     best: tuple[tuple[Unit, ...], map_fill.Places] | None = None
@@ -67,7 +71,7 @@ def infer_auto_device_map(
 def check_device_map(model: torch.nn.Module, device_map: Mapping[str, Any]) -> None:
     """Raise InputError where a map names what the model does not have, or no device, or leaves out a weight.
 
-    Parameters and the buffers that checkpoints hold must be covered. Whether a GPU of that number is there is not asked.
+    Parameters and the buffers that checkpoints hold must be covered. Whether a GPU is there is not asked.
     """
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
     stored = list(model.state_dict())
@@ -92,49 +96,18 @@ def check_device_map(model: torch.nn.Module, device_map: Mapping[str, Any]) -> N
         )
 
 
-def rows_of(
-    model: torch.nn.Module,
-    no_split_module_classes: Collection[str] | str | None,
-    dtype: Any,
-    special_dtypes: Mapping[str, Any] | None,
-    *,
-    offload_buffers: bool = False,
-    largest: int | None = None,
-) -> tuple[tuple[Unit, ...], ...]:
-    """Return the ways to take a model apart: modules that have tensors of their own left whole, and split too.
-
-    What shares tensors and takes more than `largest` bytes together is placed apart.
-    """
-    from planner.module_units import tied_tensors, units_of
-
-    given = no_split_module_classes
-    whole = {given} if isinstance(given, str) else set(given or ())
-    sizes = Sizes.read(dtype, special_dtypes)
-    rows: list[tuple[Unit, ...]] = []
-    for opened in (False, True):
-        units = units_of(model, whole, sizes, opened=opened, offload_buffers=offload_buffers)
-        apart = [
-            name for unit in units if largest is not None and unit.nbytes > largest and len(unit.names) > 1
-            for name in unit.names
-        ]  # fmt: skip
-        if apart:
-            ids = tied_tensors(model, apart)
-            units = units_of(model, whole, sizes, opened=opened, offload_buffers=offload_buffers, apart=ids)
-        if units not in rows:
-            rows.append(units)
-    return tuple(rows)
-
-
 def _below(units: Sequence[Unit], places: Sequence[int | str | None], caps: Caps) -> list[int | str]:
     """Return the places with "cpu" and "disk" where no GPU keeps a unit."""
     waiting = [i for i, place in enumerate(places) if place is None]
     runs_on_host = len(waiting) == len(units)
-    # On the host a unit that waits on disk takes all of its bytes while it runs; what no hook brings may not wait.
+    # A unit on disk comes through host memory. Where that runs it, its buffers stay there, and what no hook brings may
+    # not wait.
     row = [
         Unit(
             names=units[i].names,
             tensors=units[i].tensors,
             nbytes=units[i].nbytes,
+            left_bytes=units[i].left_bytes if runs_on_host else 0,
             brought_bytes=units[i].nbytes,
             need=units[i].need if runs_on_host else 0,
         )
@@ -143,7 +116,7 @@ def _below(units: Sequence[Unit], places: Sequence[int | str | None], caps: Caps
     host = [caps["cpu"]] if caps.get("cpu") else []
     kept = map_fill.kept(row, host)
     if None in kept and not any(place is not None for place in kept) and runs_on_host:
-        row = [Unit(names=u.names, tensors=u.tensors, nbytes=u.nbytes, brought_bytes=u.brought_bytes) for u in row]
+        row = [replace(unit, need=0) for unit in row]
         kept = map_fill.kept(row, host)
     found = list(places)
     for i, place in zip(waiting, kept, strict=True):

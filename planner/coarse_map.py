@@ -89,7 +89,10 @@ class _Group:
 
 
 class _Coarse:
-    """Where each group is, changed until every memory has room. main: the device that runs what waits."""
+    """Where each group is, changed until every memory has room. main: the device that runs what waits.
+
+    units: layers that are on one GPU or wait together, by their first: one, or several that share a tensor.
+    """
 
     def __init__(self, plan: Plan, main: str):
         self.plan, self.main, self.hardware = plan, main, plan.hardware
@@ -98,31 +101,39 @@ class _Coarse:
         self.gpus = gpus[gpus.index(main) :] if main in gpus else []
         self.waits = self.disk if main == self.host else self.host
         self.groups: dict[Key, _Group] = {}
-        self.by_layer: dict[int, list[Key]] = {}
         numbers = {layer.name: index for index, layer in enumerate(plan.graph.layers)}
         device = plan.hardware.device(main)
         for entry in plan.placements:
             layer = numbers[entry.layer]
-            key = layer, entry.group
-            self.groups[key] = _Group.of(entry, plan.graph.kind_of(layer).group(entry.group), device)
-            self.by_layer.setdefault(layer, []).append(key)
+            group = plan.graph.kind_of(layer).group(entry.group)
+            self.groups[layer, entry.group] = _Group.of(entry, group, device)
         spans = [entry.per_layer() for entry in plan.graph.passes]
         self.kv = [kv_bytes([each[layer] for each in spans]) if spans else 0 for layer in range(len(numbers))]
         self.held = activation_bytes(plan.graph)
         self.ties = self._ties()
+        self.unit_of = self._joined(len(numbers))
+        self.units: dict[int, list[Key]] = {}
+        for key in self.groups:
+            self.units.setdefault(self.unit_of[key[0]], []).append(key)
+        self.sources: dict[int, set[int]] = {unit: set() for unit in self.units}
+        for edge in plan.graph.edges:
+            self.sources[self.unit_of[edge.target]].add(self.unit_of[edge.source])
         self.place = {key: self._wished(group.entry) for key, group in self.groups.items()}
-        for layer in self.by_layer:
-            self._together(layer)
+        self._repair()
 
     def settle(self) -> bool:
         """Make everything fit; tell whether it does, with the main device the first that keeps anything."""
-        for gpu in (gpu for gpu in self.gpus if gpu != self.main):
-            while self._is_over(gpu) and self._demote_layer(gpu):
+        others = [gpu for gpu in self.gpus if gpu != self.main]
+        for gpu in others:
+            while self._is_over(gpu) and self._demote(gpu):
                 pass
-        while self._is_over(self.main) and self._demote_group():
-            pass
-        for layer in self.by_layer:
-            self._promote(layer)
+        self._relieve()
+        for unit in self.units:
+            self._promote(unit)
+        self._repair()
+        for unit in self.units:
+            self._keep_on_main(unit)
+        self._relieve()
         while self._is_over(self.host) and self._sink():
             pass
         first = next((gpu for gpu in self.gpus if gpu in self.place.values()), self.host)
@@ -130,7 +141,8 @@ class _Coarse:
 
     def run_on(self, layer: int) -> str:
         """Return the device of a layer: the GPU that keeps any of it, else the main one."""
-        return next((self.place[key] for key in self.by_layer[layer] if self.place[key] in self.gpus), self.main)
+        keys = self.units[self.unit_of[layer]]
+        return next((self.place[key] for key in keys if self.place[key] in self.gpus), self.main)
 
     def tensor_places(self) -> dict[str, str]:
         graph = self.plan.graph
@@ -141,6 +153,7 @@ class _Coarse:
         return [key for key, place in self.place.items() if place != self.main and place not in self.gpus]
 
     def _ties(self) -> list[list[tuple[Key, int]]]:
+        """Return of every tie between groups (key, bytes on the main device)."""
         graph = self.plan.graph
         device = self.hardware.device(self.main)
         found = {
@@ -149,19 +162,40 @@ class _Coarse:
         }
         return [[found[name] for name in names if name in found] for names in graph.ties]
 
+    def _joined(self, layers: int) -> list[int]:
+        """Return the first layer that each shares a tensor with: itself, mostly."""
+        first = list(range(layers))
+        for tied in self.ties:
+            together = {first[key[0]] for key, _ in tied}
+            first = [min(together) if each in together else each for each in first]
+        return first
+
     def _wished(self, entry: Placement) -> str:
         if entry.home == entry.run_on and entry.run_on in self.gpus:
             return entry.run_on
         return self.disk if entry.home == self.disk else self.host
 
-    def _together(self, layer: int) -> None:
-        """Let a layer wait as a whole where another GPU than the main one would keep only a part of it."""
-        places = {self.place[key] for key in self.by_layer[layer]}
-        if len(places) > 1 and not places <= {self.main, self.host, self.disk}:
-            self._put(layer, self.waits)
+    def _may_split(self, unit: int) -> bool:
+        """Tell whether groups may wait while others stay: what a layer is given has to be on the main device before,
+        for no hook moves it there; a tensor that several layers share is where both are.
+        """
+        keys = self.units[unit]
+        return len({key[0] for key in keys}) == 1 and all(
+            self.run_on(source) == self.main for source in self.sources[unit] - {unit}
+        )
 
-    def _put(self, layer: int, place: str) -> None:
-        for key in self.by_layer[layer]:
+    def _repair(self) -> None:
+        """Make units whole that may not be split: on the GPU of the first if none of them waits, else waiting."""
+        for unit, keys in self.units.items():
+            places = {self.place[key] for key in keys}
+            if len(places & {self.host, self.disk}) == len(places):
+                continue
+            if len(places) > 1 and not (places <= {self.main, self.host, self.disk} and self._may_split(unit)):
+                stays = places <= set(self.gpus)
+                self._put(unit, self.place[keys[0]] if stays else self.waits)
+
+    def _put(self, unit: int, place: str) -> None:
+        for key in self.units[unit]:
             self.place[key] = place
 
     def _is_over(self, name: str) -> bool:
@@ -173,54 +207,66 @@ class _Coarse:
         kind = "disk" if name == self.disk else "host" if name == self.host else "device"
         total = sum(self.groups[key].bytes_on[kind] for key, place in self.place.items() if place == name)
         for tied in self.ties:
-            total -= sum(nbytes for key, nbytes in tied if self.place[key] == name) - max(
-                (nbytes for key, nbytes in tied if self.place[key] == name), default=0
-            )
+            there = [nbytes for key, nbytes in tied if self.place[key] == name]
+            total -= sum(there) - max(there, default=0)
         if kind == "disk":
             return total
-        runs = [layer for layer in self.by_layer if self.run_on(layer) == name]
+        runs = [key[0] for key in self.groups if self.run_on(key[0]) == name]
         if runs:
-            total += sum(self.kv[layer] for layer in runs) + max(self.held[layer] for layer in runs)
+            total += sum(self.kv[layer] for layer in set(runs)) + max(self.held[layer] for layer in runs)
             total += sum(fixed_bytes(self.plan.graph, self.hardware.device(name)))
         if name == self.main:
-            there = [self.groups[key] for key in self.waiting()]
-            total += sum(tensor.nbytes for tensor in self.plan.graph.loose) + sum(group.left_bytes for group in there)
-            total += max((group.largest_bytes for group in there), default=0)
+            wait = [self.groups[key] for key in self.waiting()]
+            total += sum(tensor.nbytes for tensor in self.plan.graph.loose) + sum(group.left_bytes for group in wait)
+            total += max((group.largest_bytes for group in wait), default=0)
         return total
 
-    def _demote_layer(self, gpu: str) -> bool:
-        layer = next((layer for layer in reversed(self.by_layer) if self.run_on(layer) == gpu), None)
-        if layer is not None:
-            self._put(layer, self.waits)
-        return layer is not None
+    def _demote(self, gpu: str) -> bool:
+        """Let the last unit of a GPU wait."""
+        unit = next((unit for unit in reversed(self.units) if self.run_on(unit) == gpu), None)
+        if unit is not None:
+            self._put(unit, self.waits)
+        return unit is not None
 
-    def _demote_group(self) -> bool:
-        """Let a group of the main device wait: the last that could be streamed and needs no more room than others."""
-        most = max((self.groups[key].largest_bytes for key in self.waiting()), default=0)
-        kept = [key for key, place in self.place.items() if place == self.main and self.groups[key].nbytes]
-        if not kept:
-            return False
-        last = max(kept, key=lambda key: (
-            self.groups[key].streamable, self.groups[key].largest_bytes <= most, key[0], self.groups[key].nbytes,
-        ))  # fmt: skip
-        self.place[last] = self.waits
-        return True
+    def _relieve(self) -> None:
+        """Let groups of the main device wait until it has room: the last of those that could be streamed, and first
+        those that are brought into no more room than others.
+        """
+        while self._is_over(self.main):
+            kept = [key for key, place in self.place.items() if place == self.main and self.groups[key].nbytes]
+            if not kept:
+                return
+            most = max((self.groups[key].largest_bytes for key in self.waiting()), default=0)
+            last = max(kept, key=lambda key: (
+                self.groups[key].streamable, self.groups[key].largest_bytes <= most, key[0], self.groups[key].nbytes,
+            ))  # fmt: skip
+            self.place[last] = self.waits
+            if not self._may_split(self.unit_of[last[0]]):
+                self._put(self.unit_of[last[0]], self.waits)
 
-    def _promote(self, layer: int) -> None:
-        """Keep what waits of a layer, where that fits: all of it on the GPU of the plan, or any group on the main one."""
-        keys = self.by_layer[layer]
+    def _promote(self, unit: int) -> None:
+        """Keep a unit that waits on the plan's own GPU, where that is not the main one and has room."""
+        keys = self.units[unit]
         before = {key: self.place[key] for key in keys}
         gpu = self.groups[keys[0]].entry.run_on
-        if all(key in self.waiting() for key in keys) and gpu in self.gpus and gpu != self.main:
-            self._put(layer, gpu)
-            if not self._is_over(gpu):
-                return
-            self.place |= before
-        for key in keys:
-            if key in self.waiting() and self.run_on(layer) == self.main:
-                self.place[key] = self.main
-                if self._is_over(self.main):
-                    self.place[key] = before[key]
+        if gpu in self.gpus and gpu != self.main and set(before.values()) <= {self.host, self.disk}:
+            self._put(unit, gpu)
+            if self._is_over(gpu):
+                self.place |= before
+
+    def _keep_on_main(self, unit: int) -> None:
+        """Keep what waits of a unit on the main device where that fits: all of it, else group by group."""
+        keys = [key for key in self.units[unit] if key in self.waiting()]
+        before = {key: self.place[key] for key in keys}
+        if not keys or self.run_on(unit) != self.main:
+            return
+        for tried in [keys, *([key] for key in keys if self._may_split(unit))]:
+            self.place |= dict.fromkeys(tried, self.main)
+            if not self._is_over(self.main):
+                if tried is keys:
+                    return
+                continue
+            self.place |= {key: before[key] for key in tried}
 
     def _sink(self) -> bool:
         """Let the last group in host memory wait on disk."""
@@ -243,10 +289,12 @@ def _lost(plan: Plan, state: _Coarse) -> list[str]:
     split = sum(
         len({entry.home == entry.run_on for entry in (state.groups[key].entry for key in keys)}) > 1
         and len({state.place[key] for key in keys}) == 1
-        for keys in state.by_layer.values()
+        for keys in state.units.values()
     )
-    ran = {layer: state.groups[keys[0]].entry.run_on for layer, keys in state.by_layer.items()}
-    moved = [layer for layer, device in ran.items() if device in gpus and state.run_on(layer) != device]
+    ran = {layer: state.groups[keys[0]].entry.run_on for layer, keys in state.units.items()}
+    moved = [
+        layer for layer, device in ran.items() if device in gpus and state.run_on(layer) not in (device, state.host)
+    ]
     brought = {entry.layer for entry, _, _ in groups if entry.run_on not in gpus} if state.main in gpus else set()
     demoted = sum(
         group.nbytes for key, group in state.groups.items()
@@ -264,6 +312,10 @@ def _lost(plan: Plan, state: _Coarse) -> list[str]:
             f"experts on the CPU: short passes are computed where experts wait; here {state.main} computes all",
         ),
         (len(brought), f"layers on the CPU: {len(brought):,}; here their weights are brought to {state.main}"),
+        (
+            state.main not in gpus and set(ran.values()) & gpus,
+            "GPUs: none has room for what Accelerate brings it; everything runs on the CPU here",
+        ),
         (len(moved), f"other devices: {len(moved):,} layers run on {state.main} here, through its link alone"),
         (
             waiting and plan.slots,

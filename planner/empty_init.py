@@ -19,9 +19,7 @@ def init_empty_weights(include_buffers: bool | None = None) -> contextlib.Abstra
 
 
 @contextlib.contextmanager
-def init_on_device(
-    device: torch.device | str | int, include_buffers: bool | None = None
-) -> Iterator[None]:
+def init_on_device(device: torch.device | str | int, include_buffers: bool | None = None) -> Iterator[None]:
     """Build modules with their parameters on a device, and with `include_buffers` all other new tensors too.
 
     A parameter that two modules share is still one; those that a module makes later (lazy ones) stay where it makes
@@ -43,7 +41,7 @@ def init_on_device(
             moved[param] = _on(param, device)
         module._parameters[name] = moved[param]
 
-    torch.nn.Module.register_parameter = register_there  # type: ignore[method-assign]
+    torch.nn.Module.register_parameter = register_there  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -56,8 +54,6 @@ def _is_there(param: torch.nn.Parameter, device: torch.device) -> bool:
 
 def _on(param: torch.nn.Parameter, device: torch.device) -> torch.nn.Parameter:
     """Return a parameter of the same class, with the same attributes, on another device."""
-    made: torch.nn.Parameter = torch.Tensor._make_subclass(  # type: ignore[attr-defined]
-        type(param), param.detach().to(device), param.requires_grad
-    )
+    made: torch.nn.Parameter = torch.Tensor._make_subclass(type(param), param.detach().to(device), param.requires_grad)
     made.__dict__.update(param.__dict__)
     return made

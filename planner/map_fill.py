@@ -163,7 +163,7 @@ def _cost(unit: Unit, on_main: bool) -> int:
 
 
 def _subset(units: Sequence[Unit], rest: Sequence[int], budget: int) -> list[int]:
-    """Return of `rest` those that keep the most bytes within the main device's budget; exactly so while sums are few."""
+    """Return of `rest` what keeps the most bytes within the main device's budget; exactly so while sums are few."""
     # What it takes → the most bytes kept for that, and the chain of those chosen.
     reached: dict[int, tuple[int, _Chain]] = {0: (0, None)}
     for i in rest:

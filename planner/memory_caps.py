@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from planner.errors import InputError
-from planner.local import free_ram
+from planner.map_fill import Unit, in_order
 from planner.units import parse_memory
 
 if TYPE_CHECKING:
     import torch
 
-    from planner.map_fill import Unit
 
 Caps = dict[int | str, int]
 # Places beside GPUs that are called by number, in the order in which they are filled.
@@ -21,7 +21,7 @@ _OTHERS = ("mps", "cpu", "disk")
 _SHARE_OF_ONE = (9, 10)
 
 
-def get_max_memory(max_memory: Mapping[int | str, int | str] | None = None) -> Caps:
+def get_max_memory(max_memory: Mapping[Any, int | str] | None = None) -> Caps:
     """Return caps in bytes, GPUs first; where none are given, what is free on every GPU and on the host now.
 
     What is given is read and not changed. A GPU may be one that this machine does not have.
@@ -45,7 +45,7 @@ def get_max_memory(max_memory: Mapping[int | str, int | str] | None = None) -> C
 
 def get_balanced_memory(
     model: torch.nn.Module,
-    max_memory: Mapping[int | str, int | str] | None = None,
+    max_memory: Mapping[Any, int | str] | None = None,
     no_split_module_classes: Collection[str] | str | None = None,
     dtype: str | torch.dtype | None = None,
     special_dtypes: Mapping[str, str | torch.dtype] | None = None,
@@ -57,7 +57,7 @@ def get_balanced_memory(
     Where not everything fits on the GPUs nothing is left to balance, and caps are as given. low_zero: the first GPU is
     given only what the others have no room for. With nothing given and one GPU, a tenth of its free memory is left.
     """
-    from planner.auto_map import rows_of
+    from planner.module_units import rows_of
 
     caps = get_max_memory(max_memory)
     gpus = gpus_of(caps)
@@ -88,8 +88,6 @@ def _even(units: Sequence[Unit], own: Sequence[int], *, low_zero: bool) -> list[
 
 
 def _fits(units: Sequence[Unit], caps: Sequence[int]) -> bool:
-    from planner.map_fill import in_order
-
     return in_order(units, caps) is not None
 
 
@@ -105,13 +103,15 @@ def _least(most: int, is_enough: Callable[[int], bool]) -> int:
 def _free() -> Caps:
     import torch
 
+    from planner.local import free_ram
+
     caps: Caps = {}
     shared = False
     for index in range(torch.cuda.device_count()):
         kept = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
         caps[index] = torch.cuda.mem_get_info(index)[0] + kept
         shared |= bool(getattr(torch.cuda.get_device_properties(index), "is_integrated", False))
-    ram, _ = free_ram()
+    ram, _ = free_ram(Path("/"))
     if ram is None:
         raise InputError("free host memory is not known here; give max_memory, such as {0: '20GB', 'cpu': '64GB'}")
     # Where GPU and host are one memory, it is said once.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from planner.errors import InputError
@@ -47,17 +48,15 @@ def parse_bytes(text: str | int, *, what: str = "a size") -> int:
 
 
 def parse_memory(given: str | int | float, *, what: str = "a size") -> int:
-    """Return bytes as Accelerate's users write them: those of `parse_bytes`, and bits where the last letter of a decimal
-    unit is a small b ("10Gb", "10gb", also "10Gbit").
+    """Return the bytes that Accelerate's users mean: as `parse_bytes`, but bits where a decimal unit ends in a small b
+    ("10Gb", "10gb", also "10Gbit"). Fractions of a byte are left out.
 
     Raises:
         InputError: not a size, or negative.
     """
-    if isinstance(given, float) and given.is_integer() or isinstance(given, float) and given > 0:
-        return parse_bytes(int(given), what=what)
     if isinstance(given, str) and (match := _BITS.fullmatch(given)) is not None:
         return parse_bytes(f"{match[1]}{match[2]}B", what=what) // 8
-    return parse_bytes(given, what=what)  # type: ignore[arg-type]
+    return parse_bytes(math.floor(given) if isinstance(given, float) else given, what=what)
 
 
 def parse_rate(text: str | int, *, what: str = "a rate") -> int:

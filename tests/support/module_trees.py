@@ -77,7 +77,8 @@ def taken(
     """Return what each device of a map takes when Accelerate runs it, the bytes that GPUs keep, and whether it can.
 
     Waiting layers pass through the first GPU, one at a time; their buffers stay there. Tensors of the model itself
-    are moved there, and no hook brings those that other modules have beside their children.
+    are moved there, and no hook brings those that other modules have beside their children, unless all of such a module
+    waits.
     """
     layers = layers_of(model, whole)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -96,7 +97,13 @@ def taken(
         if at_root or place is None:
             runs &= place is None or place == main or not gpus
             place = main if gpus else place
-        alone = layers[name] == name and name not in modules and not at_root
+        owner = name.rpartition(".")[0]
+        alone = (
+            layers[name] == name
+            and name not in modules
+            and not at_root
+            and any(place_of(other, device_map) != place for other in layers if other.startswith(f"{owner}."))
+        )
         waits = place == "disk" or (place == "cpu" and bool(gpus))
         runs &= not (alone and waits and bool(gpus))
         if waits:
