@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 import transformers
 from accelerate import dispatch_model
 from accelerate.utils import modeling
+from tight_cases import generate, plain, prompt, reference, settings
+from transformers.utils import logging
 
 import planner
 import simulate
@@ -25,7 +28,6 @@ from planner.given import build_on_meta, describe
 from planner.plan import Plan
 from simulate.timeline import MemorySample
 from simulate.virtual_machine import Machine
-from tight_cases import generate, plain, prompt, reference, settings
 from tiny_models import CONFIGS, Case, build_case
 
 
@@ -42,13 +44,16 @@ def parameters_of_virtual_devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[N
         return torch.nn.Parameter if isinstance(value, torch.Tensor) else type(value, *rest)
 
     monkeypatch.setattr(modeling, "type", class_of, raising=False)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    simulate.virtual("1x1GB")  # lets PyTorch know the devices
     with quiet():
         yield
 
 
 @pytest.mark.usefixtures("one_thread", "parameters_of_virtual_devices")
-@pytest.mark.parametrize("name", ["gpt2", "qwen3", "mixtral", "falcon"])
-def test_accelerate_runs_it_within_the_plans_own_capacities(name: str) -> None:
+@pytest.mark.parametrize(("name", "runs"), [("gpt2", 6), ("mixtral", 4)])
+def test_accelerate_runs_it_within_the_plans_own_capacities(name: str, runs: int) -> None:
     ran = 0
     for setting in settings(name):
         found = setting.plan.device_map()
@@ -68,7 +73,8 @@ def test_accelerate_runs_it_within_the_plans_own_capacities(name: str) -> None:
             tokens, _ = generate(model, prompt().to(main))
         assert torch.equal(tokens, plain(name, experts)[0])
         ran += 1
-    assert ran >= 5
+    # Two GPUs that take one expert at a time have no room for all of a layer's.
+    assert ran == runs
 
 
 def total(sample: MemorySample) -> int:
@@ -84,7 +90,6 @@ def total(sample: MemorySample) -> int:
         ("mistralai/Mixtral-8x7B", "24GB", "40GB"),
         ("meta-llama/Llama-3.2-1B", "2GB", "128GB"),
         ("gpt2", "2GB", "128GB"),
-        ("meta-llama/Llama-3.1-70B", "2x24GB,12GB", "64GB"),
     ],
 )
 def test_simulated_hooks_take_no_more_than_the_capacities(name: str, gpus: str, ram: str) -> None:
@@ -119,7 +124,7 @@ def test_it_is_told_what_is_lost() -> None:
 
 
 def test_a_layer_on_another_gpu_is_whole_and_a_split_one_is_given_what_is_on_the_first() -> None:
-    plan = planned("meta-llama/Llama-3.1-70B", "2x24GB,12GB", "64GB")
+    plan = planned("meta-llama/Llama-3-8B", "2x8GB")
     found = plan.device_map()
     names = [layer.name for layer in plan.graph.layers]
     places = {
@@ -130,8 +135,8 @@ def test_a_layer_on_another_gpu_is_whole_and_a_split_one_is_given_what_is_on_the
     assert split
     for edge in plan.graph.edges:
         if names[edge.target] in split:
-            assert places[names[edge.source]] & {1, 2} == set()
-    assert not any({1, 2} & places[name] for name in split)
+            assert 1 not in places[names[edge.source]]
+    assert not any(1 in places[name] for name in split)
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +184,16 @@ def test_it_is_a_plain_dict_with_words() -> None:
     found = CoarseMap({"": 0}, ["prefetch: none"])
     assert isinstance(found, dict)
     assert (found, found.lost) == ({"": 0}, ("prefetch: none",))
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "familiar-planning.md"
+
+
+def test_the_pages_snippets_run(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) == 2
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), names)
+    assert "prefetch: " in capsys.readouterr().out
+    assert names["plan"].device_map() == names["device_map"]
