@@ -18,6 +18,7 @@ from module_trees import place_of, taken, tensors_of
 from planner.accelerate_map import quiet
 from planner.errors import InfeasibleError, InputError
 from planner.given import build_on_meta, describe
+from planner.map_fill import Unit, is_kept
 
 WHOLE = ["Block"]
 
@@ -138,6 +139,26 @@ def linears(*sizes: int) -> torch.nn.Module:
 def test_a_device_that_was_skipped_is_returned_to() -> None:
     found = planner.infer_auto_device_map(linears(40, 400, 40, 40), {0: 120, 1: 400})
     assert found == {"0": 0, "1": 1, "2": 0, "3": 0}
+
+
+def test_a_gap_is_filled_beside_what_waits() -> None:
+    found = planner.infer_auto_device_map(linears(100, 300, 300, 300, 80), {0: 400, 1: 400, "cpu": 10**6})
+    assert found == {"0": 0, "1": 1, "2": "cpu", "3": "cpu", "4": 1}
+
+
+def test_what_is_kept_leaves_room() -> None:
+    row = [
+        Unit(names=(str(i),), tensors=(), nbytes=100, left_bytes=10, brought_bytes=90, need=2 * (i == 0))
+        for i in range(4)
+    ]
+    assert is_kept(row, [200, 100], [0, None, 1, 1]) is False
+    assert is_kept(row, [200, 200], [0, None, 1, 1])
+    assert is_kept(row, [199, 200], [0, None, 1, 1]) is False
+    assert is_kept(row, [209, 100], [0, None, None, 1]) is False
+    assert is_kept(row, [210, 100], [0, None, None, 1])
+    assert is_kept(row, [900, 900], [1, 0, 0, 0]) is False
+    assert is_kept(row, [900, 900], [None, 0, 0, 0]) is False
+    assert is_kept(row, [0, 0], [None] * 4)
 
 
 def test_the_first_gpu_that_keeps_anything_has_room_for_what_waits() -> None:
