@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from planner.api import frontier, place, plan_from_device_map, plan_model, predict, predict_memory
+    from planner.auto_map import check_device_map, infer_auto_device_map
     from planner.correction import corrected_hardware
+    from planner.empty_init import init_empty_weights, init_on_device
     from planner.errors import (
         InfeasibleError,
         InputError,
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from planner.footprint import MemoryPrediction
     from planner.graph import LayerGraph
     from planner.hardware import Hardware
+    from planner.memory_caps import get_balanced_memory, get_max_memory
+    from planner.module_sizes import compute_module_sizes, find_tied_parameters
     from planner.plan import Plan
     from planner.popularity import Popularity
     from planner.rules import Pin, Rules, Sensitivity
@@ -48,9 +52,17 @@ _HOMES = {
     "TraceError": "planner.errors",
     "Violation": "planner.verify",
     "Workload": "planner.workload",
+    "check_device_map": "planner.auto_map",
+    "compute_module_sizes": "planner.module_sizes",
     "corrected_hardware": "planner.correction",
     "explain": "planner.explanation",
+    "find_tied_parameters": "planner.module_sizes",
     "frontier": "planner.api",
+    "get_balanced_memory": "planner.memory_caps",
+    "get_max_memory": "planner.memory_caps",
+    "infer_auto_device_map": "planner.auto_map",
+    "init_empty_weights": "planner.empty_init",
+    "init_on_device": "planner.empty_init",
     "place": "planner.api",
     "plan_from_device_map": "planner.api",
     "plan_model": "planner.api",
@@ -79,9 +91,17 @@ __all__ = [
     "TraceError",
     "Violation",
     "Workload",
+    "check_device_map",
+    "compute_module_sizes",
     "corrected_hardware",
     "explain",
+    "find_tied_parameters",
     "frontier",
+    "get_balanced_memory",
+    "get_max_memory",
+    "infer_auto_device_map",
+    "init_empty_weights",
+    "init_on_device",
     "place",
     "plan_from_device_map",
     "plan_model",

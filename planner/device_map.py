@@ -104,6 +104,26 @@ class DeviceMap:
         return [*(name for _, _, name, _ in graph.tensors()), *(tensor.name for tensor in graph.loose)]
 
 
+def merged(places: Mapping[str, int | str]) -> dict[str, int | str]:
+    """Return the shortest map in which no key lies under another, from tensors and their places.
+
+    A module whose tensors are all in one place is one key; {"": place} where everything is.
+    """
+    below: dict[str, set[int | str]] = {}
+    for name, place in places.items():
+        while True:
+            below.setdefault(name, set()).add(place)
+            if not name:
+                break
+            name = name.rpartition(".")[0]
+    found: dict[str, int | str] = {}
+    for name, place in places.items():
+        parts = name.split(".")
+        above = ("", *(".".join(parts[:end]) for end in range(1, len(parts) + 1)))
+        found[next(path for path in above if len(below[path]) == 1)] = place
+    return found
+
+
 def placed(graph: LayerGraph, hardware: Hardware, mapped: DeviceMap) -> tuple[tuple[Placement, ...], list[str]]:
     """Return every group where the map puts it, and in words what cannot be placed just so.
 

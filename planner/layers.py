@@ -13,9 +13,9 @@ from planner.errors import TraceError
 from planner.graph import Tensor, WeightGroup
 
 # Modules of torch that use their children's weights without calling them.
-_WHOLE = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer, torch.nn.TransformerDecoderLayer)
+WHOLE = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer, torch.nn.TransformerDecoderLayer)
 # Containers of parameters, which are never called: what they hold is their parent's own.
-_HOLDERS = (torch.nn.ParameterList, torch.nn.ParameterDict)
+HOLDERS = (torch.nn.ParameterList, torch.nn.ParameterDict)
 
 
 def find_layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
@@ -34,7 +34,7 @@ def find_layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
         if id(module) in seen:
             continue
         seen.add(id(module))
-        is_whole = type(module).__name__ in whole or isinstance(module, _WHOLE)
+        is_whole = type(module).__name__ in whole or isinstance(module, WHOLE)
         if is_whole or (_has_own(module) and not _is_opened(module, whole, is_model=module is model)):
             found.append((path, module))
             continue
@@ -47,7 +47,7 @@ def _is_opened(module: torch.nn.Module, whole: set[str], *, is_model: bool) -> b
     """Tell whether a module with parameters of its own is too much for one layer."""
     inside = (child for _, child in itertools.islice(walk(module), 1, None) if child is not module)
     if is_model:
-        return any(_has_own(child) for child in inside if not isinstance(child, _HOLDERS))
+        return any(_has_own(child) for child in inside if not isinstance(child, HOLDERS))
     return any(_is_row(child) or type(child).__name__ in whole for child in inside)
 
 
@@ -60,7 +60,7 @@ def _is_row(module: torch.nn.Module) -> bool:
 
 
 def _has_own(module: torch.nn.Module) -> bool:
-    held = (child for _, child in _children(module) if isinstance(child, _HOLDERS))
+    held = (child for _, child in _children(module) if isinstance(child, HOLDERS))
     return any(value is not None for owner in (module, *held) for value in owner._parameters.values())
 
 
@@ -111,14 +111,14 @@ def weight_groups(layer: torch.nn.Module) -> tuple[WeightGroup, ...]:
         in_row = {
             f"{child_name}.{name}.{number}": block
             for name, row in _children(child)
-            if isinstance(row, torch.nn.ModuleList) and _is_row(row) and not isinstance(child, _WHOLE)
+            if isinstance(row, torch.nn.ModuleList) and _is_row(row) and not isinstance(child, WHOLE)
             for number, block in _children(row)
         }
         if in_row:
             in_rows |= in_row
             owners.update(f"{child_name}.{path}" for path, _ in _called(child))
         elif not any(path == child_name or path.startswith(child_name + ".") for path in experts):
-            if not isinstance(child, _HOLDERS):
+            if not isinstance(child, HOLDERS):
                 owners.add(child_name)
             continue
         # What stands beside experts (shared experts, a router) are groups of their own.

@@ -18,6 +18,7 @@ from planner.workload import Workload
 
 if TYPE_CHECKING:
     from planner.check import Check
+    from planner.coarse_map import CoarseMap
     from planner.measurement import Measurement
 
 SCHEMA_VERSION = 2
@@ -178,6 +179,18 @@ class Plan:
         from planner.check import compare
 
         return compare(self, measurement)
+
+    def device_map(self) -> CoarseMap:
+        """Return the nearest device map that Accelerate can run under the same capacities, for
+        `from_pretrained(device_map=...)`; its `.lost` says what of this plan it cannot.
+
+        Raises:
+            InputError: no such map has room, or the machine has several nodes.
+        """
+        # What coarsens plans imports this module.
+        from planner.coarse_map import coarsened
+
+        return coarsened(self)
 
     def to_json(self) -> str:
         """Return the canonical JSON of this plan, ending in a newline."""

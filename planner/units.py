@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from planner.errors import InputError
@@ -15,6 +16,7 @@ _UNITS = {
     "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB,
 }  # fmt: skip
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+_BITS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTkmgt])(?:[Bb]it|b)\s*")
 _RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B|[KMGT]iB|[KMGT]bit)(?:/s)?\s*")
 _FLOPS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([GTP])(?:FLOPS?|FLOP/s)?\s*")
 
@@ -43,6 +45,18 @@ def parse_bytes(text: str | int, *, what: str = "a size") -> int:
     digits = len(fraction)
     scale: int = 10**digits
     return int(whole + fraction) * unit // scale
+
+
+def parse_memory(given: str | int | float, *, what: str = "a size") -> int:
+    """Return the bytes that Accelerate's users mean: as `parse_bytes`, but bits where a decimal unit ends in a small b
+    ("10Gb", "10gb", also "10Gbit"). Fractions of a byte are left out.
+
+    Raises:
+        InputError: not a size, or negative.
+    """
+    if isinstance(given, str) and (match := _BITS.fullmatch(given)) is not None:
+        return parse_bytes(f"{match[1]}{match[2]}B", what=what) // 8
+    return parse_bytes(math.floor(given) if isinstance(given, float) else given, what=what)
 
 
 def parse_rate(text: str | int, *, what: str = "a rate") -> int:
