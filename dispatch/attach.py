@@ -37,6 +37,8 @@ from planner.steps import layer_runs
 _ATTRIBUTE = "_loadplan_dispatch"
 # What would meet weights that are elsewhere, and is refused while they are.
 _REFUSED = ("_apply", "load_state_dict", "state_dict")
+# A group with its tensors' names, or one expert of it.
+_Part = tuple[Placement, WeightGroup, list[str], int | None]
 
 
 def apply(
@@ -205,19 +207,20 @@ class _Dispatch:
             if entry.holds == "experts":
                 self.caches[entry.device] = ExpertCache(ring)
         with self.weights.reading(READERS, self._reads()):
+            parts = sorted(self._parts(), key=lambda part: min(self.weights.file_order(n, part[3]) for n in part[2]))
             with ThreadPoolExecutor(READERS) as pool:
-                stored = sorted(self.placed, key=lambda entry: min(map(self.weights.file_order, entry[2])))
-                for loaded in pool.map(self._load_resident, stored):
-                    self.resident.update(loaded)
-            self.resident.update({name: self.resident[first] for name, first in self.shared.items()})
+                keys = [(placement.layer, placement.group, expert) for placement, _, _, expert in parts]
+                loaded = dict(zip(keys, pool.map(self._load, parts), strict=True))
             for placement, group, names in self.placed:
-                if waiting_slices(placement, group) == 0 or (self._runs_on_host(placement) and group.slices == 1):
+                if self._by_expert(placement, group):
+                    experts = {e: loaded[placement.layer, placement.group, e] for e in range(group.slices)}
+                    self._stream_experts(placement, names, experts)
                     continue
-                device = self.targets[placement.run_on]
-                if group.slices > 1:
-                    self._stream_experts(placement, group, names, device)
-                else:
-                    self.groups[placement.layer, placement.group] = self._stream_group(placement, names, device)
+                stays, store = loaded[placement.layer, placement.group, None]
+                self.resident.update(stays)
+                if store is not None:
+                    self._stream_group(placement, [name for name in names if name not in stays], store)
+            self.resident.update({name: self.resident[first] for name, first in self.shared.items()})
             device = self.targets[self.plan.run_on()[0]]
             for tensor in self.plan.graph.loose:
                 self.resident[tensor.name] = self.weights.load(tensor.name, device)
@@ -272,21 +275,34 @@ class _Dispatch:
         devices = {layer: self.targets[name] for layer, name in zip(layers, self.plan.run_on(), strict=True)}
         self.told = own_device.tell(self.model, layers, devices)
 
-    def _load_resident(self, entry: tuple[Placement, WeightGroup, list[str]]) -> dict[str, torch.Tensor]:
-        """Return the tensors of a group that stay where they are put; none for a group that is streamed."""
-        placement, group, names = entry
+    def _parts(self) -> Iterator[_Part]:
+        """Yield what is loaded by one reader at a time: groups, and single experts of those of which some wait."""
+        for placement, group, names in self.placed:
+            experts = range(group.slices) if self._by_expert(placement, group) else (None,)
+            yield from ((placement, group, names, expert) for expert in experts)
+
+    def _load(self, part: _Part) -> tuple[dict[str, torch.Tensor], Store | None]:
+        """Return the tensors that stay where they are put, and where the others wait."""
+        placement, group, names, expert = part
         device = self.targets[placement.run_on]
+        if expert is not None:
+            ranked = self.rankings.get(placement.layer, tuple(range(group.slices)))
+            if expert in ranked[: placement.resident_slices or 0]:
+                return self.weights.slab(names, device, expert=expert), None
+            return {}, self._store(placement, names, device, expert)
         if waiting_slices(placement, group) == 0:
             names = sorted((name for name in names if name not in self.shared), key=self.weights.file_order)
             own = [place.get(*place.owner(self.model, name)) for name in names]
             if device.type == "cpu" or any(not tensor.is_meta and tensor.device == device for tensor in own):
-                return {name: self.weights.load(name, device) for name in names}
+                return {name: self.weights.load(name, device) for name in names}, None
             # One slab for a group: many small allocations would leave the allocator's segments half empty.
-            return self.weights.slab(names, device)
-        if self._runs_on_host(placement) and group.slices == 1:
+            return self.weights.slab(names, device), None
+        if self._runs_on_host(placement):
             self.mapped += names
-            return {name: self.weights.map(name) for name in names}
-        return {}
+            return {name: self.weights.map(name) for name in names}, None
+        buffers = [tensor.buffer for tensor in group.tensors]
+        stays = {name: self.weights.load(name, device) for name, buffer in zip(names, buffers, strict=True) if buffer}
+        return stays, self._store(placement, [name for name in names if name not in stays], device)
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         device = tensor.device
@@ -305,28 +321,19 @@ class _Dispatch:
             self.tied[first, device] = shared
         module._parameters[leaf] = shared
 
-    def _stream_group(self, placement: Placement, names: list[str], device: torch.device) -> StreamedGroup:
+    def _stream_group(self, placement: Placement, names: list[str], store: Store) -> None:
         owners = {name: place.owner(self.model, name) for name in names}
-        buffers = [name for name, (module, leaf) in owners.items() if leaf in module._buffers]
-        for name in buffers:
-            self.resident[name] = self.weights.load(name, device)
-            del owners[name]
-        store = self._store(placement, list(owners), device)
-        return StreamedGroup(f"{placement.layer}.{placement.group}", owners, store, layer=placement.layer)
+        path = f"{placement.layer}.{placement.group}"
+        self.groups[placement.layer, placement.group] = StreamedGroup(path, owners, store, layer=placement.layer)
 
-    def _stream_experts(self, placement: Placement, group: WeightGroup, names: list[str], device: torch.device) -> None:
+    def _stream_experts(
+        self, placement: Placement, names: list[str], experts: dict[int, tuple[dict[str, torch.Tensor], Store | None]]
+    ) -> None:
         path = f"{placement.layer}.{placement.group}"
         module = self.model.get_submodule(path)
-        kept = placement.resident_slices or 0
         leaves = {name: name.removeprefix(f"{path}.") for name in names}
-        ranked = self.rankings.get(placement.layer, tuple(range(group.slices)))
-        resident = {
-            expert: {leaves[name]: view for name, view in self.weights.slab(names, device, expert=expert).items()}
-            for expert in sorted(ranked[:kept])
-        }
-        waiting = {
-            expert: self._store(placement, names, device, expert).renamed(leaves) for expert in sorted(ranked[kept:])
-        }
+        resident = {e: {leaves[n]: view for n, view in stays.items()} for e, (stays, _) in experts.items() if stays}
+        waiting = {e: store.renamed(leaves) for e, (_, store) in experts.items() if store is not None}
         owners = {leaf: (module, leaf) for leaf in leaves.values()}
         cache, limit = self.caches.get(placement.run_on), placement.cpu_up_to_tokens
         source = StreamedExperts(cache, owners, resident, waiting, cpu_up_to_tokens=limit)
@@ -338,6 +345,10 @@ class _Dispatch:
 
     def _waits_on_disk(self, placement: Placement) -> bool:
         return placement.home == self.plan.hardware.disk(placement.run_on)
+
+    @staticmethod
+    def _by_expert(placement: Placement, group: WeightGroup) -> bool:
+        return group.slices > 1 and waiting_slices(placement, group) > 0
 
     def _runs_on_host(self, placement: Placement) -> bool:
         return placement.run_on == self.plan.hardware.host(placement.run_on)
