@@ -104,7 +104,7 @@ class ExpertCache:
     def _announce(self, key: tuple[Hashable, int], store: Store) -> None:
         """Tell the disk what is read soon."""
         if key not in self._kept:
-            store.announce()
+            self.ring.announce(store)
 
     def _give_up(self, layer: Hashable) -> bool:
         """Free a slot for `layer`, none being used; False if this call wants what is left and others come first."""

@@ -94,6 +94,30 @@ def test_a_checkpoint_in_another_dtype(make_case: Any, name: str, mode: str, dty
     assert held(case.meta(), plan, checkpoint=case.folder) == requested(plan)
 
 
+@pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16)], ids=str)
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_reads_behind_the_thread_that_launches(
+    make_case: Any, monkeypatch: pytest.MonkeyPatch, name: str, dtypes: tuple[Any, Any]
+) -> None:
+    """As for CUDA: no memory but the staging that is counted, and what is converted is so inside of it."""
+    monkeypatch.setattr("dispatch.slots.reads_behind", lambda device: device.type != "cpu")
+    stored, wanted = dtypes
+    case = dataclasses.replace(make_case(name, stored), dtype=wanted)
+    plan = make_plan(case, "from disk")
+    model = case.meta()
+    with live_everywhere() as counts:
+        dispatch.apply(model, plan, checkpoint=case.folder, devices=as_meta(plan))
+        (stream,) = model._loadplan_dispatch.streams
+        stream.ring.close()
+        loading_peak, counts.peak = counts.peak, dict(counts.live)
+        for group in (*stream.groups, *stream.groups):
+            stream.acquire(group)
+            stream.release(group)
+        stream.ring.close()
+    assert {device: loading_peak[device] for device in ("cpu", "meta")} == requested(plan)
+    assert counts.peak == counts.live, "nothing is taken in a call"
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["llama", "tied-llama", "mixtral"])
 def test_a_loaded_model(make_case: Any, tmp_path: Path, name: str, mode: str) -> None:
