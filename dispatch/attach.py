@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from dispatch.experts import StreamedExperts
 from dispatch.limits import Limits, OnExceed
 from dispatch.match import check_matches
 from dispatch.measure import NAMES_ATTRIBUTE, plan_names
-from dispatch.mover import Moved, mover
+from dispatch.mover import Moved, handed_over, is_away, mover
 from dispatch.progress import loading_bar
 from dispatch.readahead import ReadAhead, room_bytes
 from dispatch.session import Session
@@ -169,6 +169,7 @@ class _Dispatch:
         self.hooked: list[torch.nn.Module] = []
         self.tied: dict[tuple[str, torch.device], torch.nn.Parameter] = {}
         self.moved: Moved = {}
+        self.moving: set[int] = set()
         self.before: dict[str, Any] = {}
         self.streams: list[GroupStream] = []
         self.told: list[tuple[torch.nn.Module, type]] = []
@@ -356,8 +357,7 @@ class _Dispatch:
     def _hook(self, streamed: dict[str, list[StreamedGroup]]) -> None:
         several = len({self.targets[name] for name in self.plan.run_on()}) > 1
         if several:
-            for layer, name in zip(self.plan.graph.layers, self.plan.run_on(), strict=True):
-                self._attach(layer.name, before=mover(self.targets[name], self.moved))
+            self._move(self._handed_over())
         for device, groups in streamed.items():
             stream = GroupStream(self.rings[device, "groups"], groups)
             self.streams.append(stream)
@@ -371,6 +371,21 @@ class _Dispatch:
             for path in self.ahead.groups:
                 self._attach(path, before=_reacher(self.ahead, path), after=partial(self.ahead.leave, path))
 
+    def _handed_over(self) -> tuple[int, ...]:
+        """Return the layers whose inputs may be elsewhere, as long as the caller's own tensors are with the first."""
+        layers, config = self.plan.graph.layers, getattr(self.model, "config", None)
+        if getattr(config, "is_encoder_decoder", False):
+            return tuple(range(len(layers)))  # generate calls the encoder by itself
+        devices = [self.targets[name] for name in self.plan.run_on()]
+        return handed_over(self.plan.graph, devices, [self.model.get_submodule(e.name).forward for e in layers])
+
+    def _move(self, indices: Iterable[int]) -> None:
+        """Let so many more layers have their inputs brought to them."""
+        run_on = self.plan.run_on()
+        for index in sorted(set(indices) - self.moving):
+            self.moving.add(index)
+            self._attach(self.plan.graph.layers[index].name, before=mover(self.targets[run_on[index]], self.moved))
+
     def serve(self, session: Session) -> None:
         """Let calls of the model pass through a session."""
         self.session = session
@@ -382,8 +397,11 @@ class _Dispatch:
         hooks.attach(module, before=before, after=after)
         self.hooked.append(module)
 
-    def begin_call(self) -> None:
-        """Refuse a call where files that are read in it are not what they were."""
+    def begin_call(self, values: Iterable[Any]) -> None:
+        """Refuse a call where files that are read in it are not what they were; `values` are what it is given."""
+        layers, first = range(len(self.plan.graph.layers)), self.targets[self.plan.run_on()[0]]
+        if 0 < len(self.moving) < len(layers) and is_away(values, first):
+            self._move(layers)
         if self.reads_files and self.weights.checkpoint is not None:
             self.weights.checkpoint.check_unchanged()
         if self.ahead is not None:
@@ -427,6 +445,8 @@ class _Dispatch:
         experts = [(module, source, source.load() if read else None) for module, source in self.experts]
         mapped = {name: place.get(*place.owner(self.model, name)).clone() for name in self.mapped if read}
         own_device.untell(self.told)
+        if self.session is not None:
+            self.session.leave(self.model)
         for module in self.hooked:
             hooks.detach(module)
         for name in _REFUSED:
