@@ -85,6 +85,8 @@ class ExpertCache:
     def _bring(self) -> None:
         while self._queue:
             key, store = self._queue[0]
+            if key in self._kept and self.ring.has_failed(self._kept[key]):
+                self._free.append(self._kept.pop(key))
             if key in self._kept:
                 self.hits += 1
             else:

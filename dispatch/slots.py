@@ -94,6 +94,11 @@ class SlotRing:
             torch.cuda.current_stream(self.device).wait_event(self._copied[slot])
         return self.slabs[slot]
 
+    def has_failed(self, slot: int) -> bool:
+        """Tell whether what was to come into a slot could not be read."""
+        reading = self._readings[slot]
+        return reading is not None and reading.has_failed
+
     def release(self, slot: int) -> None:
         """Say that what the current stream was given so far is the last use of a slot."""
         if self._asynchronous:

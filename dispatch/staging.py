@@ -178,6 +178,10 @@ class Reading:
             raise self._failure
         return self._copied
 
+    @property
+    def has_failed(self) -> bool:
+        return self._failure is not None
+
     def settle(self) -> None:
         """Wait until nothing is read any more, however that came; what readers were not told of whole is given up."""
         if not self.has_begun:

@@ -166,9 +166,12 @@ def test_readers_read_at_once_and_the_launching_thread_does_not(
 
 
 @pytest.mark.usefixtures("behind")
-def test_a_read_that_fails_once(make_case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("count", [2, 40])
+def test_a_read_that_fails_once(make_case: Any, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Of groups, and of experts; with so many slots all of these are kept once they are read."""
     case = make_case("mixtral")
-    model = applied(case, on_disk(case))
+    plan = with_slots(on_disk(case), count)
+    case.run_like(plan)
     want = case.logits(case.reference)
     inner = Checkpoint.read_window
     failing: Iterator[bool] = iter(())
@@ -183,7 +186,11 @@ def test_a_read_that_fails_once(make_case: Any, monkeypatch: pytest.MonkeyPatch)
             case.logits(model)
 
     monkeypatch.setattr(Checkpoint, "read_window", read_window)
-    for number in (0, 3, 17, 40):
+    for number in (0, 5, 9, 17, 30, 45):
+        failing = iter(())
+        model = applied(case, plan)
+        for stream in model._loadplan_dispatch.streams:
+            stream.ring.close()
         failing = iter([False] * number + [True])
         with pytest.raises(InputError, match="the disk failed"):
             three_calls()
