@@ -169,7 +169,7 @@ def ours(case: str, plan: planner.Plan, card: Card) -> Run:
     drawn.forget()
     card.clear()
     with counted_copies() as copied:
-        return measure(model, plan, card, copied)
+        return measure(model, plan, card, copied, new_tokens=NEW_TOKENS, runs=RUNS)
 
 
 def theirs(case: str, plan: planner.Plan, card: Card) -> Run:
@@ -202,12 +202,10 @@ def resident(case: str, plan: planner.Plan, card: Card) -> Run:
     model = like_the_plan(on_meta(case), plan)
     fill(model, card, lambda name: card.device)
     card.clear()
-    return measure(model, plan, card, [])
+    return measure(model, plan, card, [], new_tokens=NEW_TOKENS, runs=RUNS)
 
 
-def measure(
-    model: Any, plan: planner.Plan, card: Card, copied: list[int], *, new_tokens: int = NEW_TOKENS, runs: int = RUNS
-) -> Run:
+def measure(model: Any, plan: planner.Plan, card: Card, copied: list[int], *, new_tokens: int, runs: int) -> Run:
     """Measure so many calls after a first one, which takes longer; what is compared is computed after that."""
     batch = plan.workload.batch_size
     tokens = torch.arange(batch * PROMPT_TOKENS, device=card.device).view(batch, PROMPT_TOKENS) % 1000 + 5

@@ -17,12 +17,14 @@ from offload_cuda import Card, Run
 from planner.memory import waiting_slices, with_groups
 from planner.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = argparse.Namespace(gpus="1x24GB", ram="64GB", cap=None, batches="1", pretend=True)
 
 
 @pytest.fixture
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
-    monkeypatch.setattr(offload_cuda, "POOL", 2**18)
+    for name, less in {"POOL": 2**18, "PROMPT_TOKENS": 16, "NEW_TOKENS": 3, "FEWER_TOKENS": 2, "RUNS": 1}.items():
+        monkeypatch.setattr(offload_cuda, name, less)
     offload_cuda.make_plans(tmp_path, ["small-llama"], OPTIONS)
     return Plan.load(tmp_path / "small-llama-1.json")
 

@@ -18,6 +18,7 @@ from planner.workload import Workload
 from simulate.virtual_machine import Machine
 from tiny_models import with_placements
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CAPACITY = {"cuda:0": 10**9, "cuda:1": 10**9}
 
 
