@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from dispatch.experts import MappedExperts, StreamedExperts
 from dispatch.limits import Limits, OnExceed
 from dispatch.match import check_matches
 from dispatch.measure import NAMES_ATTRIBUTE, plan_names
-from dispatch.mover import Moved, mover
+from dispatch.mover import Moved, handed_over, is_away, mover
 from dispatch.progress import loading_bar
 from dispatch.readahead import ReadAhead, room_bytes
 from dispatch.session import Session
@@ -37,6 +37,8 @@ from planner.steps import layer_runs
 _ATTRIBUTE = "_loadplan_dispatch"
 # What would meet weights that are elsewhere, and is refused while they are.
 _REFUSED = ("_apply", "load_state_dict", "state_dict")
+# A group with its tensors' names, or one expert of it.
+_Part = tuple[Placement, WeightGroup, list[str], int | None]
 
 
 def apply(
@@ -167,6 +169,7 @@ class _Dispatch:
         self.hooked: list[torch.nn.Module] = []
         self.tied: dict[tuple[str, torch.device], torch.nn.Parameter] = {}
         self.moved: Moved = {}
+        self.moving: set[int] = set()
         self.before: dict[str, Any] = {}
         self.streams: list[GroupStream] = []
         self.told: list[tuple[torch.nn.Module, type]] = []
@@ -205,19 +208,20 @@ class _Dispatch:
             if entry.holds == "experts":
                 self.caches[entry.device] = ExpertCache(ring)
         with self.weights.reading(READERS, self._reads()):
+            parts = sorted(self._parts(), key=lambda part: min(self.weights.file_order(n, part[3]) for n in part[2]))
             with ThreadPoolExecutor(READERS) as pool:
-                stored = sorted(self.placed, key=lambda entry: min(map(self.weights.file_order, entry[2])))
-                for loaded in pool.map(self._load_resident, stored):
-                    self.resident.update(loaded)
-            self.resident.update({name: self.resident[first] for name, first in self.shared.items()})
+                keys = [(placement.layer, placement.group, expert) for placement, _, _, expert in parts]
+                loaded = dict(zip(keys, pool.map(self._load, parts), strict=True))
             for placement, group, names in self.placed:
-                if waiting_slices(placement, group) == 0 or (group.slices == 1 and self._is_mapped(placement, group)):
+                if self._by_expert(placement, group):
+                    experts = {e: loaded[placement.layer, placement.group, e] for e in range(group.slices)}
+                    self._stream_experts(placement, group, names, experts)
                     continue
-                device = self.targets[placement.run_on]
-                if group.slices > 1:
-                    self._stream_experts(placement, group, names, device)
-                else:
-                    self.groups[placement.layer, placement.group] = self._stream_group(placement, names, device)
+                stays, store = loaded[placement.layer, placement.group, None]
+                self.resident.update(stays)
+                if store is not None:
+                    self._stream_group(placement, [name for name in names if name not in stays], store)
+            self.resident.update({name: self.resident[first] for name, first in self.shared.items()})
             device = self.targets[self.plan.run_on()[0]]
             for tensor in self.plan.graph.loose:
                 self.resident[tensor.name] = self.weights.load(tensor.name, device)
@@ -272,21 +276,35 @@ class _Dispatch:
         devices = {layer: self.targets[name] for layer, name in zip(layers, self.plan.run_on(), strict=True)}
         self.told = own_device.tell(self.model, layers, devices)
 
-    def _load_resident(self, entry: tuple[Placement, WeightGroup, list[str]]) -> dict[str, torch.Tensor]:
-        """Return the tensors of a group that stay where they are put; none for a group that is streamed."""
-        placement, group, names = entry
+    def _parts(self) -> Iterator[_Part]:
+        """Yield what is loaded by one reader at a time: groups, and single experts of those of which some wait."""
+        for placement, group, names in self.placed:
+            experts = range(group.slices) if self._by_expert(placement, group) else (None,)
+            yield from ((placement, group, names, expert) for expert in experts)
+
+    def _load(self, part: _Part) -> tuple[dict[str, torch.Tensor], Store | None]:
+        """Return the tensors that stay where they are put, and where the others wait."""
+        placement, group, names, expert = part
         device = self.targets[placement.run_on]
+        if expert is not None:
+            ranked = self.rankings.get(placement.layer, tuple(range(group.slices)))
+            if expert in ranked[: placement.resident_slices or 0]:
+                return self.weights.slab(names, device, expert=expert), None
+            mapped = self._is_mapped(placement, group)
+            return {}, None if mapped else self._store(placement, names, device, expert)
         if waiting_slices(placement, group) == 0:
             names = sorted((name for name in names if name not in self.shared), key=self.weights.file_order)
             own = [place.get(*place.owner(self.model, name)) for name in names]
             if device.type == "cpu" or any(not tensor.is_meta and tensor.device == device for tensor in own):
-                return {name: self.weights.load(name, device) for name in names}
+                return {name: self.weights.load(name, device) for name in names}, None
             # One slab for a group: many small allocations would leave the allocator's segments half empty.
-            return self.weights.slab(names, device)
-        if group.slices == 1 and self._is_mapped(placement, group):
+            return self.weights.slab(names, device), None
+        if self._is_mapped(placement, group):
             self.mapped += names
-            return {name: self.weights.map(name) for name in names}
-        return {}
+            return {name: self.weights.map(name) for name in names}, None
+        buffers = [tensor.buffer for tensor in group.tensors]
+        stays = {name: self.weights.load(name, device) for name, buffer in zip(names, buffers, strict=True) if buffer}
+        return stays, self._store(placement, [name for name in names if name not in stays], device)
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         device = tensor.device
@@ -305,34 +323,29 @@ class _Dispatch:
             self.tied[first, device] = shared
         module._parameters[leaf] = shared
 
-    def _stream_group(self, placement: Placement, names: list[str], device: torch.device) -> StreamedGroup:
+    def _stream_group(self, placement: Placement, names: list[str], store: Store) -> None:
         owners = {name: place.owner(self.model, name) for name in names}
-        buffers = [name for name, (module, leaf) in owners.items() if leaf in module._buffers]
-        for name in buffers:
-            self.resident[name] = self.weights.load(name, device)
-            del owners[name]
-        store = self._store(placement, list(owners), device)
-        return StreamedGroup(f"{placement.layer}.{placement.group}", owners, store, layer=placement.layer)
+        path = f"{placement.layer}.{placement.group}"
+        self.groups[placement.layer, placement.group] = StreamedGroup(path, owners, store, layer=placement.layer)
 
-    def _stream_experts(self, placement: Placement, group: WeightGroup, names: list[str], device: torch.device) -> None:
+    def _stream_experts(
+        self,
+        placement: Placement,
+        group: WeightGroup,
+        names: list[str],
+        experts: dict[int, tuple[dict[str, torch.Tensor], Store | None]],
+    ) -> None:
         path = f"{placement.layer}.{placement.group}"
         module = self.model.get_submodule(path)
-        kept = placement.resident_slices or 0
         leaves = {name: name.removeprefix(f"{path}.") for name in names}
-        ranked = self.rankings.get(placement.layer, tuple(range(group.slices)))
-        resident = {
-            expert: {leaves[name]: view for name, view in self.weights.slab(names, device, expert=expert).items()}
-            for expert in sorted(ranked[:kept])
-        }
+        resident = {e: {leaves[n]: view for n, view in stays.items()} for e, (stays, _) in experts.items() if stays}
         owners = {leaf: (module, leaf) for leaf in leaves.values()}
         if self._is_mapped(placement, group):
             whole = {leaves[name]: self.weights.map(name) for name in names}
-            mapped = {expert: {leaf: tensor[expert] for leaf, tensor in whole.items()} for expert in ranked[kept:]}
+            mapped = {e: {leaf: tensor[e] for leaf, tensor in whole.items()} for e in experts if e not in resident}
             self.experts.append((module, MappedExperts(owners, resident, mapped, name=path)))
             return
-        waiting = {
-            expert: self._store(placement, names, device, expert).renamed(leaves) for expert in sorted(ranked[kept:])
-        }
+        waiting = {e: store.renamed(leaves) for e, (_, store) in experts.items() if store is not None}
         cache, limit = self.caches.get(placement.run_on), placement.cpu_up_to_tokens
         source = StreamedExperts(cache, owners, resident, waiting, cpu_up_to_tokens=limit)
         self.experts.append((module, source))
@@ -344,6 +357,10 @@ class _Dispatch:
     def _waits_on_disk(self, placement: Placement) -> bool:
         return placement.home == self.plan.hardware.disk(placement.run_on)
 
+    @staticmethod
+    def _by_expert(placement: Placement, group: WeightGroup) -> bool:
+        return group.slices > 1 and waiting_slices(placement, group) > 0
+
     def _is_mapped(self, placement: Placement, group: WeightGroup) -> bool:
         return is_mapped(self.plan.hardware, group, placement.run_on, placement.memory)
 
@@ -353,8 +370,7 @@ class _Dispatch:
     def _hook(self, streamed: dict[str, list[StreamedGroup]]) -> None:
         several = len({self.targets[name] for name in self.plan.run_on()}) > 1
         if several:
-            for layer, name in zip(self.plan.graph.layers, self.plan.run_on(), strict=True):
-                self._attach(layer.name, before=mover(self.targets[name], self.moved))
+            self._move(self._handed_over())
         for device, groups in streamed.items():
             stream = GroupStream(self.rings[device, "groups"], groups)
             self.streams.append(stream)
@@ -368,6 +384,21 @@ class _Dispatch:
             for path in self.ahead.groups:
                 self._attach(path, before=_reacher(self.ahead, path), after=partial(self.ahead.leave, path))
 
+    def _handed_over(self) -> tuple[int, ...]:
+        """Return the layers whose inputs may be elsewhere, as long as the caller's own tensors are with the first."""
+        layers, config = self.plan.graph.layers, getattr(self.model, "config", None)
+        if getattr(config, "is_encoder_decoder", False):
+            return tuple(range(len(layers)))  # generate calls the encoder by itself
+        devices = [self.targets[name] for name in self.plan.run_on()]
+        return handed_over(self.plan.graph, devices, [self.model.get_submodule(e.name).forward for e in layers])
+
+    def _move(self, indices: Iterable[int]) -> None:
+        """Let so many more layers have their inputs brought to them."""
+        run_on = self.plan.run_on()
+        for index in sorted(set(indices) - self.moving):
+            self.moving.add(index)
+            self._attach(self.plan.graph.layers[index].name, before=mover(self.targets[run_on[index]], self.moved))
+
     def serve(self, session: Session) -> None:
         """Let calls of the model pass through a session."""
         self.session = session
@@ -379,8 +410,11 @@ class _Dispatch:
         hooks.attach(module, before=before, after=after)
         self.hooked.append(module)
 
-    def begin_call(self) -> None:
-        """Refuse a call where files that are read in it are not what they were."""
+    def begin_call(self, values: Iterable[Any]) -> None:
+        """Refuse a call where files that are read in it are not what they were; `values` are what it is given."""
+        layers, first = range(len(self.plan.graph.layers)), self.targets[self.plan.run_on()[0]]
+        if 0 < len(self.moving) < len(layers) and is_away(values, first):
+            self._move(layers)
         if self.reads_files and self.weights.checkpoint is not None:
             self.weights.checkpoint.check_unchanged()
         if self.ahead is not None:
@@ -424,6 +458,8 @@ class _Dispatch:
         experts = [(module, source, source.load() if read else None) for module, source in self.experts]
         mapped = {name: place.get(*place.owner(self.model, name)).clone() for name in self.mapped if read}
         own_device.untell(self.told)
+        if self.session is not None:
+            self.session.leave(self.model)
         for module in self.hooked:
             hooks.detach(module)
         for name in _REFUSED:
