@@ -109,7 +109,11 @@ def needed_slots(
         on_cpu = hardware.device(placement.run_on).kind == "cpu"
         if on_cpu and group.slices == 1:
             continue
-        if not on_cpu and placement.home != hardware.disk(placement.run_on) and placement.cpu_up_to_tokens >= longest:
+        if (
+            not on_cpu
+            and placement.home != hardware.disk(placement.run_on)
+            and 0 < longest <= placement.cpu_up_to_tokens
+        ):
             continue
         key = (placement.run_on, slot_kind(group))
         largest[key] = max(largest.get(key, 0), group.slice_slab_bytes)
