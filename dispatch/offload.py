@@ -144,7 +144,7 @@ def cpu_offload_with_hook(
     prev_module_hook: of the model before it in a row, which goes back to host memory when this one is called.
     """
     if execution_device is None:
-        execution_device = torch.accelerator.current_accelerator() or "cpu"
+        execution_device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     attach.check_plain(model)
     return model, WholeOffload(model, torch.device(place_name(execution_device)), prev_module_hook)
 

@@ -54,7 +54,7 @@ class StreamedGroup:
         self._set(self._made(self.store.layout.views(slab[: self.store.layout.nbytes].clone())))
 
     def bring(self, device: torch.device) -> None:
-        """Make the parameters weights on a device, in memory of their own; on the CPU in the very one that they wait in."""
+        """Make the parameters weights on a device, in memory of their own; on the CPU in that which they wait in."""
         if device.type == "cpu" and isinstance(self.store, HostStore):
             found = self.store.views()
         else:

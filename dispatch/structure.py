@@ -91,7 +91,7 @@ def place_name(given: Place) -> str:
     """
     if isinstance(given, str) and given.strip() in ("cpu", "disk"):
         return given.strip()
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     kind = "cuda" if accelerator is None else accelerator.type
     try:
         if isinstance(given, bool) or (isinstance(given, int) and given < 0):
