@@ -19,7 +19,7 @@ from dispatch.learned_order import LearnedStream
 from dispatch.limits import Limits, OnExceed
 from dispatch.match import check_matches
 from dispatch.measure import NAMES_ATTRIBUTE, plan_names
-from dispatch.mover import Moved, Returning, is_trained, mover
+from dispatch.mover import Boundary, Moved, is_trained, mover
 from dispatch.offload_folder import OFFLOAD_FILE, Waiting, write
 from dispatch.progress import loading_bar
 from dispatch.readahead import ReadAhead, room_bytes
@@ -49,6 +49,7 @@ _REFUSED = {
     "__deepcopy__": "copying it",
     "__reduce_ex__": "pickling it",
 }
+_COPYING = ("__deepcopy__", "__reduce_ex__")
 
 
 def apply(
@@ -226,7 +227,7 @@ class Dispatched:
             )  # fmt: skip
             self.serve(session)
         if self.conventions.returns:
-            hooks.attach_around(self.model, Returning(self.conventions.skip_keys))
+            hooks.attach_around(self.model, Boundary(self.conventions.skip_keys))
             self.hooked.append(self.model)
         setattr(self.model, _ATTRIBUTE, self)
         setattr(self.model, NAMES_ATTRIBUTE, plan_names(self.plan, self.targets))
@@ -419,6 +420,9 @@ class Dispatched:
         self.waits = bool(arguments or self.groups or self.experts or self.mapped)
         for name, what in _REFUSED.items() if self.waits else ():
             setattr(self.model, name, _refusal(what))
+        for module in self.hooked:
+            # A copy of a part would call what it was copied from.
+            vars(module).update({name: _refusal(_REFUSED[name]) for name in _COPYING})
         if self.ahead is not None:
             for path in self.ahead.groups:
                 self._attach(path, before=_reacher(self.ahead, path), after=partial(self.ahead.leave, path))
@@ -481,7 +485,8 @@ class Dispatched:
         own_device.untell(self.told)
         for module in self.hooked:
             hooks.detach(module)
-            vars(module).pop(GROUP_ATTRIBUTE, None)
+            for name in (GROUP_ATTRIBUTE, *_COPYING):
+                vars(module).pop(name, None)
         for name in _REFUSED:
             vars(self.model).pop(name, None)
         for group, parameters in groups:

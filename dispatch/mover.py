@@ -12,6 +12,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from dispatch import hooks, peers
+from planner.errors import InputError
 
 # What was moved in this call, by the original's identity and the device: a weak reference to it, and its copy.
 Moved = dict[int, tuple[Any, Any]]
@@ -44,8 +45,10 @@ def mover(device: torch.device, moved: Moved, skip_keys: Collection[str] = ()) -
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Returning:
-    """Brings what a model returns to the device of the first tensor that it was handed."""
+class Boundary:
+    """Brings what a model returns to the device of the first tensor that it was handed, and says why it could not run
+    where weights were used that were elsewhere.
+    """
 
     skip_keys: Collection[str] = ()
 
@@ -54,7 +57,15 @@ class Returning:
     ) -> Any:
         """Return what the forward returns."""
         device = first_device((args, kwargs))
-        out = forward(*args, **kwargs)
+        try:
+            out = forward(*args, **kwargs)
+        except (RuntimeError, NotImplementedError) as exc:
+            if "meta" not in str(exc):
+                raise
+            raise InputError(
+                "weights that wait elsewhere were used without calling the module that has them: name the class that "
+                f"uses them in preload_module_classes. What was raised: {exc}"
+            ) from exc
         return out if device is None else changed(out, lambda one: peers.bring(one, device), self.skip_keys)
 
 

@@ -186,7 +186,7 @@ def load_checkpoint_in_model(
     )
     with emptied(model, filling):
         plan = None if device_map is None else plan_of(model, device_map, buffers_wait=offload_buffers)
-        fill(model, filling, plan, {} if plan is None else find_targets(plan, devices or {}), offload_folder)
+        fill(model, filling, plan, {} if plan is None else _targets(plan, devices or {}), offload_folder)
 
 
 def load_checkpoint_and_dispatch(
@@ -296,7 +296,7 @@ def _dispatched(
     attach.check_plain(model)
     if next(place.named_tensors(model), None) is not None:
         plan = plan_of(model, device_map, main_device=main_device, buffers_wait=buffers_wait, whole=whole or ())
-        targets = find_targets(plan, devices or {})
+        targets = _targets(plan, devices or {})
         weights = _weights(model, plan, given, filling, offload_dir, offload_index)
         skipped = (skip_keys,) if isinstance(skip_keys, str) else tuple(skip_keys or ())
         main = main_of(device_map, main_device)
@@ -404,6 +404,13 @@ def _conventions(
     arguments = {path: targets[name] for path, name in {"": main, **used}.items()}
     return Conventions(
         arguments=arguments, skip_keys=skip_keys, returns=True, buffers_wait=buffers_wait, keeps_training=True
+    )
+
+
+def _targets(plan: Plan, devices: Devices) -> dict[str, torch.device]:
+    """Return the real devices of those that a map uses; what is said of others is passed over."""
+    return find_targets(
+        plan, {device.name: devices[device.name] for device in plan.hardware.devices if device.name in devices}
     )
 
 

@@ -31,8 +31,11 @@ def get(module: torch.nn.Module, leaf: str) -> torch.Tensor:
 
 
 def put(module: torch.nn.Module, leaf: str, tensor: torch.Tensor) -> None:
-    """Make `tensor` the parameter or buffer called `leaf`, whichever it is."""
-    set_tensor(module, leaf, as_parameter(tensor) if leaf in module._parameters else tensor)
+    """Make `tensor` the parameter or buffer called `leaf`, whichever it is; a parameter takes gradients as before."""
+    if leaf in module._parameters:
+        current = module._parameters[leaf]
+        tensor = as_parameter(tensor, requires_grad=current is not None and current.requires_grad)
+    set_tensor(module, leaf, tensor)
 
 
 def as_parameter(tensor: torch.Tensor, *, requires_grad: bool = False) -> torch.nn.Parameter:

@@ -21,6 +21,7 @@ from planner.errors import InputError
 from simulate.virtual_machine import Machine
 
 PLAYED = {"cuda:0": "cpu"}
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def same(found: Any, expected: Any) -> bool:
@@ -38,22 +39,24 @@ def plain_call(name: str) -> Any:
 # Every kind of module, wherever its weights wait
 
 
-@pytest.mark.parametrize("home", ["cpu", "disk", "mixed"])
+@pytest.mark.parametrize("home", ["cpu", "disk", "mapped", "mixed"])
 @pytest.mark.parametrize("name", ZOO)
 def test_the_bits_of_the_plain_module(name: str, home: str, tmp_path: Path) -> None:
     entry, expected = ZOO[name], plain_call(name)
-    homes = {"cpu": ["cpu"], "disk": ["disk"], "mixed": ["cpu", 0, "disk"]}[home]
+    homes = {"cpu": ["cpu"], "disk": ["disk"], "mapped": ["disk", "cpu"], "mixed": ["cpu", 0, "disk"]}[home]
+    main = "cpu" if home == "mapped" else 0
     places = {block: homes[index % len(homes)] for index, block in enumerate(entry.blocks)}
     model, reference = entry.build(), entry.build()
     dispatched = dispatch.dispatch_model(
-        model, places, main_device=0, offload_dir=tmp_path, preload_module_classes=entry.preload, devices=PLAYED
+        model, places, main_device=main, offload_dir=tmp_path, preload_module_classes=entry.preload, devices=PLAYED
     )
     assert dispatched is model
     assert model.hf_device_map == places
     for _ in range(3):
         with torch.no_grad():
             assert same(entry.call(model, torch.device("cpu")), expected)
-    assert any(dispatch.has_offloaded_params(module) for module in model.modules())
+    # What the CPU computes with from mapped files is there at any time.
+    assert any(dispatch.has_offloaded_params(module) for module in model.modules()) is (home != "mapped")
     dispatch.remove_hook_from_submodules(model)
     assert not any(dispatch.has_offloaded_params(module) for module in model.modules())
     assert not hasattr(model, "hf_device_map")
@@ -296,6 +299,7 @@ def test_what_a_dispatched_model_refuses() -> None:
         lambda: model.half(),
         lambda: copy.deepcopy(model),
         lambda: copy.deepcopy([model]),
+        lambda: copy.deepcopy(model.get_submodule("first")),
         lambda: pickle.dumps(model),
         lambda: dispatch.dispatch_model(model, {"": "cpu"}),
         lambda: dispatch.remove_hook_from_module(model.get_submodule("first")),
@@ -306,6 +310,12 @@ def test_what_a_dispatched_model_refuses() -> None:
     with torch.no_grad():
         assert same(copy.deepcopy(model)(x=rows()), plain_call("rooted"))
         assert same(pickle.loads(pickle.dumps(model))(x=rows()), plain_call("rooted"))
+
+
+def test_weights_that_are_used_without_a_call_are_told_of() -> None:
+    model = dispatch.cpu_offload(ZOO["uncalled"].build(), 0, devices=PLAYED)
+    with pytest.raises(InputError, match="preload_module_classes"):
+        model(rows())
 
 
 def test_offload_folders(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import planner
 from planner.errors import InputError, PlanError, PlanMismatchError
 
 PLAYED = {"cuda:0": "cpu"}
+pytestmark = pytest.mark.usefixtures("one_thread")
 FORMATS = ("file", "folder", "shards", "index", "bin", "bin folder", "bin shards")
 MAP = {"": "cpu", "layers.0": 0, "layers.1": "disk", "layers.2": "disk"}
 # Accelerate does not load beside "" what is on disk.
