@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -30,6 +31,7 @@ from dispatch.stream import GroupStream, StreamedGroup
 from dispatch.targets import check_carried_out, find_targets
 from dispatch.waiting import waiting_on_disk
 from dispatch.weights import Weights
+from dispatch.whole_state import WholeState
 from planner import execution as implementations
 from planner.errors import InputError, PlanMismatchError
 from planner.graph import WeightGroup, full_name
@@ -201,6 +203,7 @@ class Dispatched:
         self.streams: list[GroupStream] = []
         self.told: list[tuple[torch.nn.Module, type]] = []
         self.session: Session | None = None
+        self.alone = threading.RLock()
         self.waits = False
 
     def start(
@@ -223,7 +226,8 @@ class Dispatched:
         self.attach()
         if self.waits or served:
             session = Session(
-                limits, begin=self.begin_call, end=self.end_call, recover=self.recover, dispatch=by_another
+                limits, begin=self.begin_call, end=self.end_call, recover=self.recover, dispatch=by_another,
+                lock=self.alone,
             )  # fmt: skip
             self.serve(session)
         if self.conventions.returns:
@@ -420,12 +424,19 @@ class Dispatched:
         self.waits = bool(arguments or self.groups or self.experts or self.mapped)
         for name, what in _REFUSED.items() if self.waits else ():
             setattr(self.model, name, _refusal(what))
+        if self.waits and not self.experts:
+            self.whole.attach()
         for module in self.hooked:
             # A copy of a part would call what it was copied from.
             vars(module).update({name: _refusal(_REFUSED[name]) for name in _COPYING})
         if self.ahead is not None:
             for path in self.ahead.groups:
                 self._attach(path, before=_reacher(self.ahead, path), after=partial(self.ahead.leave, path))
+
+    @property
+    def whole(self) -> WholeState:
+        """The model's state, wherever it waits."""
+        return WholeState(self.model, self.streams, self.plan.graph.ties, self.mapped, self.alone)
 
     def serve(self, session: Session) -> None:
         """Let calls of the model pass through a session."""

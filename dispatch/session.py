@@ -23,6 +23,7 @@ class Session:
     """Slots, and the parameters that are views of them, serve one call at a time; other threads wait.
 
     limits: None where nothing was planned for.
+    lock: held by the thread that calls, and by whoever wants no calls meanwhile.
     begin, end: what else is done before and after a call. recover: mends what an interrupted call left behind.
     dispatch: puts the model under a larger plan; the session then hands over all calls, also of threads that wait.
     """
@@ -35,12 +36,13 @@ class Session:
         end: Callable[[], None],
         recover: Callable[[], None],
         dispatch: Dispatch | None,
+        lock: threading.RLock,
     ):
         self.limits = limits
         # Not where a plan has taken over.
         self._around: tuple[Callable[[], None], Callable[[], None], Callable[[], None]] | None = (recover, begin, end)
         self._dispatch = dispatch
-        self._lock = threading.RLock()
+        self._lock = lock
         self._next: Session | None = None
 
     def serve(self, module: torch.nn.Module) -> None:

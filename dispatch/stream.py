@@ -10,7 +10,7 @@ import torch
 
 from dispatch import place
 from dispatch.slots import SlotRing
-from dispatch.stores import HostStore, Store
+from dispatch.stores import Store
 from planner.errors import InputError
 
 
@@ -39,6 +39,11 @@ class StreamedGroup:
         # cuDNN's layers move their parameters to other memory when they run: what is in the slot is given anew.
         self._moves = any(isinstance(module, torch.nn.RNNBase) for module, _ in owners.values())
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The full names of what is streamed."""
+        return tuple(self._owners)
+
     def check(self) -> None:
         """Raise InputError if a parameter was replaced since the group left."""
         place.check_away(self._owners, self._away)
@@ -55,10 +60,7 @@ class StreamedGroup:
 
     def bring(self, device: torch.device) -> None:
         """Make the parameters weights on a device, in memory of their own; on the CPU in that which they wait in."""
-        if device.type == "cpu" and isinstance(self.store, HostStore):
-            found = self.store.views()
-        else:
-            found = {name: tensor.to(device) for name, tensor in self.store.to_host().items()}
+        found = {name: tensor.to(device) for name, tensor in self.store.where_they_wait().items()}
         self._set(self._made(found, trained=True))
 
     def leave(self) -> None:
@@ -165,6 +167,11 @@ class GroupStream:
         self._free, self._last = deque(range(len(self.ring))), None
         self._reached = len(self.groups) - 1
         self._next = self._after(self._reached)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a module is running with its weights in a slot."""
+        return bool(self._held)
 
     def drop(self) -> None:
         """Let go of what was copied ahead: it may have changed where it waits."""
