@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import re
 from collections.abc import Iterator
@@ -428,3 +429,35 @@ def test_a_plan_of_a_map_names_each_tensor_once() -> None:
         assert known <= {*found} <= known | others, name
         assert plan.graph.num_parameters == sum(p.numel() for p in model.parameters())
         plan.graph.check()
+
+
+# What the documentation says
+
+
+def test_the_snippet_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "familiar.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(compile(block, "familiar.md", "exec"), names)
+    assert list(names["state"]) == list(names["model"].state_dict())
+    assert not any("forward" in vars(module) for module in names["model"].modules())
+    known = {name for name in dispatch.__all__ if f"`{name}`" in text}
+    assert {name for name in dispatch.__all__ if callable(getattr(dispatch, name))} - known <= {
+        "CacheStatistics", "Checkpoint", "Measurement", "Recording", "apply", "cache_statistics", "measure", "remove",
+    }  # fmt: skip
+
+
+def test_names_and_order_of_arguments_are_accelerates() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    from accelerate import hooks, utils
+
+    for name in dispatch.__all__:
+        theirs = next((getattr(each, name) for each in (accelerate, utils, hooks) if hasattr(each, name)), None)
+        if theirs is None or not inspect.isfunction(theirs):
+            continue
+        wanted = [(each.name, each.default) for each in inspect.signature(theirs).parameters.values()]
+        ours = inspect.signature(getattr(dispatch, name)).parameters.values()
+        found = [(each.name, each.default) for each in ours if each.kind is not inspect.Parameter.KEYWORD_ONLY]
+        assert found == wanted, name
+        assert {each.name for each in ours if each.kind is inspect.Parameter.KEYWORD_ONLY} <= {"devices"}
