@@ -231,32 +231,57 @@ def test_what_stays_is_trained_beside_what_waits() -> None:
 # The order of copies is learned
 
 
-def copies_of(model: nn.Module) -> int:
-    """Return how many groups were copied in one call."""
-    count = 0
+def copies_of(model: nn.Module, *args: Any) -> tuple[int, int]:
+    """Return how many groups were copied in one call, and how many of them only when they were asked for."""
+    count, late = 0, 0
     stream = next(pair[0] for module in model.modules() if (pair := vars(module).get("_loadplan_group")) is not None)
-    copy_one = stream.ring.copy
+    copy_one, make_room = stream.ring.copy, stream._make_room
 
-    def counted(slot: int, store: Any) -> None:
+    def copied(slot: int, store: Any) -> None:
         nonlocal count
         count += 1
         copy_one(slot, store)
 
-    stream.ring.copy = counted
+    def made(group: Any) -> None:
+        nonlocal late
+        late += 1
+        make_room(group)
+
+    stream.ring.copy, stream._make_room = copied, made
     with torch.no_grad():
-        model(rows())
-    stream.ring.copy = copy_one
-    return count
+        model(rows(), *args)
+    stream.ring.copy, stream._make_room = copy_one, make_room
+    return count, late
 
 
-def test_modules_in_another_order_are_copied_once_a_call() -> None:
+def test_modules_in_another_order_are_copied_once_a_call_and_ahead() -> None:
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(7)))
     ordered = [model[index] for index in (4, 0, 6, 2, 5, 1, 3)]
     model.forward = lambda x: nn.Sequential(*ordered)(x)  # type: ignore[method-assign, assignment]
     dispatch.cpu_offload(model, 0, devices=PLAYED)
-    counts = [copies_of(model) for _ in range(5)]
-    assert counts[0] > 7
-    assert counts[3:] == [7, 7]
+    found = [copies_of(model) for _ in range(5)]
+    assert found[0][1] > 0
+    assert found[3:] == [(7, 0), (7, 0)]
+
+
+class Routed(nn.Module):
+    """Calls one of its experts, another one each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: torch.Tensor, choice: int) -> torch.Tensor:
+        out: torch.Tensor = self.after(self.experts[choice](self.before(x)))
+        return out
+
+
+def test_what_follows_nothing_in_particular_is_not_copied_ahead() -> None:
+    model = dispatch.cpu_offload(Routed(), 0, devices=PLAYED)
+    found = [copies_of(model, call % 4) for call in range(16)]
+    # The expert comes when it is asked for; what is before and after it comes ahead, and nothing in vain.
+    assert found[-4:] == [(3, 1)] * 4
 
 
 # What is refused
