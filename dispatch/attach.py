@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dispatch import hooks, own_device, page_cache, peers, place
+from dispatch.built import as_module
 from dispatch.checkpoint import Checkpoint
 from dispatch.conventions import Conventions
 from dispatch.expert_cache import CacheStatistics, ExpertCache
@@ -24,6 +25,7 @@ from dispatch.mover import Boundary, Moved, is_trained, mover
 from dispatch.offload_folder import OFFLOAD_FILE, Waiting, write
 from dispatch.progress import loading_bar
 from dispatch.readahead import ReadAhead, room_bytes
+from dispatch.refusals import allow, refuse
 from dispatch.session import Dispatch, Session
 from dispatch.slots import SlotRing
 from dispatch.stores import Store
@@ -33,7 +35,7 @@ from dispatch.waiting import waiting_on_disk
 from dispatch.weights import Weights
 from dispatch.whole_state import WholeState
 from planner import execution as implementations
-from planner.errors import InputError, PlanMismatchError
+from planner.errors import InputError
 from planner.graph import WeightGroup, full_name
 from planner.loading import READERS, read_bytes, resident_ties
 from planner.memory import slot_kind, waiting_slices, with_groups
@@ -43,15 +45,6 @@ from planner.steps import layer_runs
 _ATTRIBUTE = "_loadplan_dispatch"
 # On a module whose weights are streamed: (their stream, their group).
 GROUP_ATTRIBUTE = "_loadplan_group"
-# What would meet weights that are elsewhere, and is refused while they are.
-_REFUSED = {
-    "_apply": "moving or converting it",
-    "load_state_dict": "load_state_dict",
-    "state_dict": "state_dict",
-    "__deepcopy__": "copying it",
-    "__reduce_ex__": "pickling it",
-}
-_COPYING = ("__deepcopy__", "__reduce_ex__")
 
 
 def apply(
@@ -81,7 +74,7 @@ def apply(
         InputError: a device or file is missing or damaged. PlanMismatchError: the plan is for another model.
     """
     check_carried_out(plan)
-    module, checkpoint = _as_module(model, plan, checkpoint)
+    module, checkpoint = as_module(model, plan, checkpoint)
     check_plain(module)
     check_matches(module, plan)
     targets = find_targets(plan, devices or {})
@@ -422,16 +415,13 @@ class Dispatched:
                 self._attach(group.name, before=_acquirer(stream, group, module), after=_releaser(stream, group))
             stream.prefetch()
         self.waits = bool(arguments or self.groups or self.experts or self.mapped)
-        for name, what in _REFUSED.items() if self.waits else ():
-            setattr(self.model, name, _refusal(what))
-        if self.waits and not self.experts:
-            self.whole.attach()
-        for module in self.hooked:
-            # A copy of a part would call what it was copied from.
-            vars(module).update({name: _refusal(_REFUSED[name]) for name in _COPYING})
         if self.ahead is not None:
             for path in self.ahead.groups:
                 self._attach(path, before=_reacher(self.ahead, path), after=partial(self.ahead.leave, path))
+        if self.waits:
+            refuse(self.model, self.hooked)
+            if not self.experts:
+                self.whole.attach()
 
     @property
     def whole(self) -> WholeState:
@@ -496,10 +486,8 @@ class Dispatched:
         own_device.untell(self.told)
         for module in self.hooked:
             hooks.detach(module)
-            for name in (GROUP_ATTRIBUTE, *_COPYING):
-                vars(module).pop(name, None)
-        for name in _REFUSED:
-            vars(self.model).pop(name, None)
+            vars(module).pop(GROUP_ATTRIBUTE, None)
+        allow(self.model, self.hooked)
         for group, parameters in groups:
             group.restore(parameters)
         for module, source, whole in experts:
@@ -530,15 +518,6 @@ class Dispatched:
                     target._buffers[other_leaf] = module._buffers[leaf]
 
 
-def _refusal(what: str) -> Any:
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise InputError(
-            f"{what} is not carried yet for a model whose weights are streamed: call dispatch.remove first"
-        )
-
-    return refuse
-
-
 def _acquirer(stream: GroupStream, group: StreamedGroup, module: torch.nn.Module) -> hooks.Before:
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         stream.acquire(group, kept=torch.is_grad_enabled() and is_trained((args, kwargs), module))
@@ -557,26 +536,6 @@ def _reacher(ahead: ReadAhead, name: str) -> hooks.Before:
 
 def _releaser(stream: GroupStream, group: StreamedGroup) -> hooks.After:
     return lambda: stream.release(group)
-
-
-def _as_module(model: Any, plan: Plan, checkpoint: str | Path | None) -> tuple[torch.nn.Module, str | Path | None]:
-    """Return the model to dispatch, built on meta from a name, folder or config, and where its weights are."""
-    if isinstance(model, torch.nn.Module):
-        return model, checkpoint
-    # The planner knows how a name becomes a model; it is only needed where a name was given.
-    from planner.given import build_on_meta, describe
-
-    source = describe(model)
-    if plan.model.config_digest and source.config_digest != plan.model.config_digest and source.source != "config":
-        raise PlanMismatchError(f"the plan is for {plan.model.id}, and {source.id} has another config; plan again")
-    built = build_on_meta(source, plan.model.weight_dtype).eval()
-    if checkpoint is None:
-        checkpoint = source.folder
-    if checkpoint is not None and (Path(checkpoint) / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        built.generation_config = GenerationConfig.from_pretrained(checkpoint)
-    return built, checkpoint
 
 
 def _offload(model: torch.nn.Module, plan: Plan, folder: str | Path | None) -> Waiting | None:
