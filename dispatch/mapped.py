@@ -50,6 +50,7 @@ def dispatched(
     attach.check_plain(model)
     if next(place.named_tensors(model), None) is not None:
         plan = plan_of(model, device_map, main_device=main_device, buffers_wait=buffers_wait, whole=whole or ())
+        _check_kinds(model, plan)
         targets = real_devices(plan, devices)
         weights = _weights(model, plan, given, filling, offload_dir, offload_index)
         skipped = (skip_keys,) if isinstance(skip_keys, str) else tuple(skip_keys or ())
@@ -62,6 +63,18 @@ def dispatched(
     if told:
         setattr(model, MAP_ATTRIBUTE, dict(device_map))
     return model
+
+
+def _check_kinds(model: torch.nn.Module, plan: Plan) -> None:
+    """Raise InputError where a parameter that waits is of a kind of its own: copied, it would be a plain one."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for _, name, _ in waiting_tensors(plan):
+        found = parameters.get(name)
+        if found is not None and type(found) is not torch.nn.Parameter and found.device.type in ("cpu", "cuda", "meta"):
+            raise InputError(
+                f"{name} is a {type(found).__name__}, as quantised weights are, and only plain ones wait elsewhere: "
+                "let its module stay on the device that runs it"
+            )
 
 
 def _weights(
