@@ -29,6 +29,7 @@ class SlotRing:
     def __init__(self, device: torch.device, count: int, slot_bytes: int, *, staging: bool):
         self.device = device
         self._asynchronous = device.type == "cuda"
+        self._slot_bytes = slot_bytes
         self.slabs = [new_slab(slot_bytes, device) for _ in range(count)]
         self._staging: Staging | None = None
         self._through: torch.Tensor | None = None
@@ -51,6 +52,20 @@ class SlotRing:
 
     def __len__(self) -> int:
         return len(self.slabs)
+
+    def add(self) -> int:
+        """Take memory for one slot more, and return it."""
+        slab = new_slab(self._slot_bytes, self.device)
+        if self._asynchronous:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            slab.record_stream(self._stream)
+        self.slabs.append(slab)
+        if self._staging is not None:
+            self._lanes.append(Lane(self.device))
+        self._readings.append(None)
+        self._copied.append(None)
+        self._released.append(None)
+        return len(self.slabs) - 1
 
     def copy(self, slot: int, store: Store) -> None:
         """Begin to copy a store's weights into a slot, after whatever used the slot last."""

@@ -103,7 +103,8 @@ def needed_slots(
     single: devices that make do with one slot for whole groups.
     """
     largest: dict[tuple[str, Literal["groups", "experts"]], int] = {}
-    longest = max((entry.tokens * graph.batch_size for entry in graph.passes), default=0)
+    # A graph that was not traced has no passes, and no experts by themselves.
+    longest = max((entry.tokens * graph.batch_size for entry in graph.passes), default=1)
     for placement, group in with_groups(graph, placements):
         until = placement.cpu_up_to_tokens
         if waiting_slices(placement, group) and through_slot(
