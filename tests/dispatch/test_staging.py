@@ -89,7 +89,7 @@ class BehindRing(SlotRing):
 def behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dispatch.slots.reads_behind", lambda device: True)
     monkeypatch.setattr("dispatch.slots.Lane", LateLane)
-    monkeypatch.setattr("dispatch.attach.SlotRing", BehindRing)
+    monkeypatch.setattr("dispatch.preparation.SlotRing", BehindRing)
 
 
 def applied(case: Case, plan: Plan) -> Any:
