@@ -78,11 +78,11 @@ def test_ctrl_c_at_any_moment_leaves_the_model_usable(make_case: Any) -> None:
     model = applied(case, "gpu from disk")
     want = case.logits(case.reference)
     interrupted = 0
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
         for number in range(25):
-            signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.00015 * number)
-            signal.signal(signal.SIGALRM, signal.default_int_handler)
             try:
+                signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.00015 * number)
                 while True:
                     case.logits(model)
             except KeyboardInterrupt:

@@ -228,8 +228,8 @@ def test_ctrl_c_at_any_moment(make_case: Any) -> None:
     try:
         for number in range(40):
             signal.signal(signal.SIGALRM, signal.default_int_handler)
-            signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.00015 * number)
             try:
+                signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.00015 * number)
                 while True:
                     case.logits(model)
             except KeyboardInterrupt:
