@@ -314,9 +314,9 @@ def taken_from(drawn: Drawn) -> type[Weights]:
     """Return what takes the place of the weights of a checkpoint in `dispatch.apply`."""
 
     class Random(Weights):
-        def __init__(self, model: Any, checkpoint: None, *, offloaded: bool):
+        def __init__(self, model: Any, checkpoint: None, **options: Any):
             self.model, self.checkpoint, self.offloaded, self.on_meta = model, None, False, True
-            self.sources, self.computed = {}, recomputed_buffers(model)
+            self.given, self.sources, self.computed = {}, {}, recomputed_buffers(model)
             self.loaded, self._buffers = (lambda nbytes: None), Buffers(0, 0)
 
         def reading(self, *args: Any) -> Any:
