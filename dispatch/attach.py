@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,31 +13,45 @@ import torch
 
 from dispatch import hooks, own_device, page_cache, peers, place
 from dispatch.checkpoint import Checkpoint
+from dispatch.conventions import Conventions
 from dispatch.expert_cache import CacheStatistics, ExpertCache
 from dispatch.experts import MappedExperts, StreamedExperts
+from dispatch.learned_order import LearnedStream
 from dispatch.limits import Limits, OnExceed
 from dispatch.match import check_matches
 from dispatch.measure import NAMES_ATTRIBUTE, plan_names
-from dispatch.mover import Moved, mover
+from dispatch.mover import Boundary, Moved, is_trained, mover
+from dispatch.offload_folder import OFFLOAD_FILE, Waiting, write
 from dispatch.progress import loading_bar
 from dispatch.readahead import ReadAhead, room_bytes
-from dispatch.session import Session
+from dispatch.session import Dispatch, Session
 from dispatch.slots import SlotRing
 from dispatch.stores import Store
 from dispatch.stream import GroupStream, StreamedGroup
 from dispatch.targets import check_carried_out, find_targets
-from dispatch.weights import OFFLOAD_FILE, Weights, write_offload
+from dispatch.waiting import waiting_on_disk
+from dispatch.weights import Weights
+from dispatch.whole_state import WholeState
 from planner import execution as implementations
 from planner.errors import InputError, PlanMismatchError
-from planner.graph import WeightGroup
+from planner.graph import WeightGroup, full_name
 from planner.loading import READERS, read_bytes, resident_ties
 from planner.memory import is_mapped, slot_kind, waiting_slices, with_groups
 from planner.plan import Placement, Plan
 from planner.steps import layer_runs
 
 _ATTRIBUTE = "_loadplan_dispatch"
+# On a module whose weights are streamed: (their stream, their group).
+GROUP_ATTRIBUTE = "_loadplan_group"
 # What would meet weights that are elsewhere, and is refused while they are.
-_REFUSED = ("_apply", "load_state_dict", "state_dict")
+_REFUSED = {
+    "_apply": "moving or converting it",
+    "load_state_dict": "load_state_dict",
+    "state_dict": "state_dict",
+    "__deepcopy__": "copying it",
+    "__reduce_ex__": "pickling it",
+}
+_COPYING = ("__deepcopy__", "__reduce_ex__")
 
 
 def apply(
@@ -67,15 +82,15 @@ def apply(
     """
     check_carried_out(plan)
     module, checkpoint = _as_module(model, plan, checkpoint)
-    if getattr(module, _ATTRIBUTE, None) is not None:
-        raise InputError("this model is dispatched already; call dispatch.remove(model) first")
+    check_plain(module)
     check_matches(module, plan)
     targets = find_targets(plan, devices or {})
     opened = Checkpoint.open(checkpoint) if checkpoint is not None else None
     offloaded = opened is None and not any(p.is_meta for p in module.parameters())
-    if offloaded:
-        opened = _offload(module, plan, offload_dir)
-    weights = Weights(module, opened, offloaded=offloaded)
+    waiting = _offload(module, plan, offload_dir) if offloaded else None
+    if waiting is not None:
+        opened = waiting.checkpoint
+    weights = Weights(module, opened, offloaded=offloaded, sources=None if waiting is None else waiting.sources)
     limits = Limits(plan, targets, on_exceed or "warn")
 
     def by_another(larger: Plan) -> Session:
@@ -90,19 +105,16 @@ def apply(
         following: Session = getattr(module, _ATTRIBUTE).session
         return following
 
-    state = _Dispatch(module, plan, targets, weights)
-    state.check()
-    with loading_bar(read_bytes(plan) if weights.on_meta else 0, shown=progress) as weights.loaded:
-        state.prepare()
-    state.attach()
-    if state.waits or on_exceed is not None:
-        session = Session(
-            limits, begin=state.begin_call, end=state.end_call, recover=state.recover, dispatch=by_another
-        )  # fmt: skip
-        state.serve(session)
-    setattr(module, _ATTRIBUTE, state)
-    setattr(module, NAMES_ATTRIBUTE, plan_names(plan, targets))
+    state = Dispatched(module, plan, targets, weights, Conventions.of(plan, targets))
+    nbytes = read_bytes(plan) if weights.on_meta else 0
+    state.start(limits, by_another, served=on_exceed is not None, nbytes=nbytes, progress=progress)
     return module
+
+
+def check_plain(model: torch.nn.Module) -> None:
+    """Raise InputError where a model is dispatched already."""
+    if is_dispatched(model):
+        raise InputError("this model is dispatched already; call dispatch.remove(model) first")
 
 
 def remove(model: torch.nn.Module) -> torch.nn.Module:
@@ -113,13 +125,25 @@ def remove(model: torch.nn.Module) -> torch.nn.Module:
     Raises:
         InputError: the model is not dispatched, or a file that its weights wait in is gone.
     """
-    state: _Dispatch | None = getattr(model, _ATTRIBUTE, None)
+    state: Dispatched | None = getattr(model, _ATTRIBUTE, None)
     if state is None:
         raise InputError("this model is not dispatched")
     state.detach()
     delattr(model, _ATTRIBUTE)
     delattr(model, NAMES_ATTRIBUTE)
     return model
+
+
+def is_dispatched(model: torch.nn.Module) -> bool:
+    return getattr(model, _ATTRIBUTE, None) is not None
+
+
+def forget(model: torch.nn.Module) -> None:
+    """Let a model that has no hooks go on as a plain one."""
+    state: Dispatched = getattr(model, _ATTRIBUTE)
+    if not state.waits:
+        delattr(model, _ATTRIBUTE)
+        delattr(model, NAMES_ATTRIBUTE)
 
 
 def _let_go(model: torch.nn.Module) -> None:
@@ -135,7 +159,7 @@ def cache_statistics(model: torch.nn.Module) -> tuple[CacheStatistics, ...]:
     Raises:
         InputError: the model is not dispatched.
     """
-    state: _Dispatch | None = getattr(model, _ATTRIBUTE, None)
+    state: Dispatched | None = getattr(model, _ATTRIBUTE, None)
     if state is None:
         raise InputError("this model is not dispatched")
     return tuple(
@@ -146,13 +170,21 @@ def cache_statistics(model: torch.nn.Module) -> tuple[CacheStatistics, ...]:
     )
 
 
-class _Dispatch:
-    """What `apply` did to one model. `prepare` reads and allocates and leaves the model alone; `attach` changes it."""
+class Dispatched:
+    """What was done to one model. `prepare` reads and allocates and leaves the model alone; `attach` changes it."""
 
-    def __init__(self, model: torch.nn.Module, plan: Plan, targets: dict[str, torch.device], weights: Weights):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        plan: Plan,
+        targets: dict[str, torch.device],
+        weights: Weights,
+        conventions: Conventions,
+    ):
         self.model, self.plan, self.targets, self.weights = model, plan, targets, weights
+        self.conventions = conventions
         self.placed = [
-            (p, g, [f"{p.layer}.{t.name}" for t in g.tensors]) for p, g in with_groups(plan.graph, plan.placements)
+            (p, g, [full_name(p.layer, t.name) for t in g.tensors]) for p, g in with_groups(plan.graph, plan.placements)
         ]
         self.rankings = plan.graph.rankings()
         self.reads_files = any(self._waits_on_disk(p) and waiting_slices(p, g) for p, g, _ in self.placed)
@@ -171,7 +203,38 @@ class _Dispatch:
         self.streams: list[GroupStream] = []
         self.told: list[tuple[torch.nn.Module, type]] = []
         self.session: Session | None = None
+        self.alone = threading.RLock()
         self.waits = False
+
+    def start(
+        self,
+        limits: Limits | None = None,
+        by_another: Dispatch | None = None,
+        *,
+        served: bool = False,
+        nbytes: int = 0,
+        progress: bool | None = None,
+    ) -> None:
+        """Load, and make the model run so. All that can be refused is refused before the model is changed.
+
+        by_another: dispatches by a larger plan, where the limits ask for it.
+        served: calls are held to the limits even where nothing waits. nbytes: that are read, for the bar.
+        """
+        self.check()
+        with loading_bar(nbytes, shown=progress) as self.weights.loaded:
+            self.prepare()
+        self.attach()
+        if self.waits or served:
+            session = Session(
+                limits, begin=self.begin_call, end=self.end_call, recover=self.recover, dispatch=by_another,
+                lock=self.alone,
+            )  # fmt: skip
+            self.serve(session)
+        if self.conventions.returns:
+            hooks.attach_around(self.model, Boundary(self.conventions.skip_keys))
+            self.hooked.append(self.model)
+        setattr(self.model, _ATTRIBUTE, self)
+        setattr(self.model, NAMES_ATTRIBUTE, plan_names(self.plan, self.targets))
 
     def check(self) -> None:
         """Refuse what cannot be done."""
@@ -232,7 +295,7 @@ class _Dispatch:
         for run in layer_runs(self.plan.graph, self.plan.placements):
             for part in run.parts:
                 layer, group = part.placement.layer, part.placement.group
-                path = f"{layer}.{group}" if f"{layer}.{group}" in modules else layer
+                path = full_name(layer, group) if full_name(layer, group) in modules else layer
                 names = [n for n in named[layer, group] if n in mapped and self.weights.in_pages(n)]
                 if names and not isinstance(modules[path], torch.nn.Embedding):
                     found.setdefault(path, []).extend(self.resident[name] for name in names)
@@ -301,18 +364,20 @@ class _Dispatch:
             # A parameter that is in place already stays the very same object.
             in_place = current is not None and not current.is_meta and current.device == tensor.device
             in_place = in_place and current is not None and current.data_ptr() == tensor.data_ptr()
-            shared = current if in_place and current is not None else place.as_parameter(tensor)
+            trained = current is not None and current.requires_grad and self.conventions.keeps_training
+            shared = current if in_place and current is not None else place.as_parameter(tensor, requires_grad=trained)
             self.tied[first, device] = shared
         module._parameters[leaf] = shared
 
     def _stream_group(self, placement: Placement, names: list[str], device: torch.device) -> StreamedGroup:
         owners = {name: place.owner(self.model, name) for name in names}
-        buffers = [name for name, (module, leaf) in owners.items() if leaf in module._buffers]
+        waits = self.conventions.buffers_wait
+        buffers = [name for name, (module, leaf) in owners.items() if leaf in module._buffers and not waits]
         for name in buffers:
             self.resident[name] = self.weights.load(name, device)
             del owners[name]
         store = self._store(placement, list(owners), device)
-        return StreamedGroup(f"{placement.layer}.{placement.group}", owners, store, layer=placement.layer)
+        return StreamedGroup(full_name(placement.layer, placement.group), owners, store, layer=placement.layer)
 
     def _stream_experts(self, placement: Placement, group: WeightGroup, names: list[str], device: torch.device) -> None:
         path = f"{placement.layer}.{placement.group}"
@@ -351,22 +416,35 @@ class _Dispatch:
         return placement.run_on == self.plan.hardware.host(placement.run_on)
 
     def _hook(self, streamed: dict[str, list[StreamedGroup]]) -> None:
-        several = len({self.targets[name] for name in self.plan.run_on()}) > 1
-        if several:
-            for layer, name in zip(self.plan.graph.layers, self.plan.run_on(), strict=True):
-                self._attach(layer.name, before=mover(self.targets[name], self.moved))
+        arguments = self.conventions.arguments
+        for path, target in arguments.items():
+            self._attach(path, before=mover(target, self.moved, self.conventions.skip_keys))
+        # Without a trace nobody knows in which order modules are called.
+        kind = GroupStream if self.plan.graph.passes else LearnedStream
         for device, groups in streamed.items():
-            stream = GroupStream(self.rings[device, "groups"], groups)
+            stream = kind(self.rings[device, "groups"], groups)
             self.streams.append(stream)
             for group in groups:
-                self._attach(group.name, before=_acquirer(stream, group), after=_releaser(stream, group))
+                module = self.model.get_submodule(group.name)
+                setattr(module, GROUP_ATTRIBUTE, (stream, group))
+                self._attach(group.name, before=_acquirer(stream, group, module), after=_releaser(stream, group))
             stream.prefetch()
-        self.waits = bool(several or self.groups or self.experts or self.mapped)
-        for name in _REFUSED if self.waits else ():
-            setattr(self.model, name, _refusal(name))
+        self.waits = bool(arguments or self.groups or self.experts or self.mapped)
+        for name, what in _REFUSED.items() if self.waits else ():
+            setattr(self.model, name, _refusal(what))
+        if self.waits and not self.experts:
+            self.whole.attach()
+        for module in self.hooked:
+            # A copy of a part would call what it was copied from.
+            vars(module).update({name: _refusal(_REFUSED[name]) for name in _COPYING})
         if self.ahead is not None:
             for path in self.ahead.groups:
                 self._attach(path, before=_reacher(self.ahead, path), after=partial(self.ahead.leave, path))
+
+    @property
+    def whole(self) -> WholeState:
+        """The model's state, wherever it waits."""
+        return WholeState(self.model, self.streams, self.plan.graph.ties, self.mapped, self.alone)
 
     def serve(self, session: Session) -> None:
         """Let calls of the model pass through a session."""
@@ -426,6 +504,8 @@ class _Dispatch:
         own_device.untell(self.told)
         for module in self.hooked:
             hooks.detach(module)
+            for name in (GROUP_ATTRIBUTE, *_COPYING):
+                vars(module).pop(name, None)
         for name in _REFUSED:
             vars(self.model).pop(name, None)
         for group, parameters in groups:
@@ -458,9 +538,7 @@ class _Dispatch:
                     target._buffers[other_leaf] = module._buffers[leaf]
 
 
-def _refusal(name: str) -> Any:
-    what = {"_apply": "moving or converting it"}.get(name, name)
-
+def _refusal(what: str) -> Any:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise InputError(
             f"{what} is not carried yet for a model whose weights are streamed: call dispatch.remove first"
@@ -469,9 +547,9 @@ def _refusal(name: str) -> Any:
     return refuse
 
 
-def _acquirer(stream: GroupStream, group: StreamedGroup) -> hooks.Before:
+def _acquirer(stream: GroupStream, group: StreamedGroup, module: torch.nn.Module) -> hooks.Before:
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        stream.acquire(group)
+        stream.acquire(group, kept=torch.is_grad_enabled() and is_trained((args, kwargs), module))
         return args, kwargs
 
     return before
@@ -509,13 +587,7 @@ def _as_module(model: Any, plan: Plan, checkpoint: str | Path | None) -> tuple[t
     return built, checkpoint
 
 
-def _offload(model: torch.nn.Module, plan: Plan, folder: str | Path | None) -> Checkpoint | None:
+def _offload(model: torch.nn.Module, plan: Plan, folder: str | Path | None) -> Waiting | None:
     """Write the disk homes of a loaded model to `folder`, when one is given."""
-    names = [
-        f"{placement.layer}.{tensor.name}"
-        for placement, group in with_groups(plan.graph, plan.placements)
-        if placement.home == plan.hardware.disk(placement.run_on) and waiting_slices(placement, group)
-        for tensor in group.tensors
-        if tensor.persistent
-    ]
-    return write_offload(model, names, folder) if folder is not None and names else None
+    names = waiting_on_disk(plan)
+    return write(model, names, folder) if folder is not None and names else None

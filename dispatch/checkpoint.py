@@ -10,6 +10,7 @@ import os
 import platform
 import threading
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +73,23 @@ class Checkpoint:
         stored = combine(where, index, (file.header() for file in files.values()))
         entries = {name: _entry(tensor) for name, tensor in stored.items()}
         return cls(where, files, entries)
+
+    @classmethod
+    def of(cls, path: Path, entries: Mapping[str, TensorEntry]) -> Checkpoint:
+        """Return tensors of which it is known already where they are; `path` is what messages call them.
+
+        Raises:
+            InputError: a file cannot be opened, or is too short for what it is to hold.
+        """
+        files = {file: _OpenFile(file) for file in dict.fromkeys(entry.file for entry in entries.values())}
+        for entry in entries.values():
+            end = entry.offset_bytes + entry.nbytes
+            if end > files[entry.file].size_bytes:
+                raise InputError(
+                    f"{entry.file} is truncated: {files[entry.file].size_bytes:,} bytes are there, and {entry.name} "
+                    f"ends at {end:,}; write it anew"
+                )
+        return cls(path, files, dict(entries))
 
     def names(self) -> tuple[str, ...]:
         """Return every tensor's name, in order of file and of place in it."""

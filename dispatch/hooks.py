@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch.fx import GraphModule
 
 Before = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 After = Callable[[], None]
@@ -23,6 +24,8 @@ class Around(Protocol):
 
 # On what `attach` puts in a module's place for its forward: the forward that was there.
 _WRAPPED = "_loadplan_wrapped"
+# On what stands for the forward of a module's class.
+_IS_CLASSES = "_loadplan_classes"
 
 
 def attach(module: torch.nn.Module, *, before: Before | None = None, after: After | None = None) -> None:
@@ -30,7 +33,7 @@ def attach(module: torch.nn.Module, *, before: Before | None = None, after: Afte
 
     torch.compile leaves `before` and `after` as they are, and compiles the forward between them.
     """
-    forward = module.forward
+    forward = _forward(module)
     before = None if before is None else torch.compiler.disable(before)
     after = None if after is None else torch.compiler.disable(after)
 
@@ -49,13 +52,29 @@ def attach(module: torch.nn.Module, *, before: Before | None = None, after: Afte
 
 def attach_around(module: torch.nn.Module, around: Around) -> None:
     """Wrap a module's forward, and leave it to `around` to call it."""
-    forward = module.forward
+    forward = _forward(module)
 
     @functools.wraps(forward)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return around.run(module, forward, args, kwargs)
 
     _wrap(module, forward, wrapped)
+
+
+def _forward(module: torch.nn.Module) -> Callable[..., Any]:
+    """Return the forward that is to be wrapped. A GraphModule's class gets another whenever its graph is compiled anew,
+    so that is looked up in each call.
+    """
+    forward: Callable[..., Any] = module.forward
+    if not isinstance(module, GraphModule) or "forward" in vars(module):
+        return forward
+
+    @functools.wraps(forward)
+    def latest(*args: Any, **kwargs: Any) -> Any:
+        return type(module).forward(module, *args, **kwargs)
+
+    setattr(latest, _IS_CLASSES, True)
+    return latest
 
 
 def _wrap(module: torch.nn.Module, forward: Any, wrapped: Any) -> None:
@@ -67,7 +86,7 @@ def _wrap(module: torch.nn.Module, forward: Any, wrapped: Any) -> None:
 def detach(module: torch.nn.Module) -> None:
     """Take off everything that `attach` put on this module."""
     while (inner := getattr(vars(module).get("forward"), _WRAPPED, None)) is not None:
-        if getattr(inner, "__func__", None) is type(module).forward:
+        if getattr(inner, "__func__", None) is type(module).forward or getattr(inner, _IS_CLASSES, False):
             del module.forward
         else:
             module.forward = inner

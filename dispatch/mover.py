@@ -1,61 +1,152 @@
-"""Brings what a layer is handed to the device where it runs."""
+"""Brings what a module is handed to the device where it runs, and what a model returns to its caller's."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 from dispatch import hooks, peers
+from planner.errors import InputError
 
 # What was moved in this call, by the original's identity and the device: a weak reference to it, and its copy.
 Moved = dict[int, tuple[Any, Any]]
 
 
-def mover(device: torch.device, moved: Moved) -> hooks.Before:
+def mover(device: torch.device, moved: Moved, skip_keys: Collection[str] = ()) -> hooks.Before:
     """Return a hook that brings a layer's arguments to its device; what several layers take is moved once a call, and
     the copy lives no longer than what it was made of.
+
+    skip_keys: of keyword arguments, and of dicts in them, that stay where they are.
     """
 
-    def bring(value: Any) -> Any:
-        if isinstance(value, (tuple, list, dict)):
-            return _each(value, bring)
-        if not isinstance(value, torch.Tensor):
-            return value
+    def bring(value: torch.Tensor) -> torch.Tensor:
         if value.device == device:
             return value
         key = hash((id(value), device))
         known = moved.get(key)
         if known is None or known[0]() is not value:
             known = moved[key] = (weakref.ref(value, lambda _: moved.pop(key, None)), peers.bring(value, device))
-        return known[1]
-
-    def is_away(values: Iterable[Any]) -> bool:
-        for value in values:
-            if isinstance(value, torch.Tensor):
-                if value.device != device:
-                    return True
-            elif isinstance(value, (tuple, list)):
-                if is_away(value):
-                    return True
-            elif isinstance(value, dict) and is_away(value.values()):
-                return True
-        return False
+        found: torch.Tensor = known[1]
+        return found
 
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # Most layers are handed what is there: looking takes less time than making the arguments anew.
-        if not is_away(args) and not is_away(kwargs.values()):
+        if not _is_away(args, device) and not _is_away(kwargs.values(), device):
             return args, kwargs
-        return tuple(bring(value) for value in args), {key: bring(value) for key, value in kwargs.items()}
+        return changed(args, bring), changed(kwargs, bring, skip_keys)
 
     return before
 
 
-def _each(value: Any, change: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: change(item) for key, item in value.items()}
-    if hasattr(value, "_fields"):
-        return type(value)(*(change(item) for item in value))
-    return type(value)(change(item) for item in value)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Boundary:
+    """Brings what a model returns to the device of the first tensor that it was handed, and says why it could not run
+    where weights were used that were elsewhere.
+    """
+
+    skip_keys: Collection[str] = ()
+
+    def run(
+        self, module: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Return what the forward returns."""
+        device = first_device((args, kwargs))
+        try:
+            out = forward(*args, **kwargs)
+        except (RuntimeError, NotImplementedError) as exc:
+            if "meta" not in str(exc):
+                raise
+            raise InputError(
+                "weights that wait elsewhere were used without calling the module that has them: name the class that "
+                f"uses them in preload_module_classes. What was raised: {exc}"
+            ) from exc
+        return out if device is None else changed(out, lambda one: peers.bring(one, device), self.skip_keys)
+
+
+def changed(value: Any, change: Callable[[torch.Tensor], torch.Tensor], skip_keys: Collection[str] = ()) -> Any:
+    """Return a value with each tensor in it changed: in tuples, lists, mappings and dataclasses, of their own kinds.
+
+    What holds no tensor that changes is returned as it is, and nothing is changed in place.
+    """
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, PackedSequence):
+        # Its sizes stay on the host, and its other parts go together.
+        data = change(value.data)
+        return value if data is value.data else value.to(data.device)  # type: ignore[arg-type]  # torch annotates dtypes alone
+    if isinstance(value, (tuple, list)):
+        items = [changed(item, change, skip_keys) for item in value]
+        if all(new is old for new, old in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    parts = _parts(value)
+    if parts is None:
+        return value
+    kept = skip_keys if isinstance(value, Mapping) else ()
+    new = {key: item if key in kept else changed(item, change, skip_keys) for key, item in parts.items()}
+    new = {key: item for key, item in new.items() if item is not parts[key]}
+    return _with(value, new) if new else value
+
+
+def is_trained(value: Any, module: torch.nn.Module) -> bool:
+    """Tell whether a tensor in a value, or a parameter of a module, takes gradients: autograd then keeps weights."""
+    return any(parameter.requires_grad for parameter in module.parameters()) or _takes_gradients(value)
+
+
+def _takes_gradients(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.requires_grad
+    items = value if isinstance(value, (tuple, list)) else (_parts(value) or {}).values()
+    return any(_takes_gradients(item) for item in items)
+
+
+def first_device(value: Any) -> torch.device | None:
+    """Return the device of the first tensor in a value, or None."""
+    if isinstance(value, torch.Tensor):
+        return value.device
+    items = value if isinstance(value, (tuple, list)) else (_parts(value) or {}).values()
+    return next((found for item in items if (found := first_device(item)) is not None), None)
+
+
+def _is_away(values: Iterable[Any], device: torch.device) -> bool:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            if value.device != device:
+                return True
+        elif isinstance(value, (tuple, list)):
+            if _is_away(value, device):
+                return True
+        elif value is not None and (parts := _parts(value)) is not None and _is_away(parts.values(), device):
+            return True
+    return False
+
+
+def _parts(value: Any) -> Mapping[Any, Any] | None:
+    """Return what is in a mapping or a dataclass, by key or field."""
+    if isinstance(value, Mapping):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value) if hasattr(value, entry.name)
+        }
+    return None
+
+
+def _with(value: Any, new: dict[Any, Any]) -> Any:
+    """Return a copy of a mapping or a dataclass that has other values."""
+    if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
+        return type(value)({**value, **new})  # type: ignore[call-arg]  # as mappings are made
+    made = copy.copy(value)
+    for key, item in new.items():
+        if isinstance(made, MutableMapping):
+            made[key] = item
+        else:
+            # A frozen dataclass too: the copy is nobody else's yet.
+            object.__setattr__(made, key, item)
+    return made

@@ -31,18 +31,27 @@ def get(module: torch.nn.Module, leaf: str) -> torch.Tensor:
 
 
 def put(module: torch.nn.Module, leaf: str, tensor: torch.Tensor) -> None:
-    """Make `tensor` the parameter or buffer called `leaf`, whichever it is."""
+    """Make `tensor` the parameter or buffer called `leaf`, whichever it is; a parameter takes gradients as before."""
     if leaf in module._parameters:
-        module._parameters[leaf] = as_parameter(tensor)
-    else:
-        module._buffers[leaf] = tensor
+        current = module._parameters[leaf]
+        tensor = as_parameter(tensor, requires_grad=current is not None and current.requires_grad)
+    set_tensor(module, leaf, tensor)
 
 
-def as_parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
-    """Return `tensor` as a parameter that takes no gradient; a parameter is returned as it is."""
+def as_parameter(tensor: torch.Tensor, *, requires_grad: bool = False) -> torch.nn.Parameter:
+    """Return `tensor` as a parameter; a parameter is returned as it is."""
     if isinstance(tensor, torch.nn.Parameter):
         return tensor
-    return torch.nn.Parameter(tensor, requires_grad=False)
+    return torch.nn.Parameter(tensor, requires_grad=requires_grad)
+
+
+def set_tensor(module: torch.nn.Module, leaf: str, tensor: torch.Tensor) -> None:
+    """Make `tensor` the parameter or buffer called `leaf`, as the very object that it is."""
+    if leaf not in module._parameters:
+        module._buffers[leaf] = tensor
+        return
+    assert isinstance(tensor, torch.nn.Parameter)
+    module._parameters[leaf] = tensor
 
 
 def check_away(owners: Mapping[str, tuple[torch.nn.Module, str]], away: Mapping[str, torch.Tensor]) -> None:
@@ -52,7 +61,7 @@ def check_away(owners: Mapping[str, tuple[torch.nn.Module, str]], away: Mapping[
         InputError: it would be passed over without a word.
     """
     for name, (module, leaf) in owners.items():
-        if module._parameters[leaf] is not away[name]:
+        if (module._parameters if leaf in module._parameters else module._buffers)[leaf] is not away[name]:
             raise InputError(
                 f"{name} was replaced after dispatch.apply, and its weights are streamed from elsewhere: call "
                 "dispatch.remove, replace it, and apply the plan again"

@@ -22,24 +22,27 @@ Dispatch = Callable[[Plan], "Session"]
 class Session:
     """Slots, and the parameters that are views of them, serve one call at a time; other threads wait.
 
+    limits: None where nothing was planned for.
+    lock: held by the thread that calls, and by whoever wants no calls meanwhile.
     begin, end: what else is done before and after a call. recover: mends what an interrupted call left behind.
     dispatch: puts the model under a larger plan; the session then hands over all calls, also of threads that wait.
     """
 
     def __init__(
         self,
-        limits: Limits,
+        limits: Limits | None,
         *,
         begin: Callable[[], None],
         end: Callable[[], None],
         recover: Callable[[], None],
-        dispatch: Dispatch,
+        dispatch: Dispatch | None,
+        lock: threading.RLock,
     ):
         self.limits = limits
         # Not where a plan has taken over.
         self._around: tuple[Callable[[], None], Callable[[], None], Callable[[], None]] | None = (recover, begin, end)
         self._dispatch = dispatch
-        self._lock = threading.RLock()
+        self._lock = lock
         self._next: Session | None = None
 
     def serve(self, module: torch.nn.Module) -> None:
@@ -54,10 +57,11 @@ class Session:
         # A lock of the interpreter's own: it is given back wherever an interrupt comes.
         with self._lock:
             call = call_of(args, kwargs)
-            if self._next is None and self.limits.begin(call):
+            if self._next is None and self.limits is not None and self.limits.begin(call):
                 # What holds memory under the old plan is let go before the new one takes any.
                 larger = larger_plan(self.limits.plan, module, call)
                 self._around = None
+                assert self._dispatch is not None
                 self._next = self._dispatch(larger)
             if self._next is not None:
                 return self._next.run(module, forward, args, kwargs)
@@ -70,6 +74,8 @@ class Session:
             try:
                 return forward(*args, **kwargs)
             except torch.OutOfMemoryError as exc:
+                if self.limits is None:
+                    raise
                 raise self.limits.explained(exc) from exc
             finally:
                 end()

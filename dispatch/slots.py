@@ -21,9 +21,10 @@ class SlotRing:
     def __init__(self, device: torch.device, count: int, slot_bytes: int, *, staging: bool):
         self.device = device
         self._asynchronous = device.type == "cuda"
+        self._slot_bytes = slot_bytes
         self.slabs = [new_slab(slot_bytes, device) for _ in range(count)]
-        through_host = staging and device.type != "cpu"
-        self._staging = [host_slab(slot_bytes, device) if through_host else None for _ in range(count)]
+        self._through_host = staging and device.type != "cpu"
+        self._staging = [host_slab(slot_bytes, device) if self._through_host else None for _ in range(count)]
         self._stream: Any = None
         if self._asynchronous:
             self._stream = torch.cuda.Stream(device)
@@ -36,6 +37,18 @@ class SlotRing:
 
     def __len__(self) -> int:
         return len(self.slabs)
+
+    def add(self) -> int:
+        """Take memory for one slot more, and return it."""
+        slab = new_slab(self._slot_bytes, self.device)
+        if self._asynchronous:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            slab.record_stream(self._stream)
+        self.slabs.append(slab)
+        self._staging.append(host_slab(self._slot_bytes, self.device) if self._through_host else None)
+        self._copied.append(None)
+        self._released.append(None)
+        return len(self.slabs) - 1
 
     def copy(self, slot: int, store: Store) -> None:
         """Begin to copy a store's weights into a slot, after whatever used the slot last."""

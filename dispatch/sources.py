@@ -130,8 +130,10 @@ class TensorSource:
                 yield piece.entry, (e - begin) * row_bytes, (e - begin + 1) * row_bytes, tuple(rest)
 
 
-def resolve_sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, TensorSource]:
+def resolve_sources(model: nn.Module, checkpoint: Checkpoint, *, partial: bool = False) -> dict[str, TensorSource]:
     """Return the source of every parameter and persistent buffer of `model`, under each of its names.
+
+    partial: of those that the checkpoint holds; it may lack others.
 
     The model may be on meta. Tied names (one Parameter object) share one source: that of whichever name the
     checkpoint holds. Where it holds several, their bytes are read and compared. No other data is read.
@@ -161,12 +163,12 @@ def resolve_sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tenso
             f"{_some(refused)} would be made by {blocked[refused[0]]}, which is not carried yet; "
             "save the model anew with save_pretrained(..., save_original_format=False)"
         )
-    if missing:
+    if missing and not partial:
         raise InputError(
             f"{checkpoint.path} lacks {len(missing)} of the {len(targets)} tensors: {_some(missing)}; "
             "is it of this model, and complete?"
         )
-    return {name: sources[name] for name in targets}
+    return {name: sources[name] for name in targets if name in sources}
 
 
 def _source(name: str, target: torch.Tensor, claim: Claim, checkpoint: Checkpoint) -> TensorSource:

@@ -73,6 +73,11 @@ class Store(Protocol):
     def to_host(self) -> dict[str, torch.Tensor]:
         """Return the weights as tensors in host memory that outlive the store."""
 
+    def where_they_wait(self) -> dict[str, torch.Tensor]:
+        """Return the weights as tensors over the memory or the mapped files that they wait in, each with a storage of
+        its own; in new memory only where no file holds them as they are.
+        """
+
 
 def new_slab(nbytes: int, device: torch.device) -> torch.Tensor:
     """Return an uninitialised slab of `nbytes` on `device`."""
@@ -116,6 +121,12 @@ class _PinnedPages(mmap.mmap):
             torch.cuda.cudart().cudaHostUnregister(self.registered)
 
 
+def _apart(view: torch.Tensor) -> torch.Tensor:
+    """Return a tensor over the same memory that does not share its storage with the rest of a slab."""
+    flat = view.reshape(-1).view(torch.uint8)
+    return torch.from_numpy(flat.numpy()).view(view.dtype).view(view.shape) if view.numel() else view
+
+
 class HostStore:
     """Weights in one slab of host memory, pinned or not."""
 
@@ -128,6 +139,9 @@ class HostStore:
     def views(self) -> dict[str, torch.Tensor]:
         """Return the weights as views of the slab, for the CPU to compute with."""
         return self.layout.views(self.slab)
+
+    def where_they_wait(self) -> dict[str, torch.Tensor]:
+        return {name: _apart(view) for name, view in self.views().items()}
 
     def announce(self) -> None:
         pass
@@ -174,3 +188,15 @@ class DiskStore:
         slab = new_slab(self.layout.nbytes, torch.device("cpu"))
         self.fill(slab)
         return self.layout.views(slab)
+
+    def where_they_wait(self) -> dict[str, torch.Tensor]:
+        assert self.expert is None
+        found = {}
+        for source, piece in zip(self.sources, self.layout.pieces, strict=True):
+            entry = source.whole_entry()
+            if entry is not None and entry.dtype == piece.dtype:
+                found[piece.name] = self.checkpoint.map(entry)
+            else:
+                found[piece.name] = torch.empty(piece.shape, dtype=piece.dtype)
+                source.fill(self.checkpoint, found[piece.name])
+        return found

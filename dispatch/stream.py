@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -29,8 +29,20 @@ class StreamedGroup:
         layer: str | None = None,
     ):
         self.name, self.store, self.layer, self._owners = name, store, layer, owners
-        self._away = {name: place.as_parameter(place.get(*owner).to("meta")) for name, owner in owners.items()}
-        self._present: dict[int, dict[str, torch.nn.Parameter]] = {}
+        # Whether each was to be trained, which no streamed one is; None of buffers.
+        self._trained = {
+            name: found.requires_grad if (found := module._parameters.get(leaf)) is not None else None
+            for name, (module, leaf) in owners.items()
+        }
+        self._away = self._made({name: place.get(*owner).to("meta") for name, owner in owners.items()})
+        self._present: dict[int, dict[str, torch.Tensor]] = {}
+        # cuDNN's layers move their parameters to other memory when they run: what is in the slot is given anew.
+        self._moves = any(isinstance(module, torch.nn.RNNBase) for module, _ in owners.values())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The full names of what is streamed."""
+        return tuple(self._owners)
 
     def check(self) -> None:
         """Raise InputError if a parameter was replaced since the group left."""
@@ -38,26 +50,43 @@ class StreamedGroup:
 
     def arrive(self, slot: int, slab: torch.Tensor) -> None:
         """Make the parameters views of a slot. The views are made once a slot, then kept."""
-        if slot not in self._present:
-            views = self.store.layout.views(slab).items()
-            self._present[slot] = {name: place.as_parameter(view) for name, view in views}
+        if slot not in self._present or self._moves:
+            self._present[slot] = self._made(self.store.layout.views(slab))
         self._set(self._present[slot])
+
+    def arrive_to_stay(self, slab: torch.Tensor) -> None:
+        """Make the parameters views of memory of their own, a copy of a slot, which lives while autograd keeps it."""
+        self._set(self._made(self.store.layout.views(slab[: self.store.layout.nbytes].clone())))
+
+    def bring(self, device: torch.device) -> None:
+        """Make the parameters weights on a device, in memory of their own; on the CPU in that which they wait in."""
+        found = {name: tensor.to(device) for name, tensor in self.store.where_they_wait().items()}
+        self._set(self._made(found, trained=True))
 
     def leave(self) -> None:
         """Put the parameters back on meta."""
         self._set(self._away)
 
-    def load(self) -> dict[str, torch.nn.Parameter]:
-        """Return the weights as parameters of their own in host memory."""
-        return {name: place.as_parameter(tensor) for name, tensor in self.store.to_host().items()}
+    def load(self) -> dict[str, torch.Tensor]:
+        """Return the weights as parameters of their own in host memory, to be trained if they were."""
+        return self._made(self.store.to_host(), trained=True)
 
-    def restore(self, loaded: dict[str, torch.nn.Parameter]) -> None:
+    def restore(self, loaded: dict[str, torch.Tensor]) -> None:
         """Give the modules what `load` returned."""
         self._set(loaded)
 
-    def _set(self, parameters: dict[str, torch.nn.Parameter]) -> None:
+    def _made(self, tensors: Mapping[str, torch.Tensor], *, trained: bool = False) -> dict[str, torch.Tensor]:
+        """Return parameters of tensors, and buffers as they are."""
+        return {
+            name: tensor
+            if self._trained[name] is None
+            else place.as_parameter(tensor, requires_grad=trained and bool(self._trained[name]))
+            for name, tensor in tensors.items()
+        }
+
+    def _set(self, tensors: dict[str, torch.Tensor]) -> None:
         for name, (module, leaf) in self._owners.items():
-            module._parameters[leaf] = parameters[name]
+            place.set_tensor(module, leaf, tensors[name])
 
 
 class GroupStream:
@@ -89,8 +118,10 @@ class GroupStream:
             index = self._next
             self._pending.append((index, self._copy(index)))
 
-    def acquire(self, group: StreamedGroup) -> None:
+    def acquire(self, group: StreamedGroup, *, kept: bool = False) -> None:
         """Bring a group's weights to the device for the module that is about to run.
+
+        kept: for longer than it runs: a backward pass is to come.
 
         Raises:
             InputError: it runs inside modules that hold all slots, or somebody replaced one of its parameters.
@@ -107,7 +138,11 @@ class GroupStream:
             slot = self._copy(index)
         self._held[index], self._last = slot, group.layer
         self.prefetch()
-        group.arrive(slot, self.ring.use(slot))
+        slab = self.ring.use(slot)
+        if kept:
+            group.arrive_to_stay(slab)
+        else:
+            group.arrive(slot, slab)
 
     def release(self, group: StreamedGroup) -> None:
         """Free the slot of a group whose module has run, and go on prefetching into it."""
@@ -132,6 +167,18 @@ class GroupStream:
         self._free, self._last = deque(range(len(self.ring))), None
         self._reached = len(self.groups) - 1
         self._next = self._after(self._reached)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a module is running with its weights in a slot."""
+        return bool(self._held)
+
+    def drop(self) -> None:
+        """Let go of what was copied ahead: it may have changed where it waits."""
+        if self._pending:
+            self._next = self._pending[0][0]
+        while self._pending:
+            self._free.append(self._pending.popleft()[1])
 
     def _is_here(self, index: int) -> bool:
         return index in self._held or any(index == pending for pending, _ in self._pending)

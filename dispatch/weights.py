@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from dispatch import place
 from dispatch.buffers import Buffers
 from dispatch.checkpoint import Checkpoint
-from dispatch.sources import Piece, TensorSource, resolve_sources
+from dispatch.sources import TensorSource, resolve_sources
 from dispatch.stores import DiskStore, HostStore, Layout, Store, host_slab, new_slab
 from planner.errors import InputError, TraceError
 
@@ -23,17 +22,27 @@ class Weights:
     """The tensors of one model. Nothing of the model is changed here.
 
     loaded: is told of bytes as they are read, in bytes as they are stored.
-    offloaded: the checkpoint was written by `write_offload` and holds only what waits on disk, under its own names.
+    offloaded: the checkpoint holds what waits on disk of a loaded model, as it is there (`dispatch.offload_folder`).
+    sources: where tensors come from, if that is known already. given: tensors that take the place of the model's.
     """
 
-    def __init__(self, model: torch.nn.Module, checkpoint: Checkpoint | None, *, offloaded: bool = False):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        checkpoint: Checkpoint | None,
+        *,
+        offloaded: bool = False,
+        sources: dict[str, TensorSource] | None = None,
+        given: Mapping[str, torch.Tensor] | None = None,
+    ):
         self.model, self.checkpoint, self.offloaded = model, checkpoint, offloaded
+        self.given = given or {}
         self.on_meta = any(parameter.is_meta for parameter in model.parameters())
-        if self.on_meta and checkpoint is None:
+        if self.on_meta and checkpoint is None and not self.given:
             raise InputError("the model is on meta: give the checkpoint that its weights are to come from")
         self.sources: dict[str, TensorSource] = {}
-        if checkpoint is not None and offloaded:
-            self.sources = {name: _whole(checkpoint, name) for name in checkpoint.names()}
+        if sources is not None:
+            self.sources = sources
         elif checkpoint is not None:
             self.sources = resolve_sources(model, checkpoint)
         self.computed = recomputed_buffers(model)
@@ -49,7 +58,7 @@ class Weights:
         needs = (
             self.sources[name].buffer_bytes(device, sliced=sliced)
             for name, device, sliced in reads
-            if name not in self.computed and place.get(*place.owner(self.model, name)).is_meta
+            if name not in self.computed and self._held(name) is None
         )
         self._buffers = Buffers(readers, max(needs, default=0))
         try:
@@ -59,14 +68,34 @@ class Weights:
 
     def load(self, name: str, device: torch.device = _CPU) -> torch.Tensor:
         """Return a tensor on `device`: the model's own where it is there, else copied, or read from the checkpoint."""
+        held = self._held(name)
         current = place.get(*place.owner(self.model, name))
-        if not current.is_meta:
-            return current.to(device)
+        if held is not None:
+            return held.to(device, current.dtype)
         if name in self.computed:
             return self.computed[name].to(device)
         tensor = torch.empty(current.shape, dtype=current.dtype, device=device)
         self._fill(name, tensor, None)
         return tensor
+
+    def check_complete(self) -> None:
+        """Raise InputError where a tensor has no values: it is on meta, and nothing that was given holds it."""
+        names = [name for name, _ in place.named_tensors(self.model)]
+        empty = [n for n in names if n not in self.sources and n not in self.computed and self._held(n) is None]
+        if empty:
+            raise InputError(
+                f"{empty[0]} and {len(empty) - 1:,} more tensors have no values: they are on meta, and no checkpoint, "
+                "state_dict or offload folder that was given holds them"
+            )
+
+    def stored_bytes(self, names: Iterable[str]) -> int:
+        """Return what is read to load the named tensors, in bytes as they are stored."""
+        return sum(
+            piece.entry.nbytes
+            for name in names
+            if name in self.sources and self._held(name) is None
+            for piece in self.sources[name].pieces
+        )
 
     def file_order(self, name: str) -> tuple[str, int]:
         """Return a key by which tensors come in the order in which they are stored; what no file holds comes first."""
@@ -77,8 +106,8 @@ class Weights:
 
     def same_on_disk(self, name: str) -> bool:
         """Tell whether the checkpoint holds the very bytes that the loaded model has."""
-        current = place.get(*place.owner(self.model, name))
-        return self.sources[name].same(self._checkpoint(), current)
+        held = self._held(name)
+        return held is None or self.sources[name].same(self._checkpoint(), held)
 
     def check_mappable(self, name: str) -> None:
         """Raise InputError unless `map` can give this tensor."""
@@ -134,9 +163,9 @@ class Weights:
         return Layout.of([(name, tuple(t.shape if expert is None else t.shape[1:]), t.dtype) for name, t in tensors])
 
     def _fill(self, name: str, view: torch.Tensor, expert: int | None) -> None:
-        current = place.get(*place.owner(self.model, name))
-        if not current.is_meta:
-            view.copy_(current if expert is None else current[expert])
+        held = self._held(name)
+        if held is not None:
+            view.copy_(held if expert is None else held[expert])
         elif name in self.computed:
             view.copy_(self.computed[name])
         else:
@@ -145,17 +174,20 @@ class Weights:
                     self.sources[name].fill(self._checkpoint(), view, buffer)
                 else:
                     self.sources[name].fill_slice(self._checkpoint(), expert, view, buffer)
-            stored = sum(piece.entry.nbytes for piece in self.sources[name].pieces)
-            self.loaded(stored if expert is None else stored // current.shape[0])
+            source = self.sources[name]
+            stored = sum(piece.entry.nbytes for piece in source.pieces)
+            self.loaded(stored if expert is None else stored // source.shape[0])
+
+    def _held(self, name: str) -> torch.Tensor | None:
+        """Return a tensor that is in memory already, or None."""
+        if name in self.given:
+            return self.given[name].detach()
+        current = place.get(*place.owner(self.model, name))
+        return None if current.is_meta else current
 
     def _checkpoint(self) -> Checkpoint:
         assert self.checkpoint is not None
         return self.checkpoint
-
-
-def _whole(checkpoint: Checkpoint, name: str) -> TensorSource:
-    entry = checkpoint[name]
-    return TensorSource(name=name, shape=entry.shape, dtype=entry.dtype, pieces=(Piece(entry=entry, index=()),))
 
 
 def recomputed_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -205,27 +237,3 @@ def _poisoned(like: torch.Tensor) -> torch.Tensor:
         if like.dtype != torch.bool
         else (torch.zeros(like.shape, dtype=torch.bool))
     )
-
-
-OFFLOAD_FILE = "loadplan-offload.safetensors"
-
-
-def write_offload(model: torch.nn.Module, names: list[str], folder: str | Path) -> Checkpoint:
-    """Write the named tensors of a loaded model to `folder` as one safetensors file, and open it.
-
-    Raises:
-        InputError: the folder cannot be written, or holds such a file already.
-    """
-    from safetensors.torch import save_file
-
-    target = Path(folder) / OFFLOAD_FILE
-    if target.exists():
-        raise InputError(f"{target} exists: give another offload_dir, or remove it")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {name: place.get(*place.owner(model, name)).contiguous() for name in names}
-        save_file(tensors, target.with_suffix(".partial"))
-        target.with_suffix(".partial").replace(target)
-    except OSError as exc:
-        raise InputError(f"cannot write {target}: {exc.strerror or exc}") from exc
-    return Checkpoint.open(target)

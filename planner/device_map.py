@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from planner.errors import InputError
-from planner.graph import LayerGraph, WeightGroup
+from planner.graph import LayerGraph, WeightGroup, full_name
 from planner.hardware import Hardware, listed
 from planner.plan import Placement
 from planner.units import format_bytes
@@ -143,7 +143,7 @@ def placed(graph: LayerGraph, hardware: Hardware, mapped: DeviceMap) -> tuple[tu
         names = tensors.get(index, [])
         run_on = _run_on(layer.name, [places[name] for name in names], hardware, mapped)
         for group in graph.kind_of(index).groups:
-            own = [places[f"{layer.name}.{tensor.name}" if layer.name else tensor.name] for tensor in group.tensors]
+            own = [places[full_name(layer.name, tensor.name)] for tensor in group.tensors]
             home = _farthest([*own, run_on], hardware, run_on)
             split += len(set(own)) > 1
             if home != run_on and not group.streamable and hardware.device(run_on).kind != "cpu":

@@ -27,6 +27,11 @@ SLAB_ALIGNMENT_BYTES = 256
 _ROUNDING = 1e-6
 
 
+def full_name(layer: str, name: str) -> str:
+    """Return a name in a layer as the model has it; the layer "" is the model itself, the name "" the layer."""
+    return f"{layer}.{name}" if layer and name else layer or name
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
     """What a checkpoint's files hold of one tensor, as their headers say.
@@ -323,7 +328,7 @@ class LayerGraph:
         for index, layer in enumerate(self.layers):
             for group in self.kinds[layer.kind].groups:
                 for tensor in group.tensors:
-                    yield index, group, f"{layer.name}.{tensor.name}" if layer.name else tensor.name, tensor
+                    yield index, group, full_name(layer.name, tensor.name), tensor
 
     def tied_to_earlier(self) -> dict[str, str]:
         """Return {full name: the name of the tensor met first} for every tied tensor but the first of its set."""

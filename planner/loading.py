@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from planner.graph import SLAB_ALIGNMENT_BYTES, LayerGraph, Tensor, WeightGroup
+from planner.graph import SLAB_ALIGNMENT_BYTES, LayerGraph, Tensor, WeightGroup, full_name
 from planner.memory import (
     ALLOCATOR_BYTES,
     Usage,
@@ -97,7 +97,7 @@ def read_bytes(plan: Plan) -> int:
     for placement, group in with_groups(plan.graph, plan.placements):
         waiting = waiting_slices(placement, group) if placement.memory == "disk" else 0
         for tensor in group.tensors:
-            if tensor.persistent and f"{placement.layer}.{tensor.name}" not in tied:
+            if tensor.persistent and full_name(placement.layer, tensor.name) not in tied:
                 total += tensor.stored_bytes * (group.slices - waiting) // group.slices
     return total + sum(tensor.stored_bytes for tensor in plan.graph.loose if tensor.persistent)
 
@@ -141,7 +141,7 @@ def resident_ties(graph: LayerGraph, placements: tuple[Placement, ...]) -> dict[
     loaded once.
     """
     stays = {
-        f"{placement.layer}.{tensor.name}": placement.run_on
+        full_name(placement.layer, tensor.name): placement.run_on
         for placement, group in with_groups(graph, placements)
         if waiting_slices(placement, group) == 0
         for tensor in group.tensors

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import dispatch
 import planner
@@ -424,14 +427,18 @@ def test_what_would_meet_weights_that_are_elsewhere_is_refused(make_case: Any, t
     case = make_case("llama")
     plan = streamed(case.plan(gpus="1x24GB"), "cpu")
     model = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
-    for call in (
-        lambda: model.to(torch.bfloat16),
-        lambda: model.load_state_dict(case.reference.state_dict()),
-        lambda: model.state_dict(),
-        lambda: model.save_pretrained(tmp_path / "saved"),
-    ):
+    for call in (lambda: model.to(torch.bfloat16), lambda: copy.deepcopy(model), lambda: pickle.dumps(model)):
         with pytest.raises(InputError, match=r"dispatch\.remove"):
             call()
+    # The state of a dispatched model is that of the plain one: see test_whole_state.py.
+    state = case.reference.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    model.save_pretrained(tmp_path / "saved")
+    model.load_state_dict({name: tensor * 2 for name, tensor in state.items()})
+    assert all(torch.equal(tensor, state[name] * 2) for name, tensor in model.state_dict().items())
+    assert torch.equal(
+        case.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), case.logits(case.reference)
+    )
     plain = dispatch.remove(model)
     plain.load_state_dict(case.reference.state_dict())
     assert torch.equal(case.logits(plain.to("cpu")), case.logits(case.reference))

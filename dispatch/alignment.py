@@ -1,0 +1,99 @@
+"""Bringing a module's own weights to a device for a while, and a whole model to its device until it is sent back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from dispatch import hooks, place
+from dispatch.attach import GROUP_ATTRIBUTE
+from dispatch.mover import changed
+from dispatch.stream import GroupStream, StreamedGroup
+from dispatch.structure import Place, place_name
+from planner.execution import SOURCE_ATTRIBUTE
+
+_WHOLE_ATTRIBUTE = "_loadplan_whole"
+
+
+def has_offloaded_params(module: torch.nn.Module) -> bool:
+    """Tell whether a module's own weights are copied each time that it runs, and are on meta until then.
+
+    What the CPU computes with straight from mapped files is there at any time, and is not counted.
+    """
+    return GROUP_ATTRIBUTE in vars(module) or hasattr(module, SOURCE_ATTRIBUTE)
+
+
+@contextmanager
+def align_module_device(module: torch.nn.Module, execution_device: Place | None = None) -> Iterator[None]:
+    """Have a module's own weights on a device inside the block: those that wait are brought, others moved.
+
+    execution_device: None is where those that wait would run; others stay where they are.
+
+    Of weights that wait in host memory, a block on the CPU sees the very memory: what it changes there is kept. Other
+    changes of weights that wait are lost with the block; those of others are kept.
+    """
+    streamed: tuple[GroupStream, StreamedGroup] | None = vars(module).get(GROUP_ATTRIBUTE)
+    device = None if execution_device is None else torch.device(place_name(execution_device))
+    if streamed is not None:
+        stream, group = streamed
+        group.bring(stream.ring.device if device is None else device)
+        try:
+            yield
+        finally:
+            group.leave()
+            stream.drop()
+        return
+    moved = {
+        leaf: parameter
+        for leaf, parameter in module._parameters.items()
+        if parameter is not None and device is not None and parameter.device != device
+    }
+    try:
+        for leaf, parameter in moved.items():
+            there = parameter.detach().to(device)
+            module._parameters[leaf] = place.as_parameter(there, requires_grad=parameter.requires_grad)
+        yield
+    finally:
+        with torch.no_grad():
+            for leaf, parameter in moved.items():
+                now = module._parameters[leaf]
+                if now is not None and not now.is_meta and not parameter.is_meta:
+                    parameter.copy_(now)
+                module._parameters[leaf] = parameter
+
+
+class WholeOffload:
+    """A whole model that waits in host memory until it is called, and stays on its device until `offload`."""
+
+    def __init__(self, model: torch.nn.Module, device: torch.device, before: WholeOffload | None):
+        self.model, self.device, self._before = model, device, before
+        if (known := WholeOffload.of(model)) is not None:
+            known.remove()
+        self.offload()
+        hooks.attach(model, before=self._bring)
+        setattr(model, _WHOLE_ATTRIBUTE, self)
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> WholeOffload | None:
+        """Return what holds a model so, or None."""
+        found: WholeOffload | None = vars(model).get(_WHOLE_ATTRIBUTE)
+        return found
+
+    def offload(self) -> None:
+        """Send the model back to host memory."""
+        self.model.to("cpu")
+
+    def remove(self) -> None:
+        """Let the model go, where it is."""
+        hooks.detach(self.model)
+        vars(self.model).pop(_WHOLE_ATTRIBUTE, None)
+
+    def _bring(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._before is not None:
+            self._before.offload()
+        self.model.to(self.device)
+        device = self.device
+        return changed(args, lambda one: one.to(device)), changed(kwargs, lambda one: one.to(device))

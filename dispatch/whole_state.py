@@ -1,0 +1,101 @@
+"""The state of a dispatched model as a whole: read where it waits, tensor by tensor, and never gathered in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+
+from dispatch.stores import DiskStore
+from dispatch.stream import GroupStream
+from planner.errors import InputError
+
+_CPU = torch.device("cpu")
+
+
+class WholeState:
+    """`state_dict` and `load_state_dict` of a model whose groups pass through streams.
+
+    ties: sets of names of one tensor. mapped: names of what is used straight from mapped files.
+    alone: keeps calls out while it is held.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        streams: Iterable[GroupStream],
+        ties: Iterable[tuple[str, ...]],
+        mapped: Iterable[str],
+        alone: AbstractContextManager[Any],
+    ):
+        self.model, self._streams, self._ties, self._alone = model, tuple(streams), tuple(ties), alone
+        self._read_only = set(mapped)
+        for stream in self._streams:
+            for group in stream.groups:
+                if isinstance(group.store, DiskStore):
+                    self._read_only.update(group.names)
+
+    def attach(self) -> None:
+        """Let the model's own two functions be these, until they are taken off its instance."""
+        vars(self.model).update(state_dict=self.state_dict, load_state_dict=self.load_state_dict)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the plain model's would hold: what waits in host memory as views of that, and what waits on disk
+        as views of the mapped file, where a file holds it as it is. Tied names have one tensor.
+        """
+        with self._at_home():
+            # The class's own: this stands on the instance.
+            state = type(self.model).state_dict(self.model, *args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        for names in self._ties:
+            first, *others = [f"{prefix}{name}" for name in names if f"{prefix}{name}" in state]
+            state.update({other: state[first] for other in others if state[other].device == state[first].device})
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Copy values into the model where its weights wait, as the plain model's would.
+
+        Raises:
+            InputError: some of them wait in files, which are not written to, or `assign` is asked for.
+        """
+        if assign:
+            raise InputError("load_state_dict(assign=True) would take weights from where they wait; leave it out")
+        written = sorted(self._read_only & state_dict.keys())
+        if written:
+            raise InputError(
+                f"{written[0]} and {len(written) - 1:,} more of these tensors wait in files, which are not written to: "
+                "call dispatch.remove first, or dispatch the model from the checkpoint that has the new values"
+            )
+        # What is tied waits once for each of its names.
+        state = dict(state_dict)
+        for names in self._ties:
+            given = next((state[name] for name in names if name in state), None)
+            if given is not None:
+                state.update(dict.fromkeys(set(names) - state.keys(), given))
+        with self._at_home():
+            try:
+                return type(self.model).load_state_dict(self.model, state, strict=strict)
+            finally:
+                for stream in self._streams:
+                    stream.drop()
+
+    @contextmanager
+    def _at_home(self) -> Iterator[None]:
+        """Have every parameter where it waits."""
+        groups = [group for stream in self._streams for group in stream.groups]
+        with self._alone:
+            if any(stream.is_busy for stream in self._streams):
+                raise InputError(
+                    "the state of a dispatched model was asked for in the middle of a call; wait for its end"
+                )
+            brought = []
+            try:
+                for group in groups:
+                    brought.append(group)
+                    group.bring(_CPU)
+                yield
+            finally:
+                for group in brought:
+                    group.leave()
