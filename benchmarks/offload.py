@@ -2,6 +2,11 @@
 
     pip install accelerate && python benchmarks/offload.py --json [--cases llama-2gb,llama-8gb,mixtral] [--folder DIR]
 
+and with a GPU, of which models may hold a part (see offload_cuda.py), by plans that are made here or elsewhere:
+
+    python benchmarks/offload.py --make-plans PLANS --cap 24GB
+    python benchmarks/offload.py --device cuda --plan PLANS --json
+
 Each case is a checkpoint of random bfloat16 weights; one is on disk at a time, twice (Accelerate copies what waits on
 disk into files of its own, and its loading contains that). Both may keep the same share of the weights in memory.
 
@@ -27,7 +32,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -75,27 +80,53 @@ class Run:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--cases", help="names with commas between them; all if not said")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--cap", help="GPU memory that the plan may use, for --device cuda")
     parser.add_argument("--folder", type=Path, help="where checkpoints are written; the temporary folder if not said")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
+    cuda = parser.add_argument_group("with --device cuda, whose cases are llama-13b, qwen-32b and mixtral")
+    cuda.add_argument("--plan", type=Path, help="a plan, or the folder that --make-plans wrote; made now if not said")
+    cuda.add_argument("--make-plans", type=Path, help="write the plans to this folder, and run nothing: needs no GPU")
+    cuda.add_argument("--batches", default="1,8,64")
+    cuda.add_argument("--cap", help="GPU memory that plans may use; what leaves half of the weights out if not said")
+    cuda.add_argument("--gpus", default="1xh200", help="the GPU that plans are made for; or local")
+    cuda.add_argument("--ram", default="110GB", help="the host memory that plans are made for")
+    cuda.add_argument("--pretend", action="store_true", help=argparse.SUPPRESS)  # the CPU plays the GPU
     options = parser.parse_args()
-    if options.device == "cuda":
-        raise SystemExit("--device cuda is not measured by this script yet")
-    unknown = set(options.cases.split(",")) - set(CASES)
-    if unknown:
-        raise SystemExit(f"no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     rows = []
-    for case in options.cases.split(","):
-        with tempfile.TemporaryDirectory(dir=options.folder) as name:
-            for row in on_cpu(case, Path(name)):
-                rows.append(row)
-                print(table_line(row), file=sys.stderr if options.json else sys.stdout, flush=True)
-    if options.json:
+    for row in on_cuda(options) if options.device == "cuda" or options.make_plans else on_cpu(options):
+        rows.append(row)
+        print(table_line(row), file=sys.stderr if options.json else sys.stdout, flush=True)
+    if options.json and not options.make_plans:
         print(json.dumps({"benchmark": "offload", "rows": rows, "machine": describe()}, indent=1))
+
+
+def cases_of(options: argparse.Namespace, known: Iterable[str]) -> list[str]:
+    cases = options.cases.split(",") if options.cases else list(known)
+    if set(cases) - set(known):
+        raise SystemExit(f"no case {', '.join(sorted(set(cases) - set(known)))}; there are {', '.join(known)}")
+    return cases
+
+
+def on_cpu(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for case in cases_of(options, CASES):
+        with tempfile.TemporaryDirectory(dir=options.folder) as name:
+            yield from rows_of(case, Path(name))
+
+
+def on_cuda(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    import offload_cuda  # not where the CPU is measured
+
+    cases = cases_of(options, offload_cuda.CASES) if not options.pretend else options.cases.split(",")
+    if options.make_plans is not None:
+        offload_cuda.make_plans(options.make_plans, cases, options)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        if options.plan is None:
+            offload_cuda.make_plans(Path(name), cases, options)
+        yield from offload_cuda.rows(options.plan or Path(name), cases, options)
 
 
 def table_line(row: dict[str, Any]) -> str:
@@ -105,7 +136,7 @@ def table_line(row: dict[str, Any]) -> str:
 # The three engines
 
 
-def on_cpu(case: str, folder: Path) -> Iterator[dict[str, Any]]:
+def rows_of(case: str, folder: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of one case."""
     say(f"{case}: writing its checkpoint")
     config = CASES[case]()

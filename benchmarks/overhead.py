@@ -2,9 +2,9 @@
 
 python benchmarks/overhead.py [--json]
 
-On one device no module has a hook, so there is nothing to time: their number is the answer. Over several devices each
-layer has one, which looks where its arguments are. Its cost is that of calling a module which does nothing, handed what
-a decoder layer is handed, with the hook and without, in the thread's own processor time.
+On one device no module has a hook, so there is nothing to time: their number is the answer. Over several devices layers
+whose inputs may move have one, which looks where its arguments are. Its cost is that of calling a module which does
+nothing, handed what a decoder layer is handed, with the hook and without, in the thread's own processor time.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dispatch import hooks, own_device, page_cache, peers, place
+from dispatch.built import as_module
 from dispatch.checkpoint import Checkpoint
 from dispatch.conventions import Conventions
 from dispatch.expert_cache import CacheStatistics, ExpertCache
@@ -21,10 +22,11 @@ from dispatch.learned_order import LearnedStream
 from dispatch.limits import Limits, OnExceed
 from dispatch.match import check_matches
 from dispatch.measure import NAMES_ATTRIBUTE, plan_names
-from dispatch.mover import Boundary, Moved, is_trained, mover
+from dispatch.mover import Boundary, Moved, handed_over, is_away, is_trained, mover
 from dispatch.offload_folder import OFFLOAD_FILE, Waiting, write
 from dispatch.progress import loading_bar
 from dispatch.readahead import ReadAhead, room_bytes
+from dispatch.refusals import allow, refuse
 from dispatch.session import Dispatch, Session
 from dispatch.slots import SlotRing
 from dispatch.stores import Store
@@ -34,7 +36,7 @@ from dispatch.waiting import waiting_on_disk
 from dispatch.weights import Weights
 from dispatch.whole_state import WholeState
 from planner import execution as implementations
-from planner.errors import InputError, PlanMismatchError
+from planner.errors import InputError
 from planner.graph import WeightGroup, full_name
 from planner.loading import READERS, read_bytes, resident_ties
 from planner.memory import is_mapped, slot_kind, waiting_slices, with_groups
@@ -42,17 +44,10 @@ from planner.plan import Placement, Plan
 from planner.steps import layer_runs
 
 _ATTRIBUTE = "_loadplan_dispatch"
+# A group with its tensors' names, or one expert of it.
+_Part = tuple[Placement, WeightGroup, list[str], int | None]
 # On a module whose weights are streamed: (their stream, their group).
 GROUP_ATTRIBUTE = "_loadplan_group"
-# What would meet weights that are elsewhere, and is refused while they are.
-_REFUSED = {
-    "_apply": "moving or converting it",
-    "load_state_dict": "load_state_dict",
-    "state_dict": "state_dict",
-    "__deepcopy__": "copying it",
-    "__reduce_ex__": "pickling it",
-}
-_COPYING = ("__deepcopy__", "__reduce_ex__")
 
 
 def apply(
@@ -82,7 +77,7 @@ def apply(
         InputError: a device or file is missing or damaged. PlanMismatchError: the plan is for another model.
     """
     check_carried_out(plan)
-    module, checkpoint = _as_module(model, plan, checkpoint)
+    module, checkpoint = as_module(model, plan, checkpoint)
     check_plain(module)
     check_matches(module, plan)
     targets = find_targets(plan, devices or {})
@@ -106,7 +101,7 @@ def apply(
         following: Session = getattr(module, _ATTRIBUTE).session
         return following
 
-    state = Dispatched(module, plan, targets, weights, Conventions.of(plan, targets))
+    state = Dispatched(module, plan, targets, weights, Conventions())
     nbytes = read_bytes(plan) if weights.on_meta else 0
     state.start(limits, by_another, served=on_exceed is not None, nbytes=nbytes, progress=progress)
     return module
@@ -213,6 +208,7 @@ class Dispatched:
         self.hooked: list[torch.nn.Module] = []
         self.tied: dict[tuple[str, torch.device], torch.nn.Parameter] = {}
         self.moved: Moved = {}
+        self.moving: set[int] = set()
         self.before: dict[str, Any] = {}
         self.streams: list[GroupStream] = []
         self.told: list[tuple[torch.nn.Module, type]] = []
@@ -285,19 +281,20 @@ class Dispatched:
             if entry.holds == "experts":
                 self.caches[entry.device] = ExpertCache(ring)
         with self.weights.reading(READERS, self._reads()):
+            parts = sorted(self._parts(), key=lambda part: min(self.weights.file_order(n, part[3]) for n in part[2]))
             with ThreadPoolExecutor(READERS) as pool:
-                stored = sorted(self.placed, key=lambda entry: min(map(self.weights.file_order, entry[2])))
-                for loaded in pool.map(self._load_resident, stored):
-                    self.resident.update(loaded)
-            self.resident.update({name: self.resident[first] for name, first in self.shared.items()})
+                keys = [(placement.layer, placement.group, expert) for placement, _, _, expert in parts]
+                loaded = dict(zip(keys, pool.map(self._load, parts), strict=True))
             for placement, group, names in self.placed:
-                if waiting_slices(placement, group) == 0 or (group.slices == 1 and self._is_mapped(placement, group)):
+                if self._by_expert(placement, group):
+                    experts = {e: loaded[placement.layer, placement.group, e] for e in range(group.slices)}
+                    self._stream_experts(placement, group, names, experts)
                     continue
-                device = self.targets[placement.run_on]
-                if group.slices > 1:
-                    self._stream_experts(placement, group, names, device)
-                else:
-                    self.groups[placement.layer, placement.group] = self._stream_group(placement, names, device)
+                stays, store = loaded[placement.layer, placement.group, None]
+                self.resident.update(stays)
+                if store is not None:
+                    self._stream_group(placement, [name for name in names if name not in stays], store)
+            self.resident.update({name: self.resident[first] for name, first in self.shared.items()})
             device = self.targets[self.plan.run_on()[0]]
             for tensor in self.plan.graph.loose:
                 self.resident[tensor.name] = self.weights.load(tensor.name, device)
@@ -352,21 +349,35 @@ class Dispatched:
         devices = {layer: self.targets[name] for layer, name in zip(layers, self.plan.run_on(), strict=True)}
         self.told = own_device.tell(self.model, layers, devices)
 
-    def _load_resident(self, entry: tuple[Placement, WeightGroup, list[str]]) -> dict[str, torch.Tensor]:
-        """Return the tensors of a group that stay where they are put; none for a group that is streamed."""
-        placement, group, names = entry
+    def _parts(self) -> Iterator[_Part]:
+        """Yield what is loaded by one reader at a time: groups, and single experts of those of which some wait."""
+        for placement, group, names in self.placed:
+            experts = range(group.slices) if self._by_expert(placement, group) else (None,)
+            yield from ((placement, group, names, expert) for expert in experts)
+
+    def _load(self, part: _Part) -> tuple[dict[str, torch.Tensor], Store | None]:
+        """Return the tensors that stay where they are put, and where the others wait."""
+        placement, group, names, expert = part
         device = self.targets[placement.run_on]
+        if expert is not None:
+            ranked = self.rankings.get(placement.layer, tuple(range(group.slices)))
+            if expert in ranked[: placement.resident_slices or 0]:
+                return self.weights.slab(names, device, expert=expert), None
+            mapped = self._is_mapped(placement, group)
+            return {}, None if mapped else self._store(placement, names, device, expert)
         if waiting_slices(placement, group) == 0:
             names = sorted((name for name in names if name not in self.shared), key=self.weights.file_order)
             own = [place.get(*place.owner(self.model, name)) for name in names]
             if device.type == "cpu" or any(not tensor.is_meta and tensor.device == device for tensor in own):
-                return {name: self.weights.load(name, device) for name in names}
+                return {name: self.weights.load(name, device) for name in names}, None
             # One slab for a group: many small allocations would leave the allocator's segments half empty.
-            return self.weights.slab(names, device)
-        if group.slices == 1 and self._is_mapped(placement, group):
+            return self.weights.slab(names, device), None
+        if self._is_mapped(placement, group):
             self.mapped += names
-            return {name: self.weights.map(name) for name in names}
-        return {}
+            return {name: self.weights.map(name) for name in names}, None
+        buffers = [tensor.buffer and not self.conventions.buffers_wait for tensor in group.tensors]
+        stays = {name: self.weights.load(name, device) for name, buffer in zip(names, buffers, strict=True) if buffer}
+        return stays, self._store(placement, [name for name in names if name not in stays], device)
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         device = tensor.device
@@ -386,35 +397,29 @@ class Dispatched:
             self.tied[first, device] = shared
         module._parameters[leaf] = shared
 
-    def _stream_group(self, placement: Placement, names: list[str], device: torch.device) -> StreamedGroup:
+    def _stream_group(self, placement: Placement, names: list[str], store: Store) -> None:
         owners = {name: place.owner(self.model, name) for name in names}
-        waits = self.conventions.buffers_wait
-        buffers = [name for name, (module, leaf) in owners.items() if leaf in module._buffers and not waits]
-        for name in buffers:
-            self.resident[name] = self.weights.load(name, device)
-            del owners[name]
-        store = self._store(placement, list(owners), device)
-        return StreamedGroup(full_name(placement.layer, placement.group), owners, store, layer=placement.layer)
+        path = full_name(placement.layer, placement.group)
+        self.groups[placement.layer, placement.group] = StreamedGroup(path, owners, store, layer=placement.layer)
 
-    def _stream_experts(self, placement: Placement, group: WeightGroup, names: list[str], device: torch.device) -> None:
-        path = f"{placement.layer}.{placement.group}"
+    def _stream_experts(
+        self,
+        placement: Placement,
+        group: WeightGroup,
+        names: list[str],
+        experts: dict[int, tuple[dict[str, torch.Tensor], Store | None]],
+    ) -> None:
+        path = full_name(placement.layer, placement.group)
         module = self.model.get_submodule(path)
-        kept = placement.resident_slices or 0
         leaves = {name: name.removeprefix(f"{path}.") for name in names}
-        ranked = self.rankings.get(placement.layer, tuple(range(group.slices)))
-        resident = {
-            expert: {leaves[name]: view for name, view in self.weights.slab(names, device, expert=expert).items()}
-            for expert in sorted(ranked[:kept])
-        }
+        resident = {e: {leaves[n]: view for n, view in stays.items()} for e, (stays, _) in experts.items() if stays}
         owners = {leaf: (module, leaf) for leaf in leaves.values()}
         if self._is_mapped(placement, group):
             whole = {leaves[name]: self.weights.map(name) for name in names}
-            mapped = {expert: {leaf: tensor[expert] for leaf, tensor in whole.items()} for expert in ranked[kept:]}
+            mapped = {e: {leaf: tensor[e] for leaf, tensor in whole.items()} for e in experts if e not in resident}
             self.experts.append((module, MappedExperts(owners, resident, mapped, name=path)))
             return
-        waiting = {
-            expert: self._store(placement, names, device, expert).renamed(leaves) for expert in sorted(ranked[kept:])
-        }
+        waiting = {e: store.renamed(leaves) for e, (_, store) in experts.items() if store is not None}
         cache, limit = self.caches.get(placement.run_on), placement.cpu_up_to_tokens
         source = StreamedExperts(cache, owners, resident, waiting, cpu_up_to_tokens=limit)
         self.experts.append((module, source))
@@ -426,6 +431,10 @@ class Dispatched:
     def _waits_on_disk(self, placement: Placement) -> bool:
         return placement.home == self.plan.hardware.disk(placement.run_on)
 
+    @staticmethod
+    def _by_expert(placement: Placement, group: WeightGroup) -> bool:
+        return group.slices > 1 and waiting_slices(placement, group) > 0
+
     def _is_mapped(self, placement: Placement, group: WeightGroup) -> bool:
         return is_mapped(self.plan.hardware, group, placement.run_on, placement.memory)
 
@@ -436,8 +445,12 @@ class Dispatched:
         arguments = self.conventions.arguments
         for path, target in arguments.items():
             self._attach(path, before=mover(target, self.moved, self.conventions.skip_keys))
+        traced = bool(self.plan.graph.passes)
+        several = traced and len({self.targets[name] for name in self.plan.run_on()}) > 1
+        if several:
+            self._move(self._handed_over())
         # Without a trace nobody knows in which order modules are called.
-        kind = GroupStream if self.plan.graph.passes else LearnedStream
+        kind = GroupStream if traced else LearnedStream
         for device, groups in streamed.items():
             stream = kind(self.rings[device, "groups"], groups)
             self.streams.append(stream)
@@ -446,22 +459,34 @@ class Dispatched:
                 setattr(module, GROUP_ATTRIBUTE, (stream, group))
                 self._attach(group.name, before=_acquirer(stream, group, module), after=_releaser(stream, group))
             stream.prefetch()
-        self.waits = bool(arguments or self.groups or self.experts or self.mapped)
-        for name, what in _REFUSED.items() if self.waits else ():
-            setattr(self.model, name, _refusal(what))
-        if self.waits and not self.experts:
-            self.whole.attach()
-        for module in self.hooked:
-            # A copy of a part would call what it was copied from.
-            vars(module).update({name: _refusal(_REFUSED[name]) for name in _COPYING})
+        self.waits = bool(arguments or several or self.groups or self.experts or self.mapped)
         if self.ahead is not None:
             for path in self.ahead.groups:
                 self._attach(path, before=_reacher(self.ahead, path), after=partial(self.ahead.leave, path))
+        if self.waits:
+            refuse(self.model, self.hooked)
+            if not self.experts:
+                self.whole.attach()
 
     @property
     def whole(self) -> WholeState:
         """The model's state, wherever it waits."""
         return WholeState(self.model, self.streams, self.plan.graph.ties, self.mapped, self.alone)
+
+    def _handed_over(self) -> tuple[int, ...]:
+        """Return the layers whose inputs may be elsewhere, as long as the caller's own tensors are with the first."""
+        layers, config = self.plan.graph.layers, getattr(self.model, "config", None)
+        if getattr(config, "is_encoder_decoder", False):
+            return tuple(range(len(layers)))  # generate calls the encoder by itself
+        devices = [self.targets[name] for name in self.plan.run_on()]
+        return handed_over(self.plan.graph, devices, [self.model.get_submodule(e.name).forward for e in layers])
+
+    def _move(self, indices: Iterable[int]) -> None:
+        """Let so many more layers have their inputs brought to them."""
+        run_on = self.plan.run_on()
+        for index in sorted(set(indices) - self.moving):
+            self.moving.add(index)
+            self._attach(self.plan.graph.layers[index].name, before=mover(self.targets[run_on[index]], self.moved))
 
     def serve(self, session: Session) -> None:
         """Let calls of the model pass through a session."""
@@ -474,8 +499,11 @@ class Dispatched:
         hooks.attach(module, before=before, after=after)
         self.hooked.append(module)
 
-    def begin_call(self) -> None:
-        """Refuse a call where files that are read in it are not what they were."""
+    def begin_call(self, values: Iterable[Any]) -> None:
+        """Refuse a call where files that are read in it are not what they were; `values` are what it is given."""
+        layers, first = range(len(self.plan.graph.layers)), self.targets[self.plan.run_on()[0]]
+        if 0 < len(self.moving) < len(layers) and is_away(values, first):
+            self._move(layers)
         if self.reads_files and self.weights.checkpoint is not None:
             self.weights.checkpoint.check_unchanged()
         if self.ahead is not None:
@@ -519,12 +547,12 @@ class Dispatched:
         experts = [(module, source, source.load() if read else None) for module, source in self.experts]
         mapped = {name: place.get(*self.owners[name]).clone() for name in self.mapped if read}
         own_device.untell(self.told)
+        if self.session is not None:
+            self.session.leave(self.model)
         for module in self.hooked:
             hooks.detach(module)
-            for name in (GROUP_ATTRIBUTE, *_COPYING):
-                vars(module).pop(name, None)
-        for name in _REFUSED:
-            vars(self.model).pop(name, None)
+            vars(module).pop(GROUP_ATTRIBUTE, None)
+        allow(self.model, self.hooked)
         for group, parameters in groups:
             group.restore(parameters)
         for module, source, whole in experts:
@@ -555,15 +583,6 @@ class Dispatched:
                     target._buffers[other_leaf] = module._buffers[leaf]
 
 
-def _refusal(what: str) -> Any:
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise InputError(
-            f"{what} is not carried yet for a model whose weights are streamed: call dispatch.remove first"
-        )
-
-    return refuse
-
-
 def _acquirer(stream: GroupStream, group: StreamedGroup, module: torch.nn.Module) -> hooks.Before:
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         stream.acquire(group, kept=torch.is_grad_enabled() and is_trained((args, kwargs), module))
@@ -582,26 +601,6 @@ def _reacher(ahead: ReadAhead, name: str) -> hooks.Before:
 
 def _releaser(stream: GroupStream, group: StreamedGroup) -> hooks.After:
     return lambda: stream.release(group)
-
-
-def _as_module(model: Any, plan: Plan, checkpoint: str | Path | None) -> tuple[torch.nn.Module, str | Path | None]:
-    """Return the model to dispatch, built on meta from a name, folder or config, and where its weights are."""
-    if isinstance(model, torch.nn.Module):
-        return model, checkpoint
-    # The planner knows how a name becomes a model; it is only needed where a name was given.
-    from planner.given import build_on_meta, describe
-
-    source = describe(model)
-    if plan.model.config_digest and source.config_digest != plan.model.config_digest and source.source != "config":
-        raise PlanMismatchError(f"the plan is for {plan.model.id}, and {source.id} has another config; plan again")
-    built = build_on_meta(source, plan.model.weight_dtype).eval()
-    if checkpoint is None:
-        checkpoint = source.folder
-    if checkpoint is not None and (Path(checkpoint) / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        built.generation_config = GenerationConfig.from_pretrained(checkpoint)
-    return built, checkpoint
 
 
 def _offload(model: torch.nn.Module, plan: Plan, folder: str | Path | None) -> Waiting | None:

@@ -10,12 +10,13 @@ import os
 import platform
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from dispatch import direct, page_cache
 from planner.errors import InputError
 from planner.headers import AGAIN, DTYPES, StoredTensor, combine, locate, open_regular, os_errors, parse_header
 from planner.loading import COMPARE_BYTES
@@ -135,6 +136,21 @@ class Checkpoint:
             memory = destination.detach().reshape(-1).view(torch.uint8).numpy().data
             self._files[entry.file].read_into(memory, entry.offset_bytes + start)
 
+    def windows(self, entry: TensorEntry, start: int, stop: int, most_bytes: int) -> Iterator[tuple[int, int]]:
+        """Yield (start, stop) of parts of bytes [start, stop) of `entry`, in turn, each for one `read_window`."""
+        for begin, end in direct.windows(entry.offset_bytes + start, stop - start, most_bytes):
+            yield start + begin, start + end
+
+    def read_window(self, entry: TensorEntry, buffer: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Return bytes [start, stop) of `entry`, read to somewhere in `buffer`, uint8 in host memory.
+
+        What is not in the page cache is read past it, where the disk, the buffer's address and its length allow it.
+
+        Raises:
+            InputError: the file ends too soon, or cannot be read.
+        """
+        return self._files[entry.file].read_window(buffer, entry.offset_bytes + start, stop - start)
+
     def announce(self, entry: TensorEntry, *, start: int = 0, stop: int | None = None) -> None:
         """Say that bytes [start, stop) of `entry` will be read soon; the kernel begins to bring them, where it can."""
         if hasattr(os, "posix_fadvise"):
@@ -212,6 +228,7 @@ class _OpenFile:
         self._stat = os.fstat(self._descriptor)
         self.size_bytes = self._stat.st_size
         self._mapping: mmap.mmap | None = None
+        self._direct = direct.DirectFile(self._descriptor)
         self._lock = threading.Lock()
 
     def header(self) -> dict[str, StoredTensor]:
@@ -237,6 +254,20 @@ class _OpenFile:
                         f"{offset_bytes + len(memory):,} are needed; it shrank while it was in use; {AGAIN}"
                     )
                 done += count
+
+    def read_window(self, buffer: torch.Tensor, offset_bytes: int, nbytes: int) -> torch.Tensor:
+        if not self._in_page_cache(offset_bytes, nbytes):
+            found = self._direct.read(buffer, offset_bytes, nbytes)
+            if found is not None:
+                return found
+        self.read_into(buffer[:nbytes].numpy().data, offset_bytes)
+        return buffer[:nbytes]
+
+    def _in_page_cache(self, offset_bytes: int, nbytes: int) -> bool:
+        if not page_cache.SUPPORTED:
+            return False
+        start = torch.frombuffer(self.mapping(), dtype=torch.uint8, count=1).data_ptr()
+        return page_cache.present(start + offset_bytes, nbytes)
 
     def announce(self, offset_bytes: int, nbytes: int) -> None:
         for start in range(offset_bytes, offset_bytes + nbytes, _ANNOUNCED_BYTES):

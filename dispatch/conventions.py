@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from planner.plan import Plan
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conventions:
@@ -24,11 +22,3 @@ class Conventions:
     returns: bool = False
     buffers_wait: bool = False
     keeps_training: bool = False
-
-    @classmethod
-    def of(cls, plan: Plan, targets: Mapping[str, torch.device]) -> Conventions:
-        """Return those of a traced plan: where there are several devices, layers have their arguments brought."""
-        run_on = plan.run_on()
-        if len({targets[name] for name in run_on}) < 2:
-            return cls()
-        return cls(arguments={layer.name: targets[name] for layer, name in zip(plan.graph.layers, run_on, strict=True)})

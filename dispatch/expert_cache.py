@@ -85,6 +85,8 @@ class ExpertCache:
     def _bring(self) -> None:
         while self._queue:
             key, store = self._queue[0]
+            if key in self._kept and self.ring.has_failed(self._kept[key]):
+                self._free.append(self._kept.pop(key))
             if key in self._kept:
                 self.hits += 1
             else:
@@ -104,7 +106,7 @@ class ExpertCache:
     def _announce(self, key: tuple[Hashable, int], store: Store) -> None:
         """Tell the disk what is read soon."""
         if key not in self._kept:
-            store.announce()
+            self.ring.announce(store)
 
     def _give_up(self, layer: Hashable) -> bool:
         """Free a slot for `layer`, none being used; False if this call wants what is left and others come first."""

@@ -67,15 +67,18 @@ class Limits:
             )
         return False
 
-    def explained(self, error: torch.OutOfMemoryError) -> torch.OutOfMemoryError:
-        """Return an error of the same kind that says what was predicted where memory ran out."""
+    def explained(self, error: torch.OutOfMemoryError, *, between_calls: bool = False) -> torch.OutOfMemoryError:
+        """Return an error of the same kind that says what was predicted where memory ran out.
+
+        between_calls: not in a call of forward, but in what `generate` does around it.
+        """
         names = self._short_of(str(error))
         said = [f"{' or '.join(names)} ran out of memory"]
         size = self._planned
         if self._call is not None and self._call.rows:
             call = self._call
             size = Size(rows=call.rows, tokens=call.new_tokens, context_tokens=call.context_tokens)
-            said[0] += f" in a call of {_words(size)}"
+            said[0] += f" {'in generate, after' if between_calls else 'in'} a call of {_words(size)}"
         is_larger = not self._planned.holds(size)
         grown = grown_bytes(self.plan, size)
         said += [self._figures(name, grown[name] if is_larger else None) for name in names]

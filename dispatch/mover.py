@@ -1,11 +1,14 @@
-"""Brings what a module is handed to the device where it runs, and what a model returns to its caller's."""
+"""Brings what a module is handed to the device where it runs, tells which layers that is needed for, and brings what a
+model returns to its caller's device.
+"""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from dispatch import hooks, peers
 from planner.errors import InputError
+from planner.graph import LayerGraph
 
 # What was moved in this call, by the original's identity and the device: a weak reference to it, and its copy.
 Moved = dict[int, tuple[Any, Any]]
@@ -37,7 +41,7 @@ def mover(device: torch.device, moved: Moved, skip_keys: Collection[str] = ()) -
 
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # Most layers are handed what is there: looking takes less time than making the arguments anew.
-        if not _is_away(args, device) and not _is_away(kwargs.values(), device):
+        if not is_away(args, device) and not is_away(kwargs.values(), device):
             return args, kwargs
         return changed(args, bring), changed(kwargs, bring, skip_keys)
 
@@ -114,17 +118,51 @@ def first_device(value: Any) -> torch.device | None:
     return next((found for item in items if (found := first_device(item)) is not None), None)
 
 
-def _is_away(values: Iterable[Any], device: torch.device) -> bool:
+def is_away(values: Iterable[Any], device: torch.device) -> bool:
+    """Tell whether any tensor in `values`, lists, mappings and dataclasses is on another device."""
     for value in values:
         if isinstance(value, torch.Tensor):
             if value.device != device:
                 return True
         elif isinstance(value, (tuple, list)):
-            if _is_away(value, device):
+            if is_away(value, device):
                 return True
-        elif value is not None and (parts := _parts(value)) is not None and _is_away(parts.values(), device):
+        elif value is not None and (parts := _parts(value)) is not None and is_away(parts.values(), device):
             return True
     return False
+
+
+def handed_over(
+    graph: LayerGraph, devices: Sequence[torch.device], forwards: Sequence[Callable[..., Any]]
+) -> tuple[int, ...]:
+    """Return the layers that may be handed tensors from another device than theirs, where the model is called with
+    tensors on the first layer's; `devices` and `forwards` are those of each layer.
+
+    The others take something that layers made, and from the first of these on all layers run on one device: what one of
+    them only passes on is there too. They are called once a pass. And they run where the caller's own tensors are, or
+    take nothing but one tensor.
+    """
+    first: dict[int, int] = {}
+    for edge in graph.edges:
+        first[edge.target] = min(edge.source, first.get(edge.target, edge.source))
+
+    def stays(index: int) -> bool:
+        if index not in first or graph.layers[index].called_again:
+            return False
+        here = devices[index]
+        is_among_its_own = all(device == here for device in devices[first[index] : index])
+        return is_among_its_own and (here == devices[0] or _takes_one_tensor(forwards[index]))
+
+    return tuple(index for index in range(len(graph.layers)) if not stays(index))
+
+
+def _takes_one_tensor(forward: Callable[..., Any]) -> bool:
+    taken = list(inspect.signature(forward).parameters.values())
+    return (
+        len(taken) == 1
+        and taken[0].kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        and taken[0].annotation in (torch.Tensor, "torch.Tensor", "Tensor")
+    )
 
 
 def _parts(value: Any) -> Mapping[Any, Any] | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from planner.plan import Plan
 
 # Dispatches the model by another plan, and returns the session of that.
 Dispatch = Callable[[Plan], "Session"]
+Begin = Callable[[Iterable[Any]], None]
 
 
 class Session:
@@ -24,15 +26,16 @@ class Session:
 
     limits: None where nothing was planned for.
     lock: held by the thread that calls, and by whoever wants no calls meanwhile.
-    begin, end: what else is done before and after a call. recover: mends what an interrupted call left behind.
-    dispatch: puts the model under a larger plan; the session then hands over all calls, also of threads that wait.
+    begin, end: what else is done before a call, with what it is given, and after it. recover: mends what an interrupted
+    call left behind. dispatch: puts the model under a larger plan; the session then hands over all calls, also of
+    threads that wait.
     """
 
     def __init__(
         self,
         limits: Limits | None,
         *,
-        begin: Callable[[], None],
+        begin: Begin,
         end: Callable[[], None],
         recover: Callable[[], None],
         dispatch: Dispatch | None,
@@ -40,14 +43,45 @@ class Session:
     ):
         self.limits = limits
         # Not where a plan has taken over.
-        self._around: tuple[Callable[[], None], Callable[[], None], Callable[[], None]] | None = (recover, begin, end)
+        self._around: tuple[Callable[[], None], Begin, Callable[[], None]] | None = (recover, begin, end)
         self._dispatch = dispatch
         self._lock = lock
         self._next: Session | None = None
+        self._own_generate: Any = None
+        self._generate: Any = None
 
     def serve(self, module: torch.nn.Module) -> None:
-        """Let every call of a module pass through here, until `hooks.detach`."""
+        """Let every call of a module pass through here, until `hooks.detach`; and `generate`, until `leave`."""
         hooks.attach_around(module, self)
+        generate = getattr(module, "generate", None)
+        if not callable(generate):
+            return
+        self._own_generate = vars(module).get("generate")
+
+        @functools.wraps(generate)
+        def explaining(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return generate(*args, **kwargs)
+            except torch.OutOfMemoryError as exc:
+                limits = self._last().limits
+                if limits is None or isinstance(exc.__cause__, torch.OutOfMemoryError):
+                    raise  # nothing was planned for, or it was explained in a call of forward
+                raise limits.explained(exc, between_calls=True) from exc
+
+        self._generate = explaining
+        setattr(module, "generate", explaining)  # noqa: B010  (a module's attributes are typed as its own parts)
+
+    def leave(self, module: torch.nn.Module) -> None:
+        """Give a module its own `generate` back, unless somebody gave it another since."""
+        if self._generate is None or vars(module).get("generate") is not self._generate:
+            return
+        del module.generate
+        if self._own_generate is not None:
+            module.generate = self._own_generate
+
+    def _last(self) -> Session:
+        """Return the session whose plan is in force."""
+        return self if self._next is None else self._next._last()
 
     def run(
         self, module: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -70,7 +104,7 @@ class Session:
             recover, begin, end = self._around
             if is_outermost:
                 recover()
-            begin()
+            begin((*args, *kwargs.values()))
             try:
                 return forward(*args, **kwargs)
             except torch.OutOfMemoryError as exc:

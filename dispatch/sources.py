@@ -58,8 +58,8 @@ class TensorSource:
             ValueError: `destination` is of another shape.
         """
         _check_shape(self.name, destination, self.shape)
-        for piece in self.pieces:
-            buffers.read(checkpoint, piece.entry, 0, piece.entry.nbytes, destination[piece.index], buffer)
+        for entry, start, stop, index in self.ranges():
+            buffers.read(checkpoint, entry, start, stop, destination[index], buffer)
 
     def fill_slice(
         self, checkpoint: Checkpoint, e: int, destination: torch.Tensor, buffer: torch.Tensor | None = None
@@ -76,17 +76,13 @@ class TensorSource:
         if not self.shape or not 0 <= e < self.shape[0]:
             raise IndexError(f"{self.name} of shape {self.shape} has no slice {e}")
         _check_shape(f"{self.name}[{e}]", destination, self.shape[1:])
-        for entry, start, stop, index in self._ranges_of_slice(e):
+        for entry, start, stop, index in self.ranges(e):
             buffers.read(checkpoint, entry, start, stop, destination[index], buffer)
 
     def announce(self, checkpoint: Checkpoint, e: int | None) -> None:
         """Say that the tensor, or its slice `e`, will be read soon."""
-        if e is None:
-            for piece in self.pieces:
-                checkpoint.announce(piece.entry)
-        else:
-            for entry, start, stop, _ in self._ranges_of_slice(e):
-                checkpoint.announce(entry, start=start, stop=stop)
+        for entry, start, stop, _ in self.ranges(e):
+            checkpoint.announce(entry, start=start, stop=stop)
 
     def same(self, checkpoint: Checkpoint, tensor: torch.Tensor) -> bool:
         """Return whether the checkpoint holds the very bytes of `tensor`. Takes COMPARE_BYTES of memory."""
@@ -116,8 +112,11 @@ class TensorSource:
             most = max(most, needed)
         return most
 
-    def _ranges_of_slice(self, e: int) -> Iterator[tuple[TensorEntry, int, int, tuple[slice | int, ...]]]:
-        """Yield (entry, start, stop, index): bytes [start, stop) of the entry are target[e][index]."""
+    def ranges(self, e: int | None = None) -> Iterator[tuple[TensorEntry, int, int, tuple[slice | int, ...]]]:
+        """Yield (entry, start, stop, index): bytes [start, stop) of it are target[index], or target[e][index]."""
+        if e is None:
+            yield from ((piece.entry, 0, piece.entry.nbytes, piece.index) for piece in self.pieces)
+            return
         for piece in self.pieces:
             first, *rest = piece.index or (slice(None),)
             if isinstance(first, int):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from dispatch.checkpoint import Checkpoint
+from dispatch.checkpoint import Checkpoint, TensorEntry
 from dispatch.sources import TensorSource
 from planner.errors import InputError
 from planner.graph import SLAB_ALIGNMENT_BYTES
@@ -167,6 +167,12 @@ class DiskStore:
     def announce(self) -> None:
         for source in self.sources:
             source.announce(self.checkpoint, self.expert)
+
+    def ranges(self, slab: torch.Tensor) -> Iterator[tuple[TensorEntry, int, int, torch.Tensor]]:
+        """Yield (entry, start, stop, place): bytes [start, stop) of the entry belong to `place`, a part of `slab`."""
+        for source, view in zip(self.sources, self.layout.views(slab).values(), strict=True):
+            for entry, start, stop, index in source.ranges(self.expert):
+                yield entry, start, stop, view[index]
 
     def fill(self, slab: torch.Tensor) -> None:
         """Read into `slab`, which is host memory."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from dispatch import place
 from planner.device_map import MAPPED, DeviceMap, placed
@@ -147,6 +148,10 @@ def _units(model: torch.nn.Module, whole: Collection[str]) -> Iterator[_Unit]:
 
 def _tensors(module: torch.nn.Module, *, recurse: bool) -> Iterator[Tensor]:
     for name, parameter in module.named_parameters(recurse=recurse, remove_duplicate=False):
+        if is_lazy(parameter):
+            raise InputError(
+                f"{name} of a {type(module).__name__} has no shape until its model is called: call it, then dispatch it"
+            )
         yield _tensor(name, parameter)
     for name, buffer in module.named_buffers(recurse=recurse, remove_duplicate=False):
         owner, leaf = place.owner(module, name)

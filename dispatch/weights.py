@@ -97,12 +97,14 @@ class Weights:
             for piece in self.sources[name].pieces
         )
 
-    def file_order(self, name: str) -> tuple[str, int]:
-        """Return a key by which tensors come in the order in which they are stored; what no file holds comes first."""
+    def file_order(self, name: str, expert: int | None = None) -> tuple[str, int]:
+        """Return a key by which tensors, or slices of them, come in the order in which they are stored; what no file
+        holds comes first.
+        """
         if name in self.computed or name not in self.sources:
             return "", 0
-        first = self.sources[name].pieces[0].entry
-        return str(first.file), first.offset_bytes
+        entry, start, _, _ = next(self.sources[name].ranges(expert))
+        return str(entry.file), entry.offset_bytes + start
 
     def same_on_disk(self, name: str) -> bool:
         """Tell whether the checkpoint holds the very bytes that the loaded model has."""

@@ -180,11 +180,13 @@ class Layer:
     """One layer in execution order: its module path and the index of its kind.
 
     ranking: its experts by their numbers, the most popular first; none: in the order of their numbers.
+    called_again: whether it is called more than once in a pass.
     """
 
     name: str
     kind: int
     ranking: tuple[int, ...] = field(default=(), metadata=OMITTED)
+    called_again: bool = field(default=False, metadata=OMITTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -103,12 +103,12 @@ def needed_slots(
     single: devices that make do with one slot for whole groups.
     """
     largest: dict[tuple[str, Literal["groups", "experts"]], int] = {}
-    longest = max((entry.tokens * graph.batch_size for entry in graph.passes), default=0)
+    # A graph that was not traced has no passes, and no experts by themselves.
+    longest = max((entry.tokens * graph.batch_size for entry in graph.passes), default=1)
     for placement, group in with_groups(graph, placements):
-        # Without a trace, passes may be of any length.
         until = placement.cpu_up_to_tokens
         if waiting_slices(placement, group) and through_slot(
-            hardware, group, placement.run_on, placement.memory, tokens=longest or until + 1, cpu_up_to_tokens=until
+            hardware, group, placement.run_on, placement.memory, tokens=longest, cpu_up_to_tokens=until
         ):
             key = (placement.run_on, slot_kind(group))
             largest[key] = max(largest.get(key, 0), group.slice_slab_bytes)

@@ -9,6 +9,7 @@ import itertools
 import sys
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from logging import getLogger
@@ -452,6 +453,8 @@ def _graph(
     # What no pass calls still has weights, which live with what is called.
     order.update(dict.fromkeys(range(len(layers))))
     position = {index: at for at, index in enumerate(order)}
+    calls = [Counter(span.layer for span in entry.spans) for _, entry in traced]
+    again = {index for counted in calls for index, count in counted.items() if count > 1}
     kinds: dict[Any, int] = {}
     kind_values: list[LayerKind] = []
     placed: list[Layer] = []
@@ -465,7 +468,7 @@ def _graph(
         if key not in kinds:
             kinds[key] = len(kind_values)
             kind_values.append(LayerKind(name=type(module).__name__, groups=groups))
-        placed.append(Layer(name=name, kind=kinds[key]))
+        placed.append(Layer(name=name, kind=kinds[key], called_again=index in again))
     return LayerGraph(
         model=type(model).__name__,
         batch_size=workload.rows,

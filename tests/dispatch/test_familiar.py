@@ -311,6 +311,22 @@ def test_maps_that_cannot_be_run(places: Any, said: str) -> None:
     assert not hasattr(model, "hf_device_map")
 
 
+class Packed(nn.Parameter):
+    """A parameter of a kind of its own, as those of quantisers are."""
+
+
+def test_parameters_that_cannot_be_copied_as_plain_ones() -> None:
+    lazy = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(InputError, match="no shape until its model is called"):
+        dispatch.cpu_offload(lazy, 0, devices=PLAYED)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+    model[0].weight = Packed(model[0].weight.detach())
+    with pytest.raises(InputError, match=r"0\.weight is a Packed"):
+        dispatch.cpu_offload(model, 0, devices=PLAYED)
+    dispatch.dispatch_model(model, {"0": 0, "1": "cpu"}, devices=PLAYED)
+    assert isinstance(model[0].weight, Packed)
+
+
 def test_a_module_split_between_devices_is_refused() -> None:
     with pytest.raises(InputError, match="splits first between"):
         dispatch.dispatch_model(
@@ -481,7 +497,8 @@ def test_names_and_order_of_arguments_are_accelerates() -> None:
         theirs = next((getattr(each, name) for each in (accelerate, utils, hooks) if hasattr(each, name)), None)
         if theirs is None or not inspect.isfunction(theirs):
             continue
-        wanted = [(each.name, each.default) for each in inspect.signature(theirs).parameters.values()]
+        asked = inspect.signature(theirs).parameters.values()
+        wanted = [(each.name, each.default) for each in asked if each.kind is not inspect.Parameter.VAR_KEYWORD]
         ours = inspect.signature(getattr(dispatch, name)).parameters.values()
         found = [(each.name, each.default) for each in ours if each.kind is not inspect.Parameter.KEYWORD_ONLY]
         assert found == wanted, name

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tight_cases import prompt, reference, settings
+from transformers import LogitsProcessor
 
 import dispatch
 import planner
@@ -176,3 +177,77 @@ def test_what_cannot_be_planned_again_leaves_the_model_as_it_was(
     monkeypatch.setattr("dispatch.replan.Size.holds", lambda self, other: False)
     with pytest.raises(InputError, match="in chunks"):
         forward(model, torch.ones(3, 40, dtype=torch.long))
+
+
+# Memory that runs out in generate
+
+
+class Hungry(LogitsProcessor):  # type: ignore[misc]  # transformers is not typed
+    """Runs out of memory in what generate does after so many calls of the model."""
+
+    def __init__(self, calls: int):
+        self.calls = calls
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.calls -= 1
+        if self.calls == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. GPU 0 has a total capacity of 7 bytes")
+        return scores
+
+
+def generate(case: Case, model: Any, **options: Any) -> torch.Tensor:
+    mask = torch.ones_like(case.ids)
+    result: torch.Tensor = model.generate(
+        case.ids, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0, **options
+    )
+    return result
+
+
+@pytest.mark.parametrize(("calls", "said"), [(1, "13 new tokens in each and 13"), (3, "1 new tokens in each and 15")])
+def test_memory_that_runs_out_between_calls_is_explained(make_case: Any, calls: int, said: str) -> None:
+    case = make_case("llama")
+    plan = streamed(case.plan(gpus="1x24GB"), "cpu")
+    model = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
+    with pytest.raises(
+        torch.OutOfMemoryError,
+        match=rf"^cuda:0 .*ran out of memory in generate, after a call of 2 rows, {said}.*What was raised: CUDA out",
+    ) as caught:
+        generate(case, model, logits_processor=[Hungry(calls)])
+    assert str(caught.value).count("ran out of memory") == 1
+    assert torch.equal(generate(case, model), generate(case, case.reference))
+    plain = dispatch.remove(model)
+    assert "generate" not in vars(plain)
+    assert torch.equal(generate(case, plain), generate(case, case.reference))
+
+
+def test_memory_that_runs_out_in_a_call_is_explained_once(make_case: Any) -> None:
+    case = make_case("llama")
+    plan = streamed(case.plan(gpus="1x24GB"), "cpu")
+    model = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
+
+    def fails(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. GPU 0 has 7 bytes")
+
+    model.model.layers[1].register_forward_hook(fails)
+    with pytest.raises(torch.OutOfMemoryError, match="ran out of memory in a call of 2 rows") as caught:
+        generate(case, model)
+    assert str(caught.value).count("ran out of memory") == 1
+
+
+def test_a_generate_of_the_users_own_is_kept(make_case: Any) -> None:
+    case = make_case("llama")
+    plan = streamed(case.plan(gpus="1x24GB"), "cpu")
+    model = case.meta()
+    model.generate = own = lambda *args, **kwargs: "own"
+    model = dispatch.apply(model, plan, checkpoint=case.folder, devices=on_cpu(plan))
+    assert model.generate() == "own"
+    assert dispatch.remove(model).generate is own
+
+
+def test_after_planning_again_the_new_plan_explains(make_case: Any) -> None:
+    case = make_case("llama")
+    model = dispatch.apply(case.meta(), half_on_disk(case), checkpoint=case.folder, on_exceed="replan")
+    case.ids = torch.randint(3, 320, (3, 40))
+    with pytest.raises(torch.OutOfMemoryError, match=r"no larger than planned"):
+        generate(case, model, logits_processor=[Hungry(1)])
+    assert torch.equal(generate(case, model), generate(case, case.reference))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import dispatch
 import planner
+from dispatch.checkpoint import Checkpoint
 from dispatch.sources import TensorSource
 from dispatch.weights import Weights
 from planner import loading
@@ -90,6 +92,30 @@ def test_a_checkpoint_in_another_dtype(make_case: Any, name: str, mode: str, dty
     case = dataclasses.replace(make_case(name, stored), dtype=wanted)
     plan = make_plan(case, mode)
     assert held(case.meta(), plan, checkpoint=case.folder) == requested(plan)
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16)], ids=str)
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_reads_behind_the_thread_that_launches(
+    make_case: Any, monkeypatch: pytest.MonkeyPatch, name: str, dtypes: tuple[Any, Any]
+) -> None:
+    """As for CUDA: no memory but the staging that is counted, and what is converted is so inside of it."""
+    monkeypatch.setattr("dispatch.slots.reads_behind", lambda device: device.type != "cpu")
+    stored, wanted = dtypes
+    case = dataclasses.replace(make_case(name, stored), dtype=wanted)
+    plan = make_plan(case, "from disk")
+    model = case.meta()
+    with live_everywhere() as counts:
+        dispatch.apply(model, plan, checkpoint=case.folder, devices=as_meta(plan))
+        (stream,) = model._loadplan_dispatch.streams
+        stream.ring.close()
+        loading_peak, counts.peak = counts.peak, dict(counts.live)
+        for group in (*stream.groups, *stream.groups):
+            stream.acquire(group)
+            stream.release(group)
+        stream.ring.close()
+    assert {device: loading_peak[device] for device in ("cpu", "meta")} == requested(plan)
+    assert counts.peak == counts.live, "nothing is taken in a call"
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -274,3 +300,56 @@ def test_loading_reads_groups_in_the_order_of_the_files(make_case: Any, monkeypa
         assert found == sorted(found)
     starts = [found[0] for found in groups.values()]
     assert starts == sorted(starts)
+
+
+def part_of(name: str) -> str:
+    """Return the group, or the expert of one, that a stored tensor of Mixtral belongs to."""
+    words = name.split(".")
+    if "experts" in words:
+        return ".".join(words[: words.index("experts") + 2])
+    return ".".join(words[:4]) if "self_attn" in words else "rest of " + ".".join(words[:3])
+
+
+def test_what_waits_in_memory_is_read_in_the_order_of_the_files(
+    make_case: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts too, which lie in the files one by one; and each byte once."""
+    monkeypatch.setattr("dispatch.attach.READERS", 1)
+    case = make_case("mixtral")
+    plan = make_plan(case, "from host")
+    read: list[tuple[str, int]] = []
+    names: dict[tuple[str, int], str] = {}
+    inner = Checkpoint.read_into
+
+    def read_into(self: Checkpoint, entry: Any, destination: Any, *, start: int = 0, stop: int | None = None) -> None:
+        read.append((str(entry.file), entry.offset_bytes + start))
+        names[read[-1]] = part_of(entry.name)
+        inner(self, entry, destination, start=start, stop=stop)
+
+    monkeypatch.setattr(Checkpoint, "read_into", read_into)
+    dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=as_meta(plan))
+    assert len(read) == len(set(read)) == len(Checkpoint.open(case.folder))
+    first: dict[str, tuple[str, int]] = {}
+    for where in sorted(names):
+        first.setdefault(names[where], where)
+    reached = [part for part in dict.fromkeys(names[where] for where in read) if not part.startswith("rest")]
+    assert len(reached) == 3 * (8 + 1)
+    assert [first[part] for part in reached] == sorted(first[part] for part in reached)
+
+
+def test_what_waits_in_memory_is_read_by_all_readers_at_once(make_case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case("mixtral")
+    plan = make_plan(case, "from host")
+    together = threading.Barrier(loading.READERS)
+    inner = Weights.store
+
+    def store(self: Weights, *args: Any, **kwargs: Any) -> Any:
+        if not met:
+            together.wait(timeout=20)
+            met.append(True)
+        return inner(self, *args, **kwargs)
+
+    met: list[bool] = []
+    monkeypatch.setattr(Weights, "store", store)
+    dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=as_meta(plan))
+    assert met
