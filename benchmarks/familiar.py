@@ -1,23 +1,22 @@
 """The functions that Accelerate's users know, theirs and ours: the same model, map and files, one after the other.
 
-    pip install accelerate && python benchmarks/familiar.py --json [--size 0.5GB] [--maps cpu,mixed,disk] [--device cuda]
+    pip install accelerate && python benchmarks/familiar.py --json [--size 0.5GB] [--maps cpu,mixed,disk]
 
-The model is a Llama shape of random bfloat16 weights whose checkpoint this script writes; it is read with the page cache
-warm. A map has the layers, embedding and head in host memory (cpu), every other layer of them on disk (mixed), or all of
-them there (disk); the final norm, and what waits, is on --device.
+The model is a Llama shape of random bfloat16 weights whose checkpoint this script writes; it is read with the page
+cache warm. A map has layers, embedding and head in host memory (cpu), every other layer on disk (mixed), or all of them
+there (disk); the final norm is on --device, which runs what waits.
 
-Of each function: seconds of a call, the median of several; what comes before it is not timed. A row without a map is of a
-function that asks for none.
-Counted in one more call, for both sides alike:
+Of each function: seconds of a call, the median of several; what comes before it is not timed. A row without a map is of
+a function that asks for none. Counted in one more call, for both sides alike:
 
 - copied_bytes: what PyTorch's own operators copied (copy_, _to_copy, clone), by the bytes that were written.
 - read_bytes, written_bytes: what went through the process's calls for reading and writing (rchar and wchar of
-  /proc/self/io), whether or not a disk was needed. Pages of mapped files are in neither, as what numpy copies there is not.
-- file_bytes: of the files that the call left.
+  /proc/self/io), whether or not a disk was needed. Pages of mapped files, and what is copied there, are in neither.
+- file_bytes: of the files that are in the call's folder afterwards.
 - peak_bytes: by how much the resident memory grew at most (VmHWM); pages of mapped files count there.
 
-What is equal: logits, tensors, files and sizes, bit by bit. Maps and limits need not be: where things go is decided anew
-here. `state_dict` is not where weights wait: Accelerate's has tensors on meta there.
+What is equal: logits, tensors, files and sizes, bit by bit. Maps and limits need not be: where things go is decided
+anew here. `state_dict` is not where weights wait: Accelerate's has tensors on meta there.
 """
 
 from __future__ import annotations
@@ -56,9 +55,9 @@ from planner.units import parse_bytes
 WIDTH, VOCABULARY, TOKENS = 1024, 8000, 32
 CALLS = 5
 NAMES = (
-    "init_empty_weights", "compute_module_sizes", "find_tied_parameters", "get_balanced_memory", "infer_auto_device_map",
-    "load_checkpoint_in_model", "load_checkpoint_and_dispatch", "dispatch_model", "cpu_offload", "disk_offload",
-    "cpu_offload_with_hook", "remove_hook_from_submodules",
+    "init_empty_weights", "compute_module_sizes", "find_tied_parameters", "get_balanced_memory",
+    "infer_auto_device_map", "load_checkpoint_in_model", "load_checkpoint_and_dispatch", "dispatch_model",
+    "cpu_offload", "disk_offload", "cpu_offload_with_hook", "remove_hook_from_submodules",
 )  # fmt: skip
 COPIES = ("aten::copy_", "aten::_to_copy", "aten::clone")
 
@@ -169,7 +168,9 @@ def values(task: Task, model: Any, scratch: Path) -> dict[str, torch.Tensor]:
 
 
 def saved_files(task: Task, found: Any, scratch: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in (scratch / "saved").glob("*.safetensors") for name, tensor in load_file(file).items()}
+    return {
+        name: tensor for file in (scratch / "saved").glob("*.safetensors") for name, tensor in load_file(file).items()
+    }
 
 
 FUNCTIONS = {
@@ -321,8 +322,7 @@ def compared(function: Function, task: Task, folder: Path, calls: int) -> dict[s
     found: dict[str, Any] = {}
     for _ in range(calls + 1):  # the first is for caches of code
         for name, side in SIDES.items():
-            with prepared(function, side, task, folder) as (thing, scratch):
-                seconds[name].append(timed(lambda: function.call(side, task, thing, scratch), task.device))  # noqa: B023
+            seconds[name].append(timed(function, side, task, folder))
     row: dict[str, Any] = {f"{name}_s": statistics.median(times[1:]) for name, times in seconds.items()}
     for name, side in SIDES.items():
         with prepared(function, side, task, folder) as (thing, scratch):
@@ -330,7 +330,7 @@ def compared(function: Function, task: Task, folder: Path, calls: int) -> dict[s
                 result = function.call(side, task, thing, scratch)
             counts["file_bytes"] = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
             found[name] = function.outcome(task, result, scratch)
-        del thing, result
+        thing = result = None
         row |= {f"{name}_{key}": count for key, count in counts.items()}
     ours, theirs = found["ours"], found["accelerate"]
     return row | {"outputs_equal": None if ours is None and theirs is None else same(ours, theirs)}
@@ -342,14 +342,15 @@ def prepared(function: Function, side: Any, task: Task, folder: Path) -> Iterato
         yield function.prepare(side, task, Path(name)), Path(name)
 
 
-def timed(call: Callable[[], Any], device: torch.device) -> float:
-    gc.collect()
-    settle(device)
-    started = time.perf_counter()
-    result = call()
-    settle(device)
-    seconds = time.perf_counter() - started
-    del result
+def timed(function: Function, side: Any, task: Task, folder: Path) -> float:
+    with prepared(function, side, task, folder) as (thing, scratch):
+        gc.collect()
+        settle(task.device)
+        started = time.perf_counter()
+        result = function.call(side, task, thing, scratch)
+        settle(task.device)
+        seconds = time.perf_counter() - started
+        del result
     return seconds
 
 

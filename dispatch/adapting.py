@@ -1,4 +1,4 @@
-"""Adding, loading and merging adapters in a dispatched model: its weights within reach where they wait, none gathered."""
+"""Adding, loading and merging adapters in a dispatched model: its weights within reach where they wait."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dispatch import attach, place
+from dispatch import attach
 from dispatch.stores import HostStore
 from dispatch.stream import StreamedGroup
 from planner.errors import InputError
@@ -21,7 +21,7 @@ _CPU = torch.device("cpu")
 
 @contextmanager
 def weights_at_home(model: torch.nn.Module) -> Iterator[None]:
-    """Have every weight that waits where it waits, inside the block: as a tensor over its host memory, or over its file.
+    """Have every weight that waits where it waits, inside the block: as a tensor over its host memory or its file.
 
     For what changes the modules and not only calls them: `peft.get_peft_model`, `PeftModel.from_pretrained`,
     `merge_and_unload`. What is written to host memory stays; writing to a file is refused. What was added since the
@@ -104,7 +104,7 @@ class _NotWritten(TorchDispatchMode):
     """Refuses operators that write to certain storages. files: {address of a storage: name of its tensor}."""
 
     def __init__(self, files: Mapping[int, str]):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._files = files
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

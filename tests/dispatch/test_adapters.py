@@ -1,8 +1,7 @@
-"""Adapters on dispatched models: added, trained, loaded, merged and saved where weights wait, beside the plain model."""
+"""Adapters on dispatched models: added, trained, loaded, merged and saved where weights wait."""
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,13 @@ import dispatch
 import simulate
 from planner.errors import InputError
 from simulate.virtual_machine import Machine
-from tiny_models import experts_away, on_cpu
+from tiny_models import experts_away, on_cpu, streamed
 
 PLAYED = {"cuda:0": "cpu"}
 LAYERS = [f"model.layers.{index}" for index in range(5)]
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    # PEFT asks transformers by a name that it will not keep, and says when a model's name leads to no hub.
+    # PEFT asks transformers by a name that transformers will not keep.
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
 ]
 
@@ -92,8 +91,10 @@ def test_added_trained_saved_and_merged(home: str, make_case: Any, tmp_path: Pat
 
     plain = reference.merge_and_unload()
     if home in ("disk", "mixed"):
-        with pytest.raises(InputError, match="waits in a file, which is not written to"), dispatch.weights_at_home(model):
+        with pytest.raises(InputError, match="waits in a file"), dispatch.weights_at_home(model):
             adapted.merge_and_unload()
+        # Some layers are merged, the others have their adapters.
+        torch.testing.assert_close(case.logits(adapted), case.logits(plain), rtol=1e-4, atol=1e-5)
         return
     with dispatch.weights_at_home(model):
         merged = adapted.merge_and_unload(safe_merge=home == "cpu")
@@ -193,3 +194,19 @@ def test_what_has_no_weights_at_home(make_case: Any) -> None:
     model = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
     with pytest.raises(InputError, match=r"dispatch\.remove"), dispatch.weights_at_home(model):
         pass
+
+
+def test_a_plan_takes_adapters_too(make_case: Any) -> None:
+    pytest.importorskip("peft")
+    case = make_case("llama")
+    plan = streamed(case.plan(gpus="1x24GB"), "cpu")
+    model = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
+    with dispatch.weights_at_home(model):
+        adapted = with_adapters(model)
+    reference = with_adapters(case.loaded())
+    assert torch.equal(case.logits(adapted), case.logits(reference))
+    expected, found = trained(reference, case.ids), trained(adapted, case.ids)
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    with dispatch.weights_at_home(model):
+        adapted.merge_and_unload()
+    assert torch.equal(case.logits(model), case.logits(reference.merge_and_unload()))
