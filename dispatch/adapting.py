@@ -35,7 +35,7 @@ def weights_at_home(model: torch.nn.Module) -> Iterator[None]:
             written to, or given other values, which are then lost.
     """
     state = attach.state_of(model)
-    if state.experts:
+    if state.has.experts:
         raise InputError(
             "the experts of this model wait one by one, and are not within reach: call dispatch.remove first"
         )

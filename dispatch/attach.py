@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dispatch import hooks, own_device, page_cache, peers, place
+from dispatch import hooks, own_device, place
 from dispatch.built import as_module
 from dispatch.checkpoint import Checkpoint
 from dispatch.conventions import Conventions
-from dispatch.expert_cache import CacheStatistics, ExpertCache
-from dispatch.experts import MappedExperts, StreamedExperts
+from dispatch.expert_cache import CacheStatistics
 from dispatch.learned_order import LearnedStream
 from dispatch.limits import Limits, OnExceed
 from dispatch.match import check_matches
 from dispatch.measure import NAMES_ATTRIBUTE, plan_names
 from dispatch.mover import Boundary, Moved, handed_over, is_away, is_trained, mover
 from dispatch.offload_folder import OFFLOAD_FILE, Waiting, write
+from dispatch.preparation import Preparation
 from dispatch.progress import loading_bar
-from dispatch.readahead import ReadAhead, room_bytes
+from dispatch.readahead import ReadAhead
 from dispatch.refusals import allow, refuse
 from dispatch.session import Dispatch, Session
-from dispatch.slots import SlotRing
-from dispatch.stores import Store
 from dispatch.stream import GroupStream, StreamedGroup
 from dispatch.targets import check_carried_out, find_targets
 from dispatch.waiting import waiting_on_disk
@@ -37,15 +34,11 @@ from dispatch.weights import Weights
 from dispatch.whole_state import WholeState
 from planner import execution as implementations
 from planner.errors import InputError
-from planner.graph import WeightGroup, full_name
-from planner.loading import READERS, read_bytes, resident_ties
-from planner.memory import is_mapped, slot_kind, waiting_slices, with_groups
-from planner.plan import Placement, Plan
+from planner.loading import read_bytes
+from planner.plan import Plan
 from planner.steps import layer_runs
 
 _ATTRIBUTE = "_loadplan_dispatch"
-# A group with its tensors' names, or one expert of it.
-_Part = tuple[Placement, WeightGroup, list[str], int | None]
 # On a module whose weights are streamed: (their stream, their group).
 GROUP_ATTRIBUTE = "_loadplan_group"
 
@@ -175,12 +168,12 @@ def cache_statistics(model: torch.nn.Module) -> tuple[CacheStatistics, ...]:
         CacheStatistics(
             device=device, slots=len(cache.ring), hits=cache.hits, copies=cache.copies, copied_bytes=cache.copied_bytes
         )
-        for device, cache in state.caches.items()
+        for device, cache in state.has.caches.items()
     )
 
 
 class Dispatched:
-    """What was done to one model. `prepare` reads and allocates and leaves the model alone; `attach` changes it."""
+    """What was done to one model, with what it `has`."""
 
     def __init__(
         self,
@@ -192,19 +185,7 @@ class Dispatched:
     ):
         self.model, self.plan, self.targets, self.weights = model, plan, targets, weights
         self.conventions = conventions
-        self.placed = [
-            (p, g, [full_name(p.layer, t.name) for t in g.tensors]) for p, g in with_groups(plan.graph, plan.placements)
-        ]
-        self.rankings = plan.graph.rankings()
-        self.reads_files = any(self._waits_on_disk(p) and waiting_slices(p, g) for p, g, _ in self.placed)
-        self.rings: dict[tuple[str, str], SlotRing] = {}
-        self.caches: dict[str, ExpertCache] = {}
-        self.resident: dict[str, torch.Tensor] = {}
-        self.groups: dict[tuple[str, str], StreamedGroup] = {}
-        self.experts: list[tuple[torch.nn.Module, MappedExperts | StreamedExperts]] = []
-        self.mapped: list[str] = []
-        self.ahead: ReadAhead | None = None
-        self.shared = resident_ties(plan.graph, plan.placements)
+        self.has = Preparation(model, plan, targets, weights, buffers_wait=conventions.buffers_wait)
         self.hooked: list[torch.nn.Module] = []
         self.tied: dict[tuple[str, torch.device], torch.nn.Parameter] = {}
         self.moved: Moved = {}
@@ -233,9 +214,9 @@ class Dispatched:
         by_another: dispatches by a larger plan, where the limits ask for it.
         served: calls are held to the limits even where nothing waits. nbytes: that are read, for the bar.
         """
-        self.check()
+        self.has.check()
         with loading_bar(nbytes, shown=progress) as self.weights.loaded:
-            self.prepare()
+            self.has.load()
         self.attach()
         if self.waits or served:
             session = Session(
@@ -249,98 +230,20 @@ class Dispatched:
         setattr(self.model, _ATTRIBUTE, self)
         setattr(self.model, NAMES_ATTRIBUTE, plan_names(self.plan, self.targets))
 
-    def check(self) -> None:
-        """Refuse what cannot be done."""
-        waiting = [(p, g, names) for p, g, names in self.placed if self._waits_on_disk(p) and waiting_slices(p, g)]
-        if not waiting:
-            return
-        if self.weights.checkpoint is None:
-            raise InputError(
-                "the plan lets weights wait on disk: give the checkpoint that holds them, or an offload_dir to write "
-                "them to"
-            )
-        for placement, group, names in waiting:
-            if self._is_mapped(placement, group):
-                for name in names:
-                    self.weights.check_mappable(name)
-            for name in names if not self.weights.on_meta and not self.weights.offloaded else []:
-                if not self.weights.same_on_disk(name):
-                    raise InputError(
-                        f"{name} is another in the loaded model than in the checkpoint that it is to wait in; "
-                        "give an offload_dir instead of the checkpoint"
-                    )
-
-    def prepare(self) -> None:
-        """Load what stays, and make the stores of what waits."""
-        peers.check(list(self.targets.values()))
-        for entry in self.plan.slots:
-            wanted = (self.plan.hardware.disk(entry.device), entry.device, entry.holds)
-            staging = any((p.home, p.run_on, slot_kind(group)) == wanted for p, group, _ in self.placed)
-            ring = SlotRing(self.targets[entry.device], entry.count, entry.slot_bytes, staging=staging)
-            self.rings[entry.device, entry.holds] = ring
-            if entry.holds == "experts":
-                self.caches[entry.device] = ExpertCache(ring)
-        with self.weights.reading(READERS, self._reads()):
-            parts = sorted(self._parts(), key=lambda part: min(self.weights.file_order(n, part[3]) for n in part[2]))
-            with ThreadPoolExecutor(READERS) as pool:
-                keys = [(placement.layer, placement.group, expert) for placement, _, _, expert in parts]
-                loaded = dict(zip(keys, pool.map(self._load, parts), strict=True))
-            for placement, group, names in self.placed:
-                if self._by_expert(placement, group):
-                    experts = {e: loaded[placement.layer, placement.group, e] for e in range(group.slices)}
-                    self._stream_experts(placement, group, names, experts)
-                    continue
-                stays, store = loaded[placement.layer, placement.group, None]
-                self.resident.update(stays)
-                if store is not None:
-                    self._stream_group(placement, [name for name in names if name not in stays], store)
-            self.resident.update({name: self.resident[first] for name, first in self.shared.items()})
-            device = self.targets[self.plan.run_on()[0]]
-            for tensor in self.plan.graph.loose:
-                self.resident[tensor.name] = self.weights.load(tensor.name, device)
-        if self.mapped and page_cache.SUPPORTED:
-            self.ahead = ReadAhead(self._in_pages(), room_bytes(self.plan))
-
-    def _in_pages(self) -> dict[str, list[torch.Tensor]]:
-        """Return {module: its tensors in mapped files}, in the order of a pass; not embeddings: few rows are used."""
-        mapped, found = set(self.mapped), dict[str, list[torch.Tensor]]()
-        named = {(placement.layer, placement.group): names for placement, _, names in self.placed}
-        modules = dict(self.model.named_modules())
-        for run in layer_runs(self.plan.graph, self.plan.placements):
-            for part in run.parts:
-                layer, group = part.placement.layer, part.placement.group
-                path = full_name(layer, group) if full_name(layer, group) in modules else layer
-                names = [n for n in named[layer, group] if n in mapped and self.weights.in_pages(n)]
-                if names and not isinstance(modules[path], torch.nn.Embedding):
-                    found.setdefault(path, []).extend(self.resident[name] for name in names)
-        return found
-
-    def _reads(self) -> Iterator[tuple[str, torch.device, bool]]:
-        """Yield (name, device, whether slice by slice) of everything that `prepare` may read."""
-        for placement, group, names in self.placed:
-            device, waiting = self.targets[placement.run_on], waiting_slices(placement, group)
-            for name, tensor in zip(names, group.tensors, strict=True):
-                if waiting < group.slices or (tensor.buffer and not self._runs_on_host(placement)):
-                    yield name, device, waiting > 0 and group.slices > 1
-                if waiting and not self._waits_on_disk(placement):
-                    yield name, torch.device("cpu"), group.slices > 1
-        for tensor in self.plan.graph.loose:
-            yield tensor.name, self.targets[self.plan.run_on()[0]], False
-
     def attach(self) -> None:
         """Make the model what was prepared."""
         self._set_implementations()
-        for name, tensor in self.resident.items():
+        for name, tensor in self.has.resident.items():
             self._put(name, tensor)
-        self.resident.clear()
-        for module, source in self.experts:
+        self.has.resident.clear()
+        for module, source in self.has.experts:
             source.leave()
             setattr(module, implementations.SOURCE_ATTRIBUTE, source)
         # The order of copies is that of the plan's steps, not that in which groups were listed.
         streamed: dict[str, list[StreamedGroup]] = {}
         for run in layer_runs(self.plan.graph, self.plan.placements):
             for part in run.parts:
-                item = self.groups.get((part.placement.layer, part.placement.group))
+                item = self.has.groups.get((part.placement.layer, part.placement.group))
                 if item is not None:
                     item.leave()
                     streamed.setdefault(run.device, []).append(item)
@@ -348,36 +251,6 @@ class Dispatched:
         layers = [layer.name for layer in self.plan.graph.layers]
         devices = {layer: self.targets[name] for layer, name in zip(layers, self.plan.run_on(), strict=True)}
         self.told = own_device.tell(self.model, layers, devices)
-
-    def _parts(self) -> Iterator[_Part]:
-        """Yield what is loaded by one reader at a time: groups, and single experts of those of which some wait."""
-        for placement, group, names in self.placed:
-            experts = range(group.slices) if self._by_expert(placement, group) else (None,)
-            yield from ((placement, group, names, expert) for expert in experts)
-
-    def _load(self, part: _Part) -> tuple[dict[str, torch.Tensor], Store | None]:
-        """Return the tensors that stay where they are put, and where the others wait."""
-        placement, group, names, expert = part
-        device = self.targets[placement.run_on]
-        if expert is not None:
-            ranked = self.rankings.get(placement.layer, tuple(range(group.slices)))
-            if expert in ranked[: placement.resident_slices or 0]:
-                return self.weights.slab(names, device, expert=expert), None
-            mapped = self._is_mapped(placement, group)
-            return {}, None if mapped else self._store(placement, names, device, expert)
-        if waiting_slices(placement, group) == 0:
-            names = sorted((name for name in names if name not in self.shared), key=self.weights.file_order)
-            own = [place.get(*place.owner(self.model, name)) for name in names]
-            if device.type == "cpu" or any(not tensor.is_meta and tensor.device == device for tensor in own):
-                return {name: self.weights.load(name, device) for name in names}, None
-            # One slab for a group: many small allocations would leave the allocator's segments half empty.
-            return self.weights.slab(names, device), None
-        if self._is_mapped(placement, group):
-            self.mapped += names
-            return {name: self.weights.map(name) for name in names}, None
-        buffers = [tensor.buffer and not self.conventions.buffers_wait for tensor in group.tensors]
-        stays = {name: self.weights.load(name, device) for name, buffer in zip(names, buffers, strict=True) if buffer}
-        return stays, self._store(placement, [name for name in names if name not in stays], device)
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         device = tensor.device
@@ -397,50 +270,6 @@ class Dispatched:
             self.tied[first, device] = shared
         module._parameters[leaf] = shared
 
-    def _stream_group(self, placement: Placement, names: list[str], store: Store) -> None:
-        owners = {name: place.owner(self.model, name) for name in names}
-        path = full_name(placement.layer, placement.group)
-        self.groups[placement.layer, placement.group] = StreamedGroup(path, owners, store, layer=placement.layer)
-
-    def _stream_experts(
-        self,
-        placement: Placement,
-        group: WeightGroup,
-        names: list[str],
-        experts: dict[int, tuple[dict[str, torch.Tensor], Store | None]],
-    ) -> None:
-        path = full_name(placement.layer, placement.group)
-        module = self.model.get_submodule(path)
-        leaves = {name: name.removeprefix(f"{path}.") for name in names}
-        resident = {e: {leaves[n]: view for n, view in stays.items()} for e, (stays, _) in experts.items() if stays}
-        owners = {leaf: (module, leaf) for leaf in leaves.values()}
-        if self._is_mapped(placement, group):
-            whole = {leaves[name]: self.weights.map(name) for name in names}
-            mapped = {e: {leaf: tensor[e] for leaf, tensor in whole.items()} for e in experts if e not in resident}
-            self.experts.append((module, MappedExperts(owners, resident, mapped, name=path)))
-            return
-        waiting = {e: store.renamed(leaves) for e, (_, store) in experts.items() if store is not None}
-        cache, limit = self.caches.get(placement.run_on), placement.cpu_up_to_tokens
-        source = StreamedExperts(cache, owners, resident, waiting, cpu_up_to_tokens=limit)
-        self.experts.append((module, source))
-
-    def _store(self, placement: Placement, names: list[str], device: torch.device, expert: int | None = None) -> Store:
-        on_disk, pinned = self._waits_on_disk(placement), placement.memory != "pageable"
-        return self.weights.store(names, on_disk=on_disk, target=device, expert=expert, pinned=pinned)
-
-    def _waits_on_disk(self, placement: Placement) -> bool:
-        return placement.home == self.plan.hardware.disk(placement.run_on)
-
-    @staticmethod
-    def _by_expert(placement: Placement, group: WeightGroup) -> bool:
-        return group.slices > 1 and waiting_slices(placement, group) > 0
-
-    def _is_mapped(self, placement: Placement, group: WeightGroup) -> bool:
-        return is_mapped(self.plan.hardware, group, placement.run_on, placement.memory)
-
-    def _runs_on_host(self, placement: Placement) -> bool:
-        return placement.run_on == self.plan.hardware.host(placement.run_on)
-
     def _hook(self, streamed: dict[str, list[StreamedGroup]]) -> None:
         arguments = self.conventions.arguments
         for path, target in arguments.items():
@@ -452,26 +281,26 @@ class Dispatched:
         # Without a trace nobody knows in which order modules are called.
         kind = GroupStream if traced else LearnedStream
         for device, groups in streamed.items():
-            stream = kind(self.rings[device, "groups"], groups)
+            stream = kind(self.has.rings[device, "groups"], groups)
             self.streams.append(stream)
             for group in groups:
                 module = self.model.get_submodule(group.name)
                 setattr(module, GROUP_ATTRIBUTE, (stream, group))
                 self._attach(group.name, before=_acquirer(stream, group, module), after=_releaser(stream, group))
             stream.prefetch()
-        self.waits = bool(arguments or several or self.groups or self.experts or self.mapped)
-        if self.ahead is not None:
-            for path in self.ahead.groups:
-                self._attach(path, before=_reacher(self.ahead, path), after=partial(self.ahead.leave, path))
+        self.waits = bool(arguments or several or self.has.groups or self.has.experts or self.has.mapped)
+        if self.has.ahead is not None:
+            for path in self.has.ahead.groups:
+                self._attach(path, before=_reacher(self.has.ahead, path), after=partial(self.has.ahead.leave, path))
         if self.waits:
             refuse(self.model, self.hooked)
-            if not self.experts:
+            if not self.has.experts:
                 self.whole.attach()
 
     @property
     def whole(self) -> WholeState:
         """The model's state, wherever it waits."""
-        return WholeState(self.model, self.streams, self.plan.graph.ties, self.mapped, self.alone)
+        return WholeState(self.model, self.streams, self.plan.graph.ties, self.has.mapped, self.alone)
 
     def _handed_over(self) -> tuple[int, ...]:
         """Return the layers whose inputs may be elsewhere, as long as the caller's own tensors are with the first."""
@@ -504,24 +333,24 @@ class Dispatched:
         layers, first = range(len(self.plan.graph.layers)), self.targets[self.plan.run_on()[0]]
         if 0 < len(self.moving) < len(layers) and is_away(values, first):
             self._move(layers)
-        if self.reads_files and self.weights.checkpoint is not None:
+        if self.has.reads_files and self.weights.checkpoint is not None:
             self.weights.checkpoint.check_unchanged()
-        if self.ahead is not None:
-            self.ahead.begin()
+        if self.has.ahead is not None:
+            self.has.ahead.begin()
 
     def recover(self) -> None:
         """Mend what a call that was interrupted between two hooks left behind."""
         self.moved.clear()
         for stream in self.streams:
             stream.recover()
-        if self.ahead is not None:
-            self.ahead.end()
+        if self.has.ahead is not None:
+            self.has.ahead.end()
 
     def end_call(self) -> None:
         """Let go of what was held for one call."""
         self.moved.clear()
-        if self.ahead is not None:
-            self.ahead.end()
+        if self.has.ahead is not None:
+            self.has.ahead.end()
 
     def _set_implementations(self) -> None:
         model: Any = self.model
@@ -539,13 +368,13 @@ class Dispatched:
 
         read: else nothing is, and every weight is on meta afterwards.
         """
-        if read and self.reads_files and self.weights.checkpoint is not None:
+        if read and self.has.reads_files and self.weights.checkpoint is not None:
             self.weights.checkpoint.check_unchanged()
-        for ring in self.rings.values():
+        for ring in self.has.rings.values():
             ring.close()
-        groups = [(group, group.load()) for group in self.groups.values() if read]
-        experts = [(module, source, source.load() if read else None) for module, source in self.experts]
-        mapped = {name: place.get(*self.owners[name]).clone() for name in self.mapped if read}
+        groups = [(group, group.load()) for group in self.has.groups.values() if read]
+        experts = [(module, source, source.load() if read else None) for module, source in self.has.experts]
+        mapped = {name: place.get(*self.owners[name]).clone() for name in self.has.mapped if read}
         own_device.untell(self.told)
         if self.session is not None:
             self.session.leave(self.model)

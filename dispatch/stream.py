@@ -158,8 +158,9 @@ class GroupStream:
 
     def release(self, group: StreamedGroup) -> None:
         """Free the slot of a group whose module has run, and go on prefetching into it."""
-        slot = self._held.pop(self._position[group.name])
+        # In this order, so that what was interrupted in between is still known to be held.
         group.leave()
+        slot = self._held.pop(self._position[group.name])
         self.ring.release(slot)
         self._free.append(slot)
         self.prefetch()

@@ -38,7 +38,7 @@ def rings(monkeypatch: pytest.MonkeyPatch) -> list[LateRing]:
         made.append(LateRing(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr("dispatch.attach.SlotRing", make)
+    monkeypatch.setattr("dispatch.preparation.SlotRing", make)
     return made
 
 
@@ -140,7 +140,7 @@ def test_without_slots_the_cpu_computes_calls_of_any_length(limit: int, rings: l
 
 
 def sources(model: Any) -> list[StreamedExperts]:
-    return [source for _, source in model._loadplan_dispatch.experts]
+    return [source for _, source in model._loadplan_dispatch.has.experts]
 
 
 def test_the_cpu_computes_with_the_waiting_memory_itself() -> None:

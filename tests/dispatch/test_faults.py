@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import torch
 
 import dispatch
 import planner
+from dispatch.stream import StreamedGroup
 from planner.plan import Plan
 from tiny_models import Case, on_cpu, spread_over_two, streamed
 
@@ -76,11 +78,11 @@ def test_ctrl_c_at_any_moment_leaves_the_model_usable(make_case: Any) -> None:
     model = applied(case, "gpu from disk")
     want = case.logits(case.reference)
     interrupted = 0
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
         for number in range(25):
-            signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.00015 * number)
-            signal.signal(signal.SIGALRM, signal.default_int_handler)
             try:
+                signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.00015 * number)
                 while True:
                     case.logits(model)
             except KeyboardInterrupt:
@@ -193,3 +195,26 @@ def test_slots_that_no_hook_gave_back_are_free_in_the_next_call(make_case: Any) 
     assert torch.equal(case.logits(model), case.logits(case.reference))
     for group in stream.groups:
         assert all(parameter.is_meta for parameter in model.get_submodule(group.name).parameters())
+
+
+def test_an_interrupt_while_a_group_leaves(make_case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its parameters are back on meta, and after."""
+    case = make_case("llama")
+    model = applied(case)
+    inner = StreamedGroup.leave
+    for number, first in itertools.product((1, 4, 9), (False, True)):
+        left = []
+
+        def leave(group: StreamedGroup, left: list[str] = left, number: int = number, first: bool = first) -> None:
+            left.append(group.name)
+            if len(left) == number and first:
+                raise KeyboardInterrupt
+            inner(group)
+            if len(left) == number:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(StreamedGroup, "leave", leave)
+            with pytest.raises(KeyboardInterrupt):
+                case.logits(model)
+        assert torch.equal(case.logits(model), case.logits(case.reference))

@@ -201,7 +201,7 @@ def half_the_buffer(patch: pytest.MonkeyPatch) -> None:
 
 
 def ties_twice(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("dispatch.attach.resident_ties", lambda graph, placements: {})
+    patch.setattr("dispatch.preparation.resident_ties", lambda graph, placements: {})
 
 
 def a_slab_on_the_host(patch: pytest.MonkeyPatch) -> None:
@@ -232,7 +232,7 @@ FAULTS: list[tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = [
     (less_staging, "llama", "from disk"),
     (half_the_buffer, "llama", "gpu"),
     (lambda patch: patch.setattr(loading, "READERS", 3), "llama", "gpu"),
-    (lambda patch: patch.setattr("dispatch.attach.READERS", 5), "llama", "gpu"),
+    (lambda patch: patch.setattr("dispatch.preparation.READERS", 5), "llama", "gpu"),
     (ties_twice, "tied-llama", "cpu"),
     (a_slab_on_the_host, "llama", "gpu"),
     (buffers_of_their_own, "mixtral", "gpu"),
@@ -278,7 +278,7 @@ def test_the_bar_counts_every_byte_that_is_read_once(
 
 
 def test_loading_reads_groups_in_the_order_of_the_files(make_case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dispatch.attach.READERS", 1)
+    monkeypatch.setattr("dispatch.preparation.READERS", 1)
     case = make_case("llama")
     places: dict[str, tuple[str, int]] = {}
     inner = TensorSource.fill
@@ -314,7 +314,7 @@ def test_what_waits_in_memory_is_read_in_the_order_of_the_files(
     make_case: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Experts too, which lie in the files one by one; and each byte once."""
-    monkeypatch.setattr("dispatch.attach.READERS", 1)
+    monkeypatch.setattr("dispatch.preparation.READERS", 1)
     case = make_case("mixtral")
     plan = make_plan(case, "from host")
     read: list[tuple[str, int]] = []

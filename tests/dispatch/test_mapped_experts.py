@@ -40,7 +40,7 @@ def plan(fused: Case) -> Plan:
 
 
 def sources(model: Any) -> list[MappedExperts]:
-    return [source for _, source in model._loadplan_dispatch.experts]
+    return [source for _, source in model._loadplan_dispatch.has.experts]
 
 
 def test_same_bits_and_the_weights_are_pages_of_the_file(fused: Case, plan: Plan) -> None:
@@ -78,7 +78,7 @@ def test_those_routed_to_are_read_ahead_and_no_others(fused: Case, plan: Plan, m
     monkeypatch.setattr(page_cache, "present", lambda address, nbytes: False)
     inner = readahead._bring
     monkeypatch.setattr(readahead, "_bring", lambda name, *place: (read.append(name), inner(name, *place)))
-    model._loadplan_dispatch.ahead = None
+    model._loadplan_dispatch.has.ahead = None
     for source in sources(model):
         begin = source.begin
 

@@ -218,7 +218,7 @@ def test_a_file_that_is_cut_off_is_an_error_and_not_a_crash(files: Files, turn: 
 
 @pytest.fixture
 def small_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dispatch.attach.room_bytes", lambda plan: 0)
+    monkeypatch.setattr("dispatch.preparation.room_bytes", lambda plan: 0)
 
 
 def mostly_on_disk(case: Case) -> Plan:

@@ -31,7 +31,7 @@ def test_same_bits(make_case: Any, monkeypatch: pytest.MonkeyPatch, name: str, h
         rings.append(LateRing(*args, **kwargs))
         return rings[-1]
 
-    monkeypatch.setattr("dispatch.attach.SlotRing", make)
+    monkeypatch.setattr("dispatch.preparation.SlotRing", make)
     case = make_case(name)
     plan = with_slots(spread_over_two(streamed(case.plan(gpus="2x24GB"), home)), count)
     case.run_like(plan)

@@ -89,7 +89,7 @@ class BehindRing(SlotRing):
 def behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dispatch.slots.reads_behind", lambda device: True)
     monkeypatch.setattr("dispatch.slots.Lane", LateLane)
-    monkeypatch.setattr("dispatch.attach.SlotRing", BehindRing)
+    monkeypatch.setattr("dispatch.preparation.SlotRing", BehindRing)
 
 
 def applied(case: Case, plan: Plan) -> Any:
@@ -228,8 +228,8 @@ def test_ctrl_c_at_any_moment(make_case: Any) -> None:
     try:
         for number in range(40):
             signal.signal(signal.SIGALRM, signal.default_int_handler)
-            signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.00015 * number)
             try:
+                signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.00015 * number)
                 while True:
                     case.logits(model)
             except KeyboardInterrupt:
