@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dispatch.adapting import weights_at_home
 from dispatch.alignment import align_module_device, has_offloaded_params
 from dispatch.attach import apply, cache_statistics, remove
 from dispatch.checkpoint import Checkpoint
@@ -29,4 +30,5 @@ __all__ = [
     "dispatch_model", "find_tied_parameters", "get_balanced_memory", "get_max_memory", "has_offloaded_params",
     "infer_auto_device_map", "init_empty_weights", "init_on_device", "load_checkpoint_and_dispatch",
     "load_checkpoint_in_model", "measure", "remove", "remove_hook_from_module", "remove_hook_from_submodules",
+    "weights_at_home",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -122,6 +123,19 @@ def remove(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def state_of(model: torch.nn.Module) -> Dispatched:
+    """Return what was done to a model, or to the one inside it.
+
+    Raises:
+        InputError: nothing was.
+    """
+    for each in model.modules():
+        if _ATTRIBUTE in vars(each):
+            state: Dispatched = vars(each)[_ATTRIBUTE]
+            return state
+    raise InputError("this model is not dispatched")
+
+
 def is_dispatched(model: torch.nn.Module) -> bool:
     return getattr(model, _ATTRIBUTE, None) is not None
 
@@ -181,6 +195,9 @@ class Dispatched:
         self.told: list[tuple[torch.nn.Module, type]] = []
         self.session: Session | None = None
         self.alone = threading.RLock()
+        # Where each tensor is, and the modules that are there; adapters may come between later.
+        self.owners = {name: place.owner(model, name) for name, _ in place.named_tensors(model)}
+        self.known = weakref.WeakSet(model.modules())
         self.waits = False
 
     def start(
@@ -357,7 +374,7 @@ class Dispatched:
             ring.close()
         groups = [(group, group.load()) for group in self.has.groups.values() if read]
         experts = [(module, source, source.load() if read else None) for module, source in self.has.experts]
-        mapped = {name: place.get(*place.owner(self.model, name)).clone() for name in self.has.mapped if read}
+        mapped = {name: place.get(*self.owners[name]).clone() for name in self.has.mapped if read}
         own_device.untell(self.told)
         if self.session is not None:
             self.session.leave(self.model)
@@ -372,7 +389,7 @@ class Dispatched:
                 source.restore(whole)
             delattr(module, implementations.SOURCE_ATTRIBUTE)
         for name, tensor in mapped.items():
-            place.put(*place.owner(self.model, name), tensor)
+            place.put(*self.owners[name], tensor)
         found = {tensor.device for _, tensor in place.named_tensors(self.model)}
         for name, tensor in list(place.named_tensors(self.model)) if len(found) > 1 or not read else []:
             place.put(*place.owner(self.model, name), tensor.detach().to("cpu" if read else "meta"))
@@ -386,9 +403,9 @@ class Dispatched:
     def _tie(self) -> None:
         for names in self.plan.graph.ties:
             first, *others = names
-            module, leaf = place.owner(self.model, first)
+            module, leaf = self.owners[first]
             for other in others:
-                target, other_leaf = place.owner(self.model, other)
+                target, other_leaf = self.owners[other]
                 if leaf in module._parameters:
                     target._parameters[other_leaf] = module._parameters[leaf]
                 else:

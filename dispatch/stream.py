@@ -63,6 +63,18 @@ class StreamedGroup:
         found = {name: tensor.to(device) for name, tensor in self.store.where_they_wait().items()}
         self._set(self._made(found, trained=True))
 
+    @property
+    def is_away(self) -> bool:
+        """Whether parameters are on meta, as the group left them."""
+        return any(
+            (module._parameters if leaf in module._parameters else module._buffers)[leaf] is self._away[name]
+            for name, (module, leaf) in self._owners.items()
+        )
+
+    def present(self) -> dict[str, torch.Tensor]:
+        """Return what is in place of the parameters and buffers now."""
+        return {name: place.get(*owner) for name, owner in self._owners.items()}
+
     def leave(self) -> None:
         """Put the parameters back on meta."""
         self._set(self._away)

@@ -45,7 +45,7 @@ class WholeState:
         """Return what the plain model's would hold: what waits in host memory as views of that, and what waits on disk
         as views of the mapped file, where a file holds it as it is. Tied names have one tensor.
         """
-        with self._at_home():
+        with self.at_home():
             # The class's own: this stands on the instance.
             state = type(self.model).state_dict(self.model, *args, **kwargs)
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
@@ -74,7 +74,7 @@ class WholeState:
             given = next((state[name] for name in names if name in state), None)
             if given is not None:
                 state.update(dict.fromkeys(set(names) - state.keys(), given))
-        with self._at_home():
+        with self.at_home():
             try:
                 return type(self.model).load_state_dict(self.model, state, strict=strict)
             finally:
@@ -82,14 +82,14 @@ class WholeState:
                     stream.drop()
 
     @contextmanager
-    def _at_home(self) -> Iterator[None]:
-        """Have every parameter where it waits."""
-        groups = [group for stream in self._streams for group in stream.groups]
+    def at_home(self) -> Iterator[None]:
+        """Have every parameter where it waits; inside of another such block nothing changes."""
         with self._alone:
             if any(stream.is_busy for stream in self._streams):
                 raise InputError(
                     "the state of a dispatched model was asked for in the middle of a call; wait for its end"
                 )
+            groups = [group for stream in self._streams for group in stream.groups if group.is_away]
             brought = []
             try:
                 for group in groups:

@@ -316,6 +316,7 @@ PUBLIC = {
         "dispatch_model", "find_tied_parameters", "get_balanced_memory", "get_max_memory", "has_offloaded_params",
         "infer_auto_device_map", "init_empty_weights", "init_on_device", "load_checkpoint_and_dispatch",
         "load_checkpoint_in_model", "measure", "remove", "remove_hook_from_module", "remove_hook_from_submodules",
+        "weights_at_home",
     ],
     "reports": ["page_html", "write_report"],
 }  # fmt: skip

@@ -58,3 +58,38 @@ def test_threads_take_turns(make_case: Any) -> None:
         thread.join()
     assert len(found) == 4
     assert all(torch.equal(each, expected) for each in found)
+
+
+@pytest.mark.parametrize(
+    ("choice", "shares"),
+    [("sequential", (1.0, 1.0)), ("auto", (0.3, 0.7)), ("balanced", (0.3, 0.7)), ("balanced_low_0", (0.0, 0.3))],
+)
+def test_maps_by_name_are_the_planners(choice: str, shares: tuple[float, float], make_case: Any) -> None:
+    case = make_case("llama")
+    model = dispatch.load_checkpoint_and_dispatch(
+        case.meta(), case.folder, choice, max_memory={0: "2MB", 1: "2MB"},
+        no_split_module_classes=["LlamaDecoderLayer"], devices={"cuda:0": "cpu", "cuda:1": "cpu"},
+    )  # fmt: skip
+    places: Any = model.hf_device_map
+    sizes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
+    on_first = sum(
+        nbytes for name, nbytes in sizes.items() if places[max((k for k in places if is_in(name, k)), key=len)] == 0
+    )
+    # Two alike GPUs that each could hold it all: in a row, in halves, or as little as can be on the first.
+    assert shares[0] <= on_first / sum(sizes.values()) <= shares[1]
+    assert torch.equal(case.logits(model), case.logits(case.reference))
+
+
+def test_a_map_by_name_uses_memory_and_disk_where_gpus_are_small(make_case: Any, tmp_path: Path) -> None:
+    case = make_case("llama")
+    model = dispatch.load_checkpoint_and_dispatch(
+        case.meta(), case.folder, "auto", max_memory={0: "500KB", "cpu": "500KB"},
+        no_split_module_classes=["LlamaDecoderLayer"], offload_folder=tmp_path / "offload", devices=PLAYED,
+    )  # fmt: skip
+    places: Any = model.hf_device_map
+    assert set(places.values()) == {0, "cpu", "disk"}
+    assert torch.equal(case.generate(model), case.generate(case.reference))
+
+
+def is_in(name: str, key: str) -> bool:
+    return key == "" or name.startswith(f"{key}.")
