@@ -47,6 +47,8 @@ _ATTRIBUTE = "_loadplan_dispatch"
 _Part = tuple[Placement, WeightGroup, list[str], int | None]
 # On a module whose weights are streamed: (their stream, their group).
 GROUP_ATTRIBUTE = "_loadplan_group"
+# On a whole model that waits in host memory until it is called: what brings it.
+WHOLE_ATTRIBUTE = "_loadplan_whole"
 
 
 def apply(
@@ -107,9 +109,23 @@ def apply(
 
 
 def check_plain(model: torch.nn.Module) -> None:
-    """Raise InputError where a model is dispatched already."""
+    """Raise InputError where a model, a part of it, or what it is a part of is dispatched already."""
+    if not isinstance(model, torch.nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise InputError(f"a {type(model).__name__} cannot be dispatched: give the torch.nn.Module itself")
     if is_dispatched(model):
         raise InputError("this model is dispatched already; call dispatch.remove(model) first")
+    for path, module in model.named_modules():
+        if is_dispatched(module) or GROUP_ATTRIBUTE in vars(module):
+            raise InputError(
+                f"{path or 'this model'} is dispatched already, by itself or as a part: call "
+                "remove_hook_from_submodules with the model that was dispatched first"
+            )
+        if WHOLE_ATTRIBUTE in vars(module):
+            raise InputError(f"{path or 'this model'} has a hook of cpu_offload_with_hook; call its remove() first")
+        if hasattr(module, "_hf_hook") and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            raise InputError(
+                f"{path or 'this model'} is offloaded by Accelerate: call its remove_hook_from_submodules first"
+            )
 
 
 def remove(model: torch.nn.Module) -> torch.nn.Module:
@@ -191,6 +207,7 @@ class Dispatched:
         self.mapped: list[str] = []
         self.ahead: ReadAhead | None = None
         self.shared = resident_ties(plan.graph, plan.placements)
+        self.owners = {name: place.owner(model, name) for name, _ in place.named_tensors(model)}
         self.hooked: list[torch.nn.Module] = []
         self.tied: dict[tuple[str, torch.device], torch.nn.Parameter] = {}
         self.moved: Moved = {}
@@ -440,7 +457,11 @@ class Dispatched:
             for group in groups:
                 module = self.model.get_submodule(group.name)
                 setattr(module, GROUP_ATTRIBUTE, (stream, group))
-                self._attach(group.name, before=_acquirer(stream, group, module), after=_releaser(stream, group))
+                self._attach(
+                    group.name,
+                    before=_acquirer(stream, group, module, self.alone),
+                    after=_releaser(stream, group, self.alone),
+                )
             stream.prefetch()
         self.waits = bool(arguments or several or self.groups or self.experts or self.mapped)
         if self.ahead is not None:
@@ -528,7 +549,8 @@ class Dispatched:
             ring.close()
         groups = [(group, group.load()) for group in self.groups.values() if read]
         experts = [(module, source, source.load() if read else None) for module, source in self.experts]
-        mapped = {name: place.get(*place.owner(self.model, name)).clone() for name in self.mapped if read}
+        # By what had them at first: adapters put modules of their own in between, and names change.
+        mapped = {name: place.get(*self.owners[name]).clone() for name in self.mapped if read}
         own_device.untell(self.told)
         if self.session is not None:
             self.session.leave(self.model)
@@ -543,7 +565,7 @@ class Dispatched:
                 source.restore(whole)
             delattr(module, implementations.SOURCE_ATTRIBUTE)
         for name, tensor in mapped.items():
-            place.put(*place.owner(self.model, name), tensor)
+            place.put(*self.owners[name], tensor)
         found = {tensor.device for _, tensor in place.named_tensors(self.model)}
         for name, tensor in list(place.named_tensors(self.model)) if len(found) > 1 or not read else []:
             place.put(*place.owner(self.model, name), tensor.detach().to("cpu" if read else "meta"))
@@ -557,18 +579,30 @@ class Dispatched:
     def _tie(self) -> None:
         for names in self.plan.graph.ties:
             first, *others = names
-            module, leaf = place.owner(self.model, first)
+            module, leaf = self.owners[first]
             for other in others:
-                target, other_leaf = place.owner(self.model, other)
+                target, other_leaf = self.owners[other]
                 if leaf in module._parameters:
                     target._parameters[other_leaf] = module._parameters[leaf]
                 else:
                     target._buffers[other_leaf] = module._buffers[leaf]
 
 
-def _acquirer(stream: GroupStream, group: StreamedGroup, module: torch.nn.Module) -> hooks.Before:
+def _acquirer(
+    stream: GroupStream, group: StreamedGroup, module: torch.nn.Module, alone: threading.RLock
+) -> hooks.Before:
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        stream.acquire(group, kept=torch.is_grad_enabled() and is_trained((args, kwargs), module))
+        # Outside of a call of the model, as generate calls an encoder, nothing else keeps other threads out.
+        is_outermost = not alone._is_owned()  # type: ignore[attr-defined]  # as threading.Condition asks it
+        if is_outermost:
+            alone.acquire()
+        try:
+            stream.acquire(group, kept=torch.is_grad_enabled() and is_trained((args, kwargs), module))
+        except BaseException:
+            if is_outermost:
+                alone.release()
+            raise
+        stream.locked_by = group if is_outermost else stream.locked_by
         return args, kwargs
 
     return before
@@ -582,8 +616,16 @@ def _reacher(ahead: ReadAhead, name: str) -> hooks.Before:
     return before
 
 
-def _releaser(stream: GroupStream, group: StreamedGroup) -> hooks.After:
-    return lambda: stream.release(group)
+def _releaser(stream: GroupStream, group: StreamedGroup, alone: threading.RLock) -> hooks.After:
+    def after() -> None:
+        try:
+            stream.release(group)
+        finally:
+            if stream.locked_by is group:
+                stream.locked_by = None
+                alone.release()
+
+    return after
 
 
 def _offload(model: torch.nn.Module, plan: Plan, folder: str | Path | None) -> Waiting | None:

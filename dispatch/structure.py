@@ -128,6 +128,9 @@ class _Unit:
 def _read(device_map: Mapping[str, Place], main_device: Place | None) -> DeviceMap:
     if not device_map:
         raise InputError('the device map is empty; {"": 0} puts all on the first GPU')
+    for name in device_map:
+        if not isinstance(name, str):
+            raise InputError(f"the device map names {name!r}; it takes the names of modules and tensors, as texts")
     entries = {name: place_name(given) for name, given in device_map.items()}
     return DeviceMap(entries=entries, main=main_of(device_map, main_device))
 
