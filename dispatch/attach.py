@@ -47,6 +47,8 @@ _ATTRIBUTE = "_loadplan_dispatch"
 _Part = tuple[Placement, WeightGroup, list[str], int | None]
 # On a module whose weights are streamed: (their stream, their group).
 GROUP_ATTRIBUTE = "_loadplan_group"
+# On a model that runs by a device map: the map.
+MAP_ATTRIBUTE = "hf_device_map"
 # On a whole model that waits in host memory until it is called: what brings it.
 WHOLE_ATTRIBUTE = "_loadplan_whole"
 
@@ -142,6 +144,8 @@ def remove(model: torch.nn.Module) -> torch.nn.Module:
     state.detach()
     delattr(model, _ATTRIBUTE)
     delattr(model, NAMES_ATTRIBUTE)
+    if not state.plan.graph.passes:
+        vars(model).pop(MAP_ATTRIBUTE, None)
     return model
 
 

@@ -14,7 +14,7 @@ import torch
 from dispatch import attach, place
 from dispatch.alignment import WholeOffload
 from dispatch.filling import Filling, emptied, fill
-from dispatch.mapped import MAP_ATTRIBUTE, Devices, dispatched, real_devices
+from dispatch.mapped import Devices, dispatched, real_devices
 from dispatch.structure import Place, place_name, plan_of
 from dispatch.targets import is_here
 from planner.errors import InputError
@@ -260,7 +260,6 @@ def remove_hook_from_module(module: torch.nn.Module, recurse: bool = False) -> t
         remove_hook_from_submodules(module)
     elif attach.is_dispatched(module):
         attach.remove(module)
-        vars(module).pop(MAP_ATTRIBUTE, None)
     elif (hook := WholeOffload.of(module)) is not None:
         hook.remove()
     elif attach.GROUP_ATTRIBUTE in vars(module):

@@ -1,7 +1,7 @@
 """A plan read off a module tree and a device map. Nothing is traced: it says where all goes, and predicts nothing.
 
-A layer of it is a module that owns tensors, and not a block of the map: weights are used where they are owned, whatever
-a map cuts through, and a module that waits is copied when it is called.
+A layer of it is a module that owns tensors, itself or in children that cannot be called, and not a block of the map:
+weights are used where they are owned, whatever a map cuts through, and a module that waits is copied when it is called.
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ def _read(device_map: Mapping[str, Place], main_device: Place | None) -> DeviceM
 
 
 def _units(model: torch.nn.Module, whole: Collection[str]) -> Iterator[_Unit]:
-    """Yield the modules that own tensors, in the order in which they are registered."""
+    """Yield the modules that own tensors, in the order in which they are registered; what has no forward of its own
+    owns none, where its parent has one.
+    """
     inside: set[int] = set()
     for path, module in model.named_modules():
         if id(module) in inside:
@@ -145,8 +147,17 @@ def _units(model: torch.nn.Module, whole: Collection[str]) -> Iterator[_Unit]:
         if is_whole:
             inside.update(map(id, module.modules()))
         tensors = tuple(_tensors(module, recurse=is_whole))
+        for name, child in module.named_children() if not is_whole and _has_forward(module) else ():
+            if id(child) not in inside and not any(map(_has_forward, child.modules())):
+                # As a ParameterList: nothing can call it, and its parent computes with what it holds.
+                inside.update(map(id, child.modules()))
+                tensors += tuple(replace(held, name=f"{name}.{held.name}") for held in _tensors(child, recurse=True))
         if tensors:
             yield _Unit(path, type(module).__name__, tensors)
+
+
+def _has_forward(module: torch.nn.Module) -> bool:
+    return "forward" in vars(module) or type(module).forward is not torch.nn.Module.forward
 
 
 def _tensors(module: torch.nn.Module, *, recurse: bool) -> Iterator[Tensor]:

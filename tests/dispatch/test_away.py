@@ -185,6 +185,12 @@ def test_what_is_dispatched_in_part_or_by_others_is_refused() -> None:
             dispatch.dispatch_model(given, {"": "cpu"})  # type: ignore[arg-type]
 
 
+def test_a_removed_model_says_of_no_map() -> None:
+    model = dispatch.dispatch_model(nn.Linear(1, 1), {"": "cpu"}, main_device=0, devices=PLAYED)
+    assert hasattr(dispatch.remove(model), "forward")
+    assert not hasattr(model, "hf_device_map")
+
+
 def test_devices_that_this_machine_has_not() -> None:
     for device in ("cuda:7", 7, "mps", "xpu", "hpu"):
         for call in (dispatch.cpu_offload, dispatch.cpu_offload_with_hook):
