@@ -9,13 +9,12 @@ from typing import Any
 import torch
 
 from dispatch import hooks, place
-from dispatch.attach import GROUP_ATTRIBUTE
+from dispatch.attach import GROUP_ATTRIBUTE, WHOLE_ATTRIBUTE
 from dispatch.mover import changed
+from dispatch.refusals import allow, refuse_copies
 from dispatch.stream import GroupStream, StreamedGroup
 from dispatch.structure import Place, place_name
 from planner.execution import SOURCE_ATTRIBUTE
-
-_WHOLE_ATTRIBUTE = "_loadplan_whole"
 
 
 def has_offloaded_params(module: torch.nn.Module) -> bool:
@@ -70,16 +69,15 @@ class WholeOffload:
 
     def __init__(self, model: torch.nn.Module, device: torch.device, before: WholeOffload | None):
         self.model, self.device, self._before = model, device, before
-        if (known := WholeOffload.of(model)) is not None:
-            known.remove()
         self.offload()
         hooks.attach(model, before=self._bring)
-        setattr(model, _WHOLE_ATTRIBUTE, self)
+        refuse_copies(model)
+        setattr(model, WHOLE_ATTRIBUTE, self)
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> WholeOffload | None:
         """Return what holds a model so, or None."""
-        found: WholeOffload | None = vars(model).get(_WHOLE_ATTRIBUTE)
+        found: WholeOffload | None = vars(model).get(WHOLE_ATTRIBUTE)
         return found
 
     def offload(self) -> None:
@@ -89,7 +87,8 @@ class WholeOffload:
     def remove(self) -> None:
         """Let the model go, where it is."""
         hooks.detach(self.model)
-        vars(self.model).pop(_WHOLE_ATTRIBUTE, None)
+        allow(self.model, ())
+        vars(self.model).pop(WHOLE_ATTRIBUTE, None)
 
     def _bring(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._before is not None:

@@ -41,6 +41,10 @@ from planner.steps import layer_runs
 _ATTRIBUTE = "_loadplan_dispatch"
 # On a module whose weights are streamed: (their stream, their group).
 GROUP_ATTRIBUTE = "_loadplan_group"
+# On a model that runs by a device map: the map.
+MAP_ATTRIBUTE = "hf_device_map"
+# On a whole model that waits in host memory until it is called: what brings it.
+WHOLE_ATTRIBUTE = "_loadplan_whole"
 
 
 def apply(
@@ -101,9 +105,23 @@ def apply(
 
 
 def check_plain(model: torch.nn.Module) -> None:
-    """Raise InputError where a model is dispatched already."""
+    """Raise InputError where a model, a part of it, or what it is a part of is dispatched already."""
+    if not isinstance(model, torch.nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise InputError(f"a {type(model).__name__} cannot be dispatched: give the torch.nn.Module itself")
     if is_dispatched(model):
         raise InputError("this model is dispatched already; call dispatch.remove(model) first")
+    for path, module in model.named_modules():
+        if is_dispatched(module) or GROUP_ATTRIBUTE in vars(module):
+            raise InputError(
+                f"{path or 'this model'} is dispatched already, by itself or as a part: call "
+                "remove_hook_from_submodules with the model that was dispatched first"
+            )
+        if WHOLE_ATTRIBUTE in vars(module):
+            raise InputError(f"{path or 'this model'} has a hook of cpu_offload_with_hook; call its remove() first")
+        if hasattr(module, "_hf_hook") and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            raise InputError(
+                f"{path or 'this model'} is offloaded by Accelerate: call its remove_hook_from_submodules first"
+            )
 
 
 def remove(model: torch.nn.Module) -> torch.nn.Module:
@@ -120,6 +138,8 @@ def remove(model: torch.nn.Module) -> torch.nn.Module:
     state.detach()
     delattr(model, _ATTRIBUTE)
     delattr(model, NAMES_ATTRIBUTE)
+    if not state.plan.graph.passes:
+        vars(model).pop(MAP_ATTRIBUTE, None)
     return model
 
 
@@ -286,7 +306,11 @@ class Dispatched:
             for group in groups:
                 module = self.model.get_submodule(group.name)
                 setattr(module, GROUP_ATTRIBUTE, (stream, group))
-                self._attach(group.name, before=_acquirer(stream, group, module), after=_releaser(stream, group))
+                self._attach(
+                    group.name,
+                    before=_acquirer(stream, group, module, self.alone),
+                    after=_releaser(stream, group, self.alone),
+                )
             stream.prefetch()
         self.waits = bool(arguments or several or self.has.groups or self.has.experts or self.has.mapped)
         if self.has.ahead is not None:
@@ -374,6 +398,7 @@ class Dispatched:
             ring.close()
         groups = [(group, group.load()) for group in self.has.groups.values() if read]
         experts = [(module, source, source.load() if read else None) for module, source in self.has.experts]
+        # By what had them at first: adapters put modules of their own in between, and names change.
         mapped = {name: place.get(*self.owners[name]).clone() for name in self.has.mapped if read}
         own_device.untell(self.told)
         if self.session is not None:
@@ -412,9 +437,21 @@ class Dispatched:
                     target._buffers[other_leaf] = module._buffers[leaf]
 
 
-def _acquirer(stream: GroupStream, group: StreamedGroup, module: torch.nn.Module) -> hooks.Before:
+def _acquirer(
+    stream: GroupStream, group: StreamedGroup, module: torch.nn.Module, alone: threading.RLock
+) -> hooks.Before:
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        stream.acquire(group, kept=torch.is_grad_enabled() and is_trained((args, kwargs), module))
+        # Outside of a call of the model, as generate calls an encoder, nothing else keeps other threads out.
+        is_outermost = not alone._is_owned()  # type: ignore[attr-defined]  # as threading.Condition asks it
+        if is_outermost:
+            alone.acquire()
+        try:
+            stream.acquire(group, kept=torch.is_grad_enabled() and is_trained((args, kwargs), module))
+        except BaseException:
+            if is_outermost:
+                alone.release()
+            raise
+        stream.locked_by = group if is_outermost else stream.locked_by
         return args, kwargs
 
     return before
@@ -428,8 +465,16 @@ def _reacher(ahead: ReadAhead, name: str) -> hooks.Before:
     return before
 
 
-def _releaser(stream: GroupStream, group: StreamedGroup) -> hooks.After:
-    return lambda: stream.release(group)
+def _releaser(stream: GroupStream, group: StreamedGroup, alone: threading.RLock) -> hooks.After:
+    def after() -> None:
+        try:
+            stream.release(group)
+        finally:
+            if stream.locked_by is group:
+                stream.locked_by = None
+                alone.release()
+
+    return after
 
 
 def _offload(model: torch.nn.Module, plan: Plan, folder: str | Path | None) -> Waiting | None:

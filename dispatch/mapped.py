@@ -20,7 +20,6 @@ from planner.errors import InputError
 from planner.plan import Plan
 
 Devices = Mapping[str, torch.device | str]
-MAP_ATTRIBUTE = "hf_device_map"
 
 
 def dispatched(
@@ -61,7 +60,7 @@ def dispatched(
         attach.Dispatched(model, plan, targets, weights, conventions).start(nbytes=nbytes)
         attach.forget(model)
     if told:
-        setattr(model, MAP_ATTRIBUTE, dict(device_map))
+        setattr(model, attach.MAP_ATTRIBUTE, dict(device_map))
     return model
 
 

@@ -14,8 +14,9 @@ import torch
 from dispatch import attach, place
 from dispatch.alignment import WholeOffload
 from dispatch.filling import Filling, emptied, fill
-from dispatch.mapped import MAP_ATTRIBUTE, Devices, dispatched, real_devices
+from dispatch.mapped import Devices, dispatched, real_devices
 from dispatch.structure import Place, place_name, plan_of
+from dispatch.targets import is_here
 from planner.errors import InputError
 
 _CHOICES = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -135,11 +136,19 @@ def cpu_offload_with_hook(
 
     execution_device: None is this machine's accelerator, else the CPU.
     prev_module_hook: of the model before it in a row, which goes back to host memory when this one is called.
+
+    Raises:
+        InputError: there is no such device, or the model is dispatched.
     """
     if execution_device is None:
         execution_device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    name = place_name(execution_device)
+    if name == "disk" or not is_here(torch.device(name)):
+        raise InputError(f"the model is to run on {name}, and this machine has no such device")
+    if isinstance(model, torch.nn.Module) and (known := WholeOffload.of(model)) is not None:
+        known.remove()
     attach.check_plain(model)
-    return model, WholeOffload(model, torch.device(place_name(execution_device)), prev_module_hook)
+    return model, WholeOffload(model, torch.device(name), prev_module_hook)
 
 
 def load_checkpoint_in_model(
@@ -251,7 +260,6 @@ def remove_hook_from_module(module: torch.nn.Module, recurse: bool = False) -> t
         remove_hook_from_submodules(module)
     elif attach.is_dispatched(module):
         attach.remove(module)
-        vars(module).pop(MAP_ATTRIBUTE, None)
     elif (hook := WholeOffload.of(module)) is not None:
         hook.remove()
     elif attach.GROUP_ATTRIBUTE in vars(module):

@@ -17,7 +17,12 @@ def refuse(model: torch.nn.Module, parts: Iterable[torch.nn.Module]) -> None:
     """Refuse to move a model or to take its state, and to copy or pickle it or one of its parts that have hooks."""
     vars(model).update({name: _refusal(what) for name, what in (_OF_THE_MODEL | _COPYING).items()})
     for part in parts:
-        vars(part).update({name: _refusal(what) for name, what in _COPYING.items()})
+        refuse_copies(part)
+
+
+def refuse_copies(module: torch.nn.Module) -> None:
+    """Refuse to copy or pickle a module that has hooks: the copy's would call what it was copied from."""
+    vars(module).update({name: _refusal(what) for name, what in _COPYING.items()})
 
 
 def allow(model: torch.nn.Module, parts: Iterable[torch.nn.Module]) -> None:

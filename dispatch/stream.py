@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from dispatch import place
+from dispatch.away import away
 from dispatch.slots import SlotRing
 from dispatch.stores import Store
 from planner.errors import InputError
@@ -34,7 +35,9 @@ class StreamedGroup:
             name: found.requires_grad if (found := module._parameters.get(leaf)) is not None else None
             for name, (module, leaf) in owners.items()
         }
-        self._away = self._made({name: place.get(*owner).to("meta") for name, owner in owners.items()})
+        self._away = {
+            name: away(place.get(*owner), parameter=self._trained[name] is not None) for name, owner in owners.items()
+        }
         self._present: dict[int, dict[str, torch.Tensor]] = {}
         # cuDNN's layers move their parameters to other memory when they run: what is in the slot is given anew.
         self._moves = any(isinstance(module, torch.nn.RNNBase) for module, _ in owners.values())
@@ -120,6 +123,8 @@ class GroupStream:
         self._next: int | None = 0
         self._first = 0
         self._last: str | None = None
+        # The group whose module keeps other threads out while it runs.
+        self.locked_by: StreamedGroup | None = None
         # The group of the circle that ran last.
         self._reached = len(groups) - 1
 

@@ -1,7 +1,7 @@
 """A plan read off a module tree and a device map. Nothing is traced: it says where all goes, and predicts nothing.
 
-A layer of it is a module that owns tensors, and not a block of the map: weights are used where they are owned, whatever
-a map cuts through, and a module that waits is copied when it is called.
+A layer of it is a module that owns tensors, itself or in children that cannot be called, and not a block of the map:
+weights are used where they are owned, whatever a map cuts through, and a module that waits is copied when it is called.
 """
 
 from __future__ import annotations
@@ -128,12 +128,17 @@ class _Unit:
 def _read(device_map: Mapping[str, Place], main_device: Place | None) -> DeviceMap:
     if not device_map:
         raise InputError('the device map is empty; {"": 0} puts all on the first GPU')
+    for name in device_map:
+        if not isinstance(name, str):
+            raise InputError(f"the device map names {name!r}; it takes the names of modules and tensors, as texts")
     entries = {name: place_name(given) for name, given in device_map.items()}
     return DeviceMap(entries=entries, main=main_of(device_map, main_device))
 
 
 def _units(model: torch.nn.Module, whole: Collection[str]) -> Iterator[_Unit]:
-    """Yield the modules that own tensors, in the order in which they are registered."""
+    """Yield the modules that own tensors, in the order in which they are registered; what has no forward of its own
+    owns none, where its parent has one.
+    """
     inside: set[int] = set()
     for path, module in model.named_modules():
         if id(module) in inside:
@@ -142,8 +147,17 @@ def _units(model: torch.nn.Module, whole: Collection[str]) -> Iterator[_Unit]:
         if is_whole:
             inside.update(map(id, module.modules()))
         tensors = tuple(_tensors(module, recurse=is_whole))
+        for name, child in module.named_children() if not is_whole and _has_forward(module) else ():
+            if id(child) not in inside and not any(map(_has_forward, child.modules())):
+                # As a ParameterList: nothing can call it, and its parent computes with what it holds.
+                inside.update(map(id, child.modules()))
+                tensors += tuple(replace(held, name=f"{name}.{held.name}") for held in _tensors(child, recurse=True))
         if tensors:
             yield _Unit(path, type(module).__name__, tensors)
+
+
+def _has_forward(module: torch.nn.Module) -> bool:
+    return "forward" in vars(module) or type(module).forward is not torch.nn.Module.forward
 
 
 def _tensors(module: torch.nn.Module, *, recurse: bool) -> Iterator[Tensor]:

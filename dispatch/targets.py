@@ -57,6 +57,16 @@ def _check_waiting(plan: Plan, placement: Placement, group: WeightGroup) -> None
         )
 
 
+def is_here(device: torch.device) -> bool:
+    """Tell whether this machine has a device. Those of a backend of the user's own, or pretended ones, are believed."""
+    if device.type == "cuda":
+        return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    if device.type == "cpu" or device.type == torch._C._get_privateuse1_backend_name():
+        return True
+    here = torch.accelerator.current_accelerator(check_available=True)
+    return here is not None and here.type == device.type and (device.index or 0) < torch.accelerator.device_count()
+
+
 def find_targets(plan: Plan, devices: Mapping[str, torch.device | str]) -> dict[str, torch.device]:
     """Return the device of this machine for each of the plan's that runs layers; each is itself unless named.
 
@@ -77,9 +87,7 @@ def find_targets(plan: Plan, devices: Mapping[str, torch.device | str]) -> dict[
                 f'apply(..., devices={{"{name}": "{name.rpartition("/")[2]}"}})'
             )
         device = torch.device(given)
-        if device.type == "cuda" and not (
-            torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
-        ):
+        if not is_here(device):
             raise InputError(
                 f"the plan runs layers on {name}, and this machine has no {device}; plan with its own GPUs (--gpus), "
                 "or say which device to use: apply(..., devices={...})"

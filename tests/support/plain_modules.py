@@ -182,6 +182,31 @@ def _graph() -> nn.Module:
     return torch.fx.symbolic_trace(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, 3)))
 
 
+class Holder(nn.Module):
+    """Holds weights, and cannot be called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(WIDTH, WIDTH))
+        self.inner = nn.ParameterDict({"bias": nn.Parameter(torch.rand(WIDTH))})
+
+
+class Holding(nn.Module):
+    """Computes with lists and dicts of parameters, and with a module that only holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = nn.ParameterList([nn.Parameter(torch.rand(WIDTH)) for _ in range(3)])
+        self.pair = Holder()
+        self.last = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for scale in self.scales:
+            x = x * scale
+        out: torch.Tensor = self.last(nn.functional.linear(x, self.pair.weight, self.pair.inner["bias"]))
+        return out
+
+
 def _seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         torch.manual_seed(0)
@@ -208,6 +233,7 @@ ZOO = {
         _seeded(_attention), ("layers.0", "layers.1"), lambda module, device: module(rows(device)[None]),
         in_accelerate=False,
     ),
+    "holding": Zoo(_seeded(Holding), ("scales", "pair", "last"), in_accelerate=False),
     "parametrized": Zoo(_seeded(_parametrized), ("0", "2")),
     "graph": Zoo(_seeded(_graph), ("0", "2")),
 }  # fmt: skip
