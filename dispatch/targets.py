@@ -58,10 +58,10 @@ def _check_waiting(plan: Plan, placement: Placement, group: WeightGroup) -> None
 
 
 def is_here(device: torch.device) -> bool:
-    """Tell whether this machine has a device. Those of a backend of the user's own, or pretended ones, are believed."""
+    """Tell whether this machine has a device. Those of a backend of the user's own are believed, and pretended ones."""
     if device.type == "cuda":
         return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
-    if device.type == "cpu" or device.type == torch._C._get_privateuse1_backend_name():
+    if device.type in ("cpu", "meta", torch._C._get_privateuse1_backend_name()):
         return True
     here = torch.accelerator.current_accelerator(check_available=True)
     return here is not None and here.type == device.type and (device.index or 0) < torch.accelerator.device_count()
