@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 import dispatch
 import planner
 from dispatch.stream import StreamedGroup
+from interrupts import interrupt
 from planner.plan import Plan
 from tiny_models import Case, on_cpu, spread_over_two, streamed
 
@@ -73,26 +73,10 @@ def test_an_error_anywhere_in_a_call_leaves_the_model_usable(make_case: Any, nam
 
 
 def test_ctrl_c_at_any_moment_leaves_the_model_usable(make_case: Any) -> None:
-    """The signal comes from a timer, so wherever the interpreter is."""
     case = make_case("llama")
     model = applied(case, "gpu from disk")
     want = case.logits(case.reference)
-    interrupted = 0
-    signal.signal(signal.SIGALRM, signal.default_int_handler)
-    try:
-        for number in range(25):
-            try:
-                # Again, should one come where Python can only report it, as in a weak reference's callback.
-                signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.00015 * number, 0.2)
-                while True:
-                    case.logits(model)
-            except KeyboardInterrupt:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                interrupted += 1
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    assert interrupted == 25
+    interrupt(lambda: case.logits(model), times=25)
     assert torch.equal(case.logits(model), want)
     with ThreadPoolExecutor(1) as pool:
         assert torch.equal(pool.submit(case.logits, model).result(timeout=20), want), "no lock is held"

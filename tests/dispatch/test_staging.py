@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import mmap
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from dispatch.slots import SlotRing
 from dispatch.sources import Piece, TensorSource
 from dispatch.staging import Lane, Staging
 from dispatch.stores import DiskStore, Layout
+from interrupts import interrupt
 from planner.errors import InputError
 from planner.loading import READERS
 from planner.plan import Plan
@@ -224,22 +224,7 @@ def test_ctrl_c_at_any_moment(make_case: Any) -> None:
     case = make_case("llama")
     model = applied(case, on_disk(case))
     want = case.logits(case.reference)
-    interrupted = 0
-    try:
-        for number in range(40):
-            signal.signal(signal.SIGALRM, signal.default_int_handler)
-            try:
-                # Again, should one come where Python can only report it, as in a weak reference's callback.
-                signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.00015 * number, 0.2)
-                while True:
-                    case.logits(model)
-            except KeyboardInterrupt:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                interrupted += 1
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    assert interrupted == 40
+    interrupt(lambda: case.logits(model), times=40)
     with ThreadPoolExecutor(1) as pool:
         assert torch.equal(pool.submit(case.logits, model).result(timeout=PROMPT_SECONDS), want)
     assert torch.equal(case.logits(dispatch.remove(model)), want)
