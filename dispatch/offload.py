@@ -13,8 +13,8 @@ import torch
 
 from dispatch import attach, place
 from dispatch.alignment import WholeOffload
+from dispatch.device_map import Devices, dispatched, real_devices
 from dispatch.filling import Filling, emptied, fill
-from dispatch.mapped import Devices, dispatched, real_devices
 from dispatch.structure import Place, place_name, plan_of
 from dispatch.targets import is_here
 from planner.errors import InputError
