@@ -15,7 +15,6 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from dispatch import hooks, peers
-from planner.errors import InputError
 from planner.graph import LayerGraph
 
 # What was moved in this call, by the original's identity and the device: a weak reference to it, and its copy.
@@ -50,9 +49,7 @@ def mover(device: torch.device, moved: Moved, skip_keys: Collection[str] = ()) -
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Boundary:
-    """Brings what a model returns to the device of the first tensor that it was handed, and says why it could not run
-    where weights were used that were elsewhere.
-    """
+    """Brings what a model returns to the device of the first tensor that it was handed."""
 
     skip_keys: Collection[str] = ()
 
@@ -61,15 +58,7 @@ class Boundary:
     ) -> Any:
         """Return what the forward returns."""
         device = first_device((args, kwargs))
-        try:
-            out = forward(*args, **kwargs)
-        except (RuntimeError, NotImplementedError) as exc:
-            if "meta" not in str(exc):
-                raise
-            raise InputError(
-                "weights that wait elsewhere were used without calling the module that has them: name the class that "
-                f"uses them in preload_module_classes. What was raised: {exc}"
-            ) from exc
+        out = forward(*args, **kwargs)
         return out if device is None else changed(out, lambda one: peers.bring(one, device), self.skip_keys)
 
 
