@@ -9,6 +9,7 @@ from collections.abc import Mapping, Set
 import torch
 
 from dispatch import place
+from dispatch.away import away
 from dispatch.expert_cache import ExpertCache
 from dispatch.readahead import Bringing
 from dispatch.stores import HostStore, Store
@@ -21,12 +22,12 @@ class _Experts:
 
     def __init__(self, owners: dict[str, tuple[torch.nn.Module, str]], resident: Mapping[int, dict[str, torch.Tensor]]):
         self.owners, self._resident = owners, resident
-        self._meta = {name: place.as_parameter(place.get(*owner).to("meta")) for name, owner in owners.items()}
+        self._meta = {name: away(place.get(*owner), parameter=True) for name, owner in owners.items()}
 
     def leave(self) -> None:
         """Put the module's parameters on meta: `fetch` gives what is computed with."""
-        for name, owner in self.owners.items():
-            place.put(*owner, self._meta[name])
+        for name, (module, leaf) in self.owners.items():
+            place.set_tensor(module, leaf, self._meta[name])
 
     def restore(self, loaded: dict[str, torch.Tensor]) -> None:
         """Give the module what `load` returned."""
