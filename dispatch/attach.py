@@ -354,8 +354,8 @@ class Dispatched:
 
     def begin_call(self, values: Iterable[Any]) -> None:
         """Refuse a call where files that are read in it are not what they were; `values` are what it is given."""
-        layers, first = range(len(self.plan.graph.layers)), self.targets[self.plan.run_on()[0]]
-        if 0 < len(self.moving) < len(layers) and is_away(values, first):
+        layers = range(len(self.plan.graph.layers))
+        if 0 < len(self.moving) < len(layers) and is_away(values, self.targets[self.plan.run_on()[0]]):
             self._move(layers)
         if self.has.reads_files and self.weights.checkpoint is not None:
             self.weights.checkpoint.check_unchanged()
@@ -443,15 +443,16 @@ def _acquirer(
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # Outside of a call of the model, as generate calls an encoder, nothing else keeps other threads out.
         is_outermost = not alone._is_owned()  # type: ignore[attr-defined]  # as threading.Condition asks it
-        if is_outermost:
-            alone.acquire()
         try:
+            if is_outermost:
+                alone.acquire()
+                stream.locked_by = group
             stream.acquire(group, kept=torch.is_grad_enabled() and is_trained((args, kwargs), module))
         except BaseException:
-            if is_outermost:
+            if is_outermost and alone._is_owned():  # type: ignore[attr-defined]
+                stream.locked_by = None
                 alone.release()
             raise
-        stream.locked_by = group if is_outermost else stream.locked_by
         return args, kwargs
 
     return before
