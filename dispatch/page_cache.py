@@ -45,8 +45,8 @@ def present(address: int, nbytes: int) -> bool:
 def bring(address: int, nbytes: int) -> None:
     """Read all pages of a mapping that are not in memory yet, and return when they are. Other threads go on.
 
-    They are announced first, so that the disk has many requests and reads no others: of pages that are missed one by
-    one, the kernel reads those around each as well, which for a layer's weights was half as much again.
+    They are announced first, so that the disk has many requests and reads no others: around pages that are missed one
+    by one, the kernel reads more than was asked for.
 
     Raises:
         OSError: they cannot be read, as where the file has become shorter.

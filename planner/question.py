@@ -65,8 +65,7 @@ class Question:
         outweighs = bool(hardware.gpus) and tracer.weight_bytes() > sum(
             hardware.pool(gpu.name).usable_bytes for gpu in hardware.gpus
         )
-        # Grouped matmul needs every expert where it computes. What the GPUs cannot hold is most likely to be streamed,
-        # and a trace that is not used takes a second.
+        # Grouped matmul needs every expert where it computes; what the GPUs cannot hold is most likely to be streamed.
         routed = not may_group or outweighs
         graph, execution = self._trace(tracer, routed=routed)
         workload = _carried(graph, workload)
