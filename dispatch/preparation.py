@@ -111,7 +111,11 @@ class Preparation:
             self.ahead = ReadAhead(self._in_pages(), room_bytes(self.plan))
 
     def _in_pages(self) -> dict[str, list[torch.Tensor]]:
-        """Return {module: its tensors in mapped files}, in the order of a pass; not embeddings: few rows are used."""
+        """Return {module: its tensors in mapped files}, in the order of a pass; not embeddings: few rows are used.
+
+        A trace tells whether a layer other than embeddings uses the weight of one.
+        """
+        traced = bool(self.plan.graph.passes)
         mapped, found = set(self.mapped), dict[str, list[torch.Tensor]]()
         named = {(placement.layer, placement.group): names for placement, _, names in self.placed}
         modules = dict(self.model.named_modules())
@@ -120,7 +124,8 @@ class Preparation:
                 layer, group = part.placement.layer, part.placement.group
                 path = full_name(layer, group) if full_name(layer, group) in modules else layer
                 names = [n for n in named[layer, group] if n in mapped and self.weights.in_pages(n)]
-                if names and not isinstance(modules[path], torch.nn.Embedding):
+                by_rows = part.group.by_rows or (not traced and isinstance(modules[path], torch.nn.Embedding))
+                if names and not by_rows:
                     found.setdefault(path, []).extend(self.resident[name] for name in names)
         return found
 

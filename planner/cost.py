@@ -1,13 +1,13 @@
 """Bytes and FLOPs → time. The cost model that plans are optimal for, and the pieces that the simulator shares.
 
-A layer takes the longest of: its FLOPs at the device's matmul rate, its bytes at the device's memory rate (the
-roofline of Williams, Waterman and Patterson, CACM 2009), and its operators at the host's price of each; or what it was
-measured to take. On a calibrated device its time follows from rates measured by rows instead (planner/rates.py).
-Weights that must come from elsewhere take their bytes over the narrowest link of the way, and a latency. Experts that
-the CPU computes where they wait take the longer of their bytes at its memory rate, as slow as it is while weights are
-copied from the same memory, and their FLOPs at its matmul rate, and two latencies of the link to hand the hidden states
-over and back. The experts that wait are the least popular ones of a layer, and each counts as often as it is expected
-to be used.
+A layer takes the longest of: its FLOPs at the device's matmul rate, its bytes at the device's memory rate (the roofline
+of Williams, Waterman and Patterson, CACM 2009), and its operators at the host's price of each; or what it was measured
+to take. On a calibrated device its time follows from rates measured by rows instead (planner/rates.py). Weights that
+must come from elsewhere take their bytes over the narrowest link of the way, and a latency. Of an embedding in a mapped
+file only rows are read, a window (WINDOW_BYTES) around each, and waited for. Experts that the CPU computes where they
+wait take the longer of their bytes at its memory rate, as slow as it is while weights are copied from the same memory,
+and their FLOPs at its matmul rate, and two latencies of the link to hand the hidden states over and back. The experts
+that wait are the least popular ones of a layer, and each counts as often as it is expected to be used.
 
 In one pass, layers run one after another, so the times of the devices add up. A device takes
 
@@ -46,7 +46,10 @@ from planner.rates import measured_ns
 from planner.steps import transfers
 from planner.workload import Workload
 
-COST_MODEL = "roofline layers, prefetched groups, transfers by link (planner/cost.py, version 4)"
+# mm/filemap.c, do_sync_mmap_readahead: what Linux reads around a page that is touched and not there
+# (VM_READAHEAD_PAGES, include/linux/mm.h).
+WINDOW_BYTES = 128 * 1024
+COST_MODEL = "roofline layers, prefetched groups, transfers by link (planner/cost.py, version 5)"
 
 
 def weight_dtype(graph: LayerGraph) -> str:
@@ -117,7 +120,24 @@ def slice_copy_ns(
     """Return the expected time per pass that one waiting slice of a bucket costs: to copy or to read it, times the
     chance that it is used.
     """
+    if reads_rows(hardware, group, device, memory):
+        return rows_ns(hardware, group, home, device, tokens=tokens)
     return int(once_ns(hardware, group, home, device, memory) * group.used(bucket, tokens))
+
+
+def reads_rows(hardware: Hardware, group: WeightGroup, device: str, memory: Memory) -> bool:
+    """Tell whether a group stays in its mapped file but for the rows that a pass looks up."""
+    return group.by_rows and is_mapped(hardware, group, device, memory)
+
+
+def rows_ns(hardware: Hardware, group: WeightGroup, home: str, device: str, *, tokens: int) -> int:
+    """Return the expected time in which the rows of `tokens` tokens are read from a mapped file: of W windows that are
+    equally likely, W * (1 - (1 - 1/W)^T) are touched.
+    """
+    link, nbytes = hardware.link(home, device), waiting_bytes(group, "disk")
+    windows = max(1, nbytes // WINDOW_BYTES)
+    each = link.latency_ns + min(nbytes, WINDOW_BYTES) * 10**9 // link.bytes_per_s
+    return int(windows * (1.0 - (1.0 - 1.0 / windows) ** tokens) * each)
 
 
 def once_ns(hardware: Hardware, group: WeightGroup, home: str, device: str, memory: Memory) -> int:
@@ -187,7 +207,7 @@ def waiting_cpu_ns(
 
 def is_prefetched(group: WeightGroup) -> bool:
     """Tell whether copies of this group start before they are asked for: of whole groups, whose order is known."""
-    return group.slices == 1
+    return group.slices == 1 and not group.by_rows
 
 
 def slot_count(device: Device, slots: int) -> int:
@@ -328,7 +348,9 @@ def lanes_of(
             lane.computing += waiting_cpu_ns(hardware, group, home, name, waiting=waiting, tokens=tokens, dtype=dtype)
             continue
         copies = waiting_copy_ns(hardware, group, home, name, memory, waiting=waiting, tokens=tokens)
-        if is_prefetched(group):
+        if reads_rows(hardware, group, name, memory):
+            lane.computing += copies
+        elif is_prefetched(group):
             lane.groups += copies
             smallest = smallest_copy_ns(hardware, group, name)
             lane.smallest = min(smallest, lane.smallest) if lane.smallest else smallest

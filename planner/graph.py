@@ -95,6 +95,7 @@ class WeightGroup:
     used_slices: how many slices one token uses (top-k); 1 where slices is 1.
     streamable: whether the group may wait elsewhere than on the device that computes with it.
     buckets: of all slices, the most popular first; none: each is equally popular.
+    by_rows: whether each token reads one row of it and nothing all: an embedding, whose weight only embeddings use.
     """
 
     name: str
@@ -103,6 +104,7 @@ class WeightGroup:
     streamable: bool
     tensors: tuple[Tensor, ...]
     buckets: tuple[Bucket, ...] = field(default=(), metadata=OMITTED)
+    by_rows: bool = field(default=False, metadata=OMITTED)
 
     @property
     def nbytes(self) -> int:

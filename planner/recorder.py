@@ -125,6 +125,10 @@ class Recorder:
         """Tell whether a weight group of a layer was used by others than the module that it is named after."""
         return (self._first_alike[self._signatures[layer]], group) in self.borrowed
 
+    def is_looked_up(self, layer: torch.nn.Module) -> bool:
+        """Tell whether a layer is an embedding whose weight nothing but embeddings used."""
+        return isinstance(layer, torch.nn.Embedding) and _table(layer) not in self.borrowed
+
     def where(self) -> str:
         """Return " in <layer>" for the layer that was running last, or nothing."""
         span = self._open
@@ -177,12 +181,17 @@ class Recorder:
 
             self.model.forward = whole
         for index, (_, module) in enumerate(self.layers):
-            if self._first_alike[self._signatures[index]] == index:
+            if self._first_alike[self._signatures[index]] == index or isinstance(module, torch.nn.Embedding):
                 self._watch_groups(index, module)
             module.forward = self._wrapped(index, module)
 
     def _watch_groups(self, index: int, layer: torch.nn.Module) -> None:
-        """Have the tracer told when the module of each weight group of a layer runs; alike layers are not watched."""
+        """Have the tracer told when the module of each weight group of a layer runs; of alike layers, one is."""
+        table = _table(layer) if isinstance(layer, torch.nn.Embedding) else None
+        if table is not None:
+            self._groups[table[0]] = table
+            layer.forward = self._opening(layer.forward, table)
+            return
         for group in weight_groups(layer):
             if not group.streamable or group.slices > 1:
                 continue
@@ -658,6 +667,11 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(_is_plain(item) for item in value)
     return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _table(embedding: torch.nn.Embedding) -> tuple[int, str]:
+    """Return the key of an embedding's weight, which embeddings that are tied share."""
+    return embedding.weight.untyped_storage()._cdata, "rows"
 
 
 def _layer_number(module: torch.nn.Module) -> int | None:

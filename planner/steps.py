@@ -41,7 +41,8 @@ class Part:
     def read_ahead(self) -> bool:
         """Whether the CPU computes with it straight from a mapped file, whose pages are brought before it does."""
         placement = self.placement
-        return self.waiting > 0 and self.group.slices == 1 and placement.memory == "disk" and not self.prefetched
+        whole = self.waiting > 0 and self.group.slices == 1 and not self.group.by_rows
+        return whole and placement.memory == "disk" and not self.prefetched
 
     def on_cpu(self, tokens: int) -> bool:
         """Tell whether the CPU computes the waiting slices in a pass of so many tokens over all rows."""

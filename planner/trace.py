@@ -461,7 +461,11 @@ def _graph(
     for index in order:
         name, module = layers[index]
         groups = tuple(
-            dataclasses.replace(group, streamable=group.streamable and not recorder.is_borrowed(index, group.name))
+            dataclasses.replace(
+                group,
+                streamable=group.streamable and not recorder.is_borrowed(index, group.name),
+                by_rows=recorder.is_looked_up(module),
+            )
             for group in weight_groups(module)
         )
         key = (type(module).__name__, groups)

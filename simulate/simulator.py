@@ -370,6 +370,9 @@ class _Simulation:
                 self.launched[home] = now
             else:
                 lanes, draws = self._way(home, run.device, kind)
+                if cost.reads_rows(self.hardware, part.group, run.device, kind):
+                    # They do not queue behind the groups that are read ahead.
+                    lanes = tuple(f"{lane} of rows" for lane in lanes)
                 draws = [(name, min(most, rate)) for name, rate in draws]
                 now = self._issue("read" if kind == "disk" else "copy", label, lanes, taken, now, draws)
         return now

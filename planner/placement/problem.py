@@ -582,6 +582,7 @@ class _Maker:
         if kind != "disk" and group.slices > 1 and self.rules.cpu_experts:
             until = self._cpu_up_to(group, device, place, kind, tokens)
         prefetched = cost.is_prefetched(group)
+        by_rows = cost.reads_rows(self.hardware, group, device.name, kind)
         prices = []
         for bucket in group.from_least:
             serial, lane = {}, {}
@@ -589,8 +590,8 @@ class _Maker:
                 if now <= until:
                     lane[name], serial[name] = 0, self._computed(group, bucket, device, place, now)
                 else:
-                    lane[name] = self._copied(group, bucket, device, place, kind, now)
-                    serial[name] = 0 if prefetched else lane[name]
+                    taken = self._copied(group, bucket, device, place, kind, now)
+                    lane[name], serial[name] = 0 if by_rows else taken, 0 if prefetched else taken
             prices.append(Price(slices=bucket.slices, serial_ns=serial, lane_ns=lane))
         return Home(
             place=place,

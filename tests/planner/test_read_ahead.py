@@ -146,3 +146,51 @@ def test_a_pass_waits_for_its_first_group_and_for_nothing_more() -> None:
     assert cost.step_ns(plan.graph, plan.hardware, step, plan.placements, plan.slots, "bfloat16") == (
         lane.computing + waited
     )
+
+
+def rows_case(seed: int, *, blocks: int) -> Case:
+    """Return an embedding that rows are looked up in, before blocks, on a CPU with too little memory for all."""
+    rng = random.Random(seed)
+    table = rng.choice([1, 6, 24]) * MIB
+    kinds = [end_kind("Embedding", table, by_rows=True), end_kind("Head", rng.choice([MIB, 8 * MIB]))]
+    kinds.append(LayerKind(name="Block", groups=(group("attn", rng.choice([2, 5]) * MIB), group("mlp", 6 * MIB))))
+    ends = [span(held=100, peak=MIB, flops=0, moved=10**5)] * 3
+    work = [span(held=100, peak=MIB, flops=rng.choice([10**9, 10**10]), moved=10**6)] * 3
+    order = [("embed", 0), *[(f"block.{number}", 2) for number in range(blocks)], ("head", 1)]
+    graph = build_graph(kinds, [ends, ends, work], order, tokens=(rng.choice([8, 200, 3000]), 9))
+    devices = [gpu(0, product="big", flops=10**14, rate=10**12)] if seed % 3 == 0 else []
+    sizes = {device.name: 40 * MIB for device in devices}
+    sizes |= {"cpu": 6 * MIB + int(graph.weight_bytes * rng.uniform(0.1, 0.9)), "disk": 2**40}
+    return Case(graph, machine(devices, sizes), Workload(prompt_tokens=8, new_tokens=rng.choice([2, 20])))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_rows_that_are_looked_up_are_priced_as_brute_force_does(seed: int) -> None:
+    found = rows_case(seed, blocks=3)
+    check_against_brute_force(found)
+    problem = build(found.graph, found.hardware, found.workload, found.rules, named=False)
+    share, best = share_out(problem), Ledger(found).best()
+    assert share is None or best is None or share.bound_ns <= best
+
+
+# Cases without a GPU, whose embedding waits on disk, and which do not read for as long as they compute.
+@pytest.mark.parametrize("seed", [8, 10, 13, 19, 20])
+def test_events_take_what_rows_cost(seed: int) -> None:
+    plan = plan_of(rows_case(seed, blocks=12))
+    assert plan.solver is not None
+    assert next(placement for placement in plan.placements if placement.layer == "embed").memory == "disk"
+    assert 0.94 <= simulate.run(plan).total_ns / plan.solver.objective_ns <= 1.04
+
+
+def test_what_is_looked_up_costs_rows_up_to_the_whole_table() -> None:
+    entry = end_kind("Embedding", 64 * MIB, by_rows=True).groups[0]
+    hardware = machine([], {"cpu": 2**30, "disk": 2**40})
+    (bucket,) = entry.from_least
+    window = hardware.link("disk", "cpu").latency_ns + 131072 * 10**9 // hardware.link("disk", "cpu").bytes_per_s
+
+    def taken(tokens: int) -> int:
+        return cost.slice_copy_ns(hardware, entry, bucket, "disk", "cpu", "disk", tokens=tokens)
+
+    assert taken(1) == pytest.approx(window, abs=1)
+    assert taken(8) == pytest.approx(8 * window, rel=0.01)
+    assert taken(10**6) == pytest.approx(512 * window, abs=1)

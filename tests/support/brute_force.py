@@ -353,7 +353,8 @@ class Ledger:
             reach((what, device), _allocated(slab, is_gpu=is_gpu))
         if is_gpu and how.memory == "disk":
             reach((f"{what} from disk", device), 1)
-        if entry.slices == 1:
+        by_rows = entry.by_rows and not is_gpu
+        if entry.slices == 1 and not by_rows:
             least = self._copy(entry, how, device, 1)[0]
             if is_gpu:
                 rate, latency = self.machine.way(self.machine.beside(device, "cpu"), device)
@@ -364,7 +365,7 @@ class Ledger:
             if how.memory != "disk" and tokens <= until:
                 add(("C", step, device), sum(self._on_cpu(entry, how, device, tokens)[:away]))
             else:
-                lane = "G" if entry.slices == 1 else "E"
+                lane = "C" if by_rows else "G" if entry.slices == 1 else "E"
                 add((lane, step, device), sum(self._copy(entry, how, device, tokens)[:away]))
 
     def cpu_up_to(self, entry: WeightGroup, how: Kept, device: str) -> int:
@@ -414,6 +415,11 @@ class Ledger:
         nbytes = _slab(entry, _sizes(entry, how.dtype))
         if how.memory == "disk" and any(tensor.stored is not None for tensor in entry.tensors):
             nbytes = sum(t.nbytes if t.stored is None else t.stored.nbytes for t in entry.tensors) // entry.slices
+        if entry.by_rows and not self.machine.is_gpu[device]:
+            # Linux reads 128 KiB around a page that is not there; tokens are as likely to want any of these.
+            whole = max(1, nbytes // 131072)
+            touch = latency + min(nbytes, 131072) * 10**9 // self.machine.way(*stops)[0]
+            return [int(whole * (1.0 - (1.0 - 1.0 / whole) ** tokens) * touch)]
         if entry.slices == 1:
             return [latency + nbytes * 10**9 // rate]
         return [int((latency + nbytes * 10**9 // rate) * _used(chance, tokens)) for chance in _chances(entry)]

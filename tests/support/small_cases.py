@@ -32,8 +32,9 @@ def group(name: str, nbytes: int, *, slices: int = 1, used: int = 1, streamable:
     return WeightGroup(name=name, slices=slices, used_slices=used, streamable=streamable, tensors=(tensor,))
 
 
-def end_kind(name: str, nbytes: int) -> LayerKind:
-    return LayerKind(name=name, groups=(group("weights", nbytes, streamable=False),))
+def end_kind(name: str, nbytes: int, *, by_rows: bool = False) -> LayerKind:
+    weights = dataclasses.replace(group("weights", nbytes, streamable=False), by_rows=by_rows)
+    return LayerKind(name=name, groups=(weights,))
 
 
 def build_graph(
