@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import mmap
 import os
@@ -306,3 +307,17 @@ def test_a_cut_file_is_refused_before_the_call(make_case: Any) -> None:
     with pytest.raises(InputError, match="shrank"):
         case.logits(model)
     assert not readers()
+
+
+@pytest.mark.parametrize(("name", "is_brought"), [("llama", False), ("gpt2", True)])
+def test_an_embedding_is_brought_whole_where_the_head_is_tied_to_it(
+    make_case: Any, unread: list[str], name: str, is_brought: bool
+) -> None:
+    case = make_case(name)
+    want, plan = case.logits(case.reference), case.plan(gpus=0)
+    (table,) = [p for p in plan.placements if p.layer in ("transformer.wte", "model.embed_tokens")]
+    away = dataclasses.replace(table, home="disk", memory="disk", resident_slices=0)
+    plan = dataclasses.replace(plan, placements=tuple(away if p is table else p for p in plan.placements))
+    model = dispatch.apply(case.meta(), plan, checkpoint=case.folder)
+    assert torch.equal(case.logits(model), want)
+    assert (table.layer in unread) is is_brought
