@@ -25,8 +25,9 @@ from planner.inputs import Inputs
 from planner.journal import Taken, holdings_of
 from planner.layers import find_layers, loose_tensors, ties, walk, weight_groups
 from planner.lifetimes import Event
-from planner.recorder import RawSpan, Recorder, Run, leaves
+from planner.recorder import RawSpan, Recorder, Run
 from planner.storages import Kernels, StorageTracer
+from planner.template import leaves
 from planner.workload import Workload
 
 # Steps traced from the start of the answer; a later one is reached through two others, with a prompt that much longer,

@@ -35,7 +35,7 @@ ORDER = (
     ("rates",),
     ("steps", "cost", "loading", "growth"),
     ("execution", "kernels"),
-    ("conversions", "stored", "journal", "storages", "layers", "recorder", "inputs", "empty_init"),
+    ("conversions", "stored", "journal", "storages", "template", "layers", "recorder", "inputs", "empty_init"),
     ("module_units",),
     ("memory_caps",),
     ("auto_map",),
@@ -52,7 +52,7 @@ VALUES = {"errors", "units", "serial", "hardware", "workload", "graph", "rules",
 NUMPY = ("planner.placement.tables", "planner.placement.rent", "planner.placement.ways")
 TORCH = {
     "planner.execution", "planner.conversions", "planner.storages", "planner.layers", "planner.recorder",
-    "planner.inputs", "planner.trace", "planner.empty_init", "planner.module_units",
+    "planner.template", "planner.inputs", "planner.trace", "planner.empty_init", "planner.module_units",
     "planner.kernels.cpu", "planner.kernels.cpu_products",
     "planner.kernels.cpu_rules", "planner.kernels.cuda", "planner.kernels.cuda_attention",
     "planner.kernels.cuda_reductions", "planner.kernels.onednn", "planner.kernels.programs",

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, MistralConfig
 import planner
 from architectures import ARCHITECTURES, Architecture, text_inputs, user_call
 from live_storages import LiveSpan, allocator_peak, live_passes
-from planner import recorder, storages
+from planner import storages, template
 from planner.errors import TraceError
 from planner.execution import ROUTED_EXPERTS, register
 from planner.kernels import cpu
@@ -572,12 +572,12 @@ def forget_the_caller(patch: pytest.MonkeyPatch, number: int) -> None:
 
 
 def shorten_a_cache(patch: pytest.MonkeyPatch, number: int) -> None:
-    set_state = recorder._set_state
+    set_state = template._set_state
 
     def wrong(layers: list[Any], index: int, kind: Any, state: dict[str, Any]) -> None:
         set_state(layers, index, kind, {**state, "keys": state["keys"][:, :, 1:]})
 
-    patch.setattr(recorder, "_set_state", wrong)
+    patch.setattr(template, "_set_state", wrong)
 
 
 FAULTS = {
