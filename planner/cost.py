@@ -5,27 +5,29 @@ of Williams, Waterman and Patterson, CACM 2009), and its operators at the host's
 to take. On a calibrated device its time follows from rates measured by rows instead (planner/rates.py). Weights that
 must come from elsewhere take their bytes over the narrowest link of the way, and a latency. Of an embedding in a mapped
 file only rows are read, a window (WINDOW_BYTES) around each, and waited for. Experts that the CPU computes where they
-wait take the longer of their bytes at its memory rate, as slow as it is while weights are copied from the same memory,
-and their FLOPs at its matmul rate, and two latencies of the link to hand the hidden states over and back. The experts
-that wait are the least popular ones of a layer, and each counts as often as it is expected to be used.
+wait take the longer of their bytes at its memory rate and their FLOPs at its matmul rate, and two latencies of the link
+to hand the hidden states over and back. The experts that wait are the least popular ones of a layer, and each counts as
+often as it is expected to be used.
 
 In one pass, layers run one after another, so the times of the devices add up. A device takes
 
     max(C + E + F, X + Y)    where it has two slots for groups, or none (a CPU), and copies no experts, or no groups
     C + E + X                where copies and computing do not overlap: one slot, or experts that queue as well
 
-with C its computing, E copies that start when a router asks for them, and X = max(0, G - H) of the copies G of whole
-groups, whose order is known: H are done while other devices compute, as many as there are slots, in every pass but the
-first, each taken to be the smallest. Y runs before the first copy or after the last: layers that have nothing to stream
-(embeddings, head), and one of the others, which are taken to be alike; those whose groups are streamed are spread from
-its first layer to its last. A CPU has no slots: whole groups that wait on disk are read ahead of it as mapped files,
-from the beginning of each pass. So H = 0, and F, the smallest of them, is waited for before there is anything to
-compute with; elsewhere F = 0. Experts that files hold as they are used are read as mapped files too, when a router asks
-for them. Experts and groups from one disk take turns, and so do devices, whose times add up. No pass is shorter than
-one link is busy. What moves between devices takes its bytes and latency on the link between them, once for each device
-that takes it (`planner.steps.transfers`). The price of a decode step is the mean of the first and the last. A prefill
-in chunks is a pass for each, which streams what waits again: the first, the others at the mean of the second and the
-last whole one, and the rest, whose moves between devices are priced as a whole chunk's.
+with C its computing, and what that takes longer because copies read from the memory that a CPU computes experts from:
+the lesser of what the copies take from it, and what experts take longer with copies going on all the while. E are
+copies that start when a router asks for them, and X = max(0, G - H) of the copies G of whole groups, whose order is
+known: H are done while other devices compute, as many as there are slots, in every pass but the first, each taken to be
+the smallest. Y runs before the first copy or after the last: layers that have nothing to stream (embeddings, head), and
+one of the others, which are taken to be alike; those whose groups are streamed are spread from its first layer to its
+last. A CPU has no slots: whole groups that wait on disk are read ahead of it as mapped files, from the beginning of
+each pass. So H = 0, and F, the smallest of them, is waited for before there is anything to compute with; elsewhere F =
+0. Experts that files hold as they are used are read as mapped files too, when a router asks for them. Experts and
+groups from one disk take turns, and so do devices, whose times add up. No pass is shorter than one link is busy. What
+moves between devices takes its bytes and latency on the link between them, once for each device that takes it
+(`planner.steps.transfers`). The price of a decode step is the mean of the first and the last. A prefill in chunks is a
+pass for each, which streams what waits again: the first, the others at the mean of the second and the last whole one,
+and the rest, whose moves between devices are priced as a whole chunk's.
 
 A cache that waits in host memory is copied down by what computes, which is part of C, and up beside it: that is hidden
 behind the copy down of the layer before, but where whole groups come over the same link it adds to X.
@@ -49,7 +51,7 @@ from planner.workload import Workload
 # mm/filemap.c, do_sync_mmap_readahead: what Linux reads around a page that is touched and not there
 # (VM_READAHEAD_PAGES, include/linux/mm.h).
 WINDOW_BYTES = 128 * 1024
-COST_MODEL = "roofline layers, prefetched groups, transfers by link (planner/cost.py, version 5)"
+COST_MODEL = "roofline layers, prefetched groups, transfers by link (planner/cost.py, version 6)"
 
 
 def weight_dtype(graph: LayerGraph) -> str:
@@ -168,12 +170,12 @@ def slice_cpu_ns(
     *,
     tokens: int,
     dtype: str,
-    beside_copies: bool = True,
+    beside_copies: bool = False,
 ) -> int:
     """Return the expected time per pass in which the CPU `home` computes one expert that waits there for `device`.
 
     A multiply-add of each weight for each token that is routed to it; hidden states go there and back. beside_copies:
-    weights are copied to the device from the same memory meanwhile.
+    weights are copied to the device from the same memory all the while.
     """
     host = hardware.device(home)
     used = group.used(bucket, tokens)
@@ -195,7 +197,7 @@ def waiting_cpu_ns(
     waiting: int,
     tokens: int,
     dtype: str,
-    beside_copies: bool = True,
+    beside_copies: bool = False,
 ) -> int:
     """Return the expected time per pass in which the CPU computes the waiting experts of a layer's group."""
     return sum(
@@ -203,6 +205,19 @@ def waiting_cpu_ns(
         * slice_cpu_ns(hardware, group, bucket, home, device, tokens=tokens, dtype=dtype, beside_copies=beside_copies)
         for count, bucket in group.waiting(waiting)
     )
+
+
+def slows_ns(hardware: Hardware, group: WeightGroup, device: str) -> int:
+    """Return what the copy of a whole group takes from a CPU that reads from the same memory all the while, in ns.
+
+    With a share s of what each asks for, the copy lasts t / s, of which the CPU loses 1 - s: t (1 - s) / s. What comes
+    from disk passes through that memory too, and is taken to slow as much.
+    """
+    host = hardware.host(device)
+    if device == host:
+        return 0
+    alone, together = hardware.device(host).bytes_per_s, hardware.cpu_bytes_per_s(device)
+    return group.slice_slab_bytes * 10**9 * (alone - together) // (hardware.link(host, device).bytes_per_s * together)
 
 
 def is_prefetched(group: WeightGroup) -> bool:
@@ -287,7 +302,8 @@ class Lane:
 
     blocks: how many of its layers may have something to stream; apart: what the others compute, of `computing`.
     smallest: the least copy of a whole group, from host memory, or to a CPU from disk. cache: copies of keys and values
-    from host memory.
+    from host memory. slows: what copies of whole groups take from a CPU that reads all the while; slowed: what the
+    CPU's experts take longer where copies go on all the while.
     """
 
     blocks: int = 0
@@ -297,6 +313,8 @@ class Lane:
     groups: int = 0
     smallest: int = 0
     cache: int = 0
+    slows: int = 0
+    slowed: int = 0
 
     def busy_ns(self, slots: int, *, first: bool) -> int:
         """Return how long the pass stands at this device. first: no copy was begun before it.
@@ -305,7 +323,7 @@ class Lane:
         """
         hidden = 0 if first else slots * self.smallest
         exposed = max(0, self.groups - hidden)
-        serial = self.computing + self.on_demand
+        serial = self.computing + self.on_demand + min(self.slows, self.slowed)
         if slots != 1 and not (self.on_demand and self.groups):
             beside = self.apart - (-(serial - self.apart) // max(self.blocks, 1))
             begins = serial if slots else serial + self.smallest
@@ -345,13 +363,21 @@ def lanes_of(
         home, name, memory = placement.home, placement.run_on, placement.memory
         lane = lanes[name]
         if memory != "disk" and tokens <= placement.cpu_up_to_tokens:
-            lane.computing += waiting_cpu_ns(hardware, group, home, name, waiting=waiting, tokens=tokens, dtype=dtype)
+            alone, beside = (
+                waiting_cpu_ns(
+                    hardware, group, home, name, waiting=waiting, tokens=tokens, dtype=dtype, beside_copies=copies
+                )
+                for copies in (False, True)
+            )
+            lane.computing += alone
+            lane.slowed += beside - alone
             continue
         copies = waiting_copy_ns(hardware, group, home, name, memory, waiting=waiting, tokens=tokens)
         if reads_rows(hardware, group, name, memory):
             lane.computing += copies
         elif is_prefetched(group):
             lane.groups += copies
+            lane.slows += slows_ns(hardware, group, name)
             smallest = smallest_copy_ns(hardware, group, name)
             lane.smallest = min(smallest, lane.smallest) if lane.smallest else smallest
         else:

@@ -396,8 +396,7 @@ class _Simulation:
         if self.routing is None or group.slices == 1:
             if on_cpu:
                 taken = cost.waiting_cpu_ns(
-                    self.hardware, group, home, run.device, waiting=part.waiting, tokens=tokens, dtype=self.dtype,
-                    beside_copies=False,
+                    self.hardware, group, home, run.device, waiting=part.waiting, tokens=tokens, dtype=self.dtype
                 )  # fmt: skip
             else:
                 taken = cost.waiting_copy_ns(
@@ -409,8 +408,7 @@ class _Simulation:
         for bucket in self.routing.waiting(group, waiting=part.waiting, tokens=tokens):
             if on_cpu:
                 expected = cost.slice_cpu_ns(
-                    self.hardware, group, bucket, home, run.device, tokens=tokens, dtype=self.dtype,
-                    beside_copies=False,
+                    self.hardware, group, bucket, home, run.device, tokens=tokens, dtype=self.dtype
                 )  # fmt: skip
                 yield round(expected / group.used(bucket, tokens)), 1
             else:

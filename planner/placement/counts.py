@@ -559,10 +559,10 @@ class _Model:
         step = priced.name
         for name in self.devices:
             computing, demand, groups = self._work(step, name)
-            serial = sum(computing) + sum(demand)
             if not computing:
                 continue
             most = self._longest_ns(step, name)
+            serial = sum(computing) + sum(demand) + self._beside(step, name, most)
             taken = model.new_int_var(0, most, f"time {step} {name}")
             model.add(taken >= serial)
             parts.append(taken)
@@ -706,6 +706,29 @@ class _Model:
                                 below = ns
         return computing, demand, groups
 
+    def _beside(self, step: str, name: str, most: int) -> Any:
+        """Return what computing takes longer because copies and a CPU's experts read from one memory: the lesser of
+        what the ones take from the others.
+        """
+        sums: tuple[list[Any], list[Any]] = ([], [])
+        for unit in self.problem.units:
+            for key, choices in unit.on[name].options.items() if name in unit.on else ():
+                for option in choices:
+                    stored = (unit.name, name, key, option.dtype)
+                    for home in option.homes:
+                        below = 0
+                        for _, price, slices in self.dearer[stored, home.memory]:
+                            if price.beside_ns[step] != below:
+                                sums[option.prefetched].append((price.beside_ns[step] - below) * slices)
+                            below = price.beside_ns[step]
+        if not all(sums):
+            return 0
+        longer = self.model.new_int_var(0, most, f"beside copies {step} {name}")
+        by_experts = self.model.new_bool_var(f"copies take more {step} {name}")
+        self.model.add(longer >= sum(sums[False])).only_enforce_if(by_experts)
+        self.model.add(longer >= sum(sums[True])).only_enforce_if(~by_experts)
+        return longer
+
     def _longest_ns(self, step: str, name: str) -> int:
         """Return a time that no choice exceeds: every layer there, and every slice fetched from its slowest home."""
         total = 0
@@ -716,7 +739,10 @@ class _Model:
             total += (costs.compute_ns[step] + costs.cache_ns[step]) * unit.count
             for choices in costs.options.values():
                 slowest = [
-                    sum(max(price.lane_ns[step], price.serial_ns[step]) * price.slices for price in home.prices)
+                    sum(
+                        (max(price.lane_ns[step], price.serial_ns[step]) + price.beside_ns[step]) * price.slices
+                        for price in home.prices
+                    )
                     for option in choices
                     for home in option.homes
                 ]

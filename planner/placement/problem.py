@@ -28,11 +28,18 @@ class Price:
     """What each of so many slices of one layer's group costs where it waits.
 
     serial_ns, lane_ns: by step, what it adds to the device's own time, and to its link's.
+    beside_ns: by step, of a whole group's copy what it takes from a CPU that computes experts all the while; of such an
+        expert what it takes longer where copies go on all the while. The device's own time grows by the lesser sum.
     """
 
     slices: int
     serial_ns: dict[str, int]
     lane_ns: dict[str, int]
+    beside_ns: dict[str, int]
+
+    @property
+    def times(self) -> tuple[dict[str, int], ...]:
+        return self.serial_ns, self.lane_ns, self.beside_ns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +76,7 @@ class Home:
         found: list[tuple[int, Price]] = []
         for price in self.prices:
             count, last = found[-1] if found else (0, None)
-            if last is not None and (last.serial_ns, last.lane_ns) == (price.serial_ns, price.lane_ns):
+            if last is not None and last.times == price.times:
                 found[-1] = (count + price.slices, last)
             else:
                 found.append((price.slices, price))
@@ -585,14 +592,16 @@ class _Maker:
         by_rows = cost.reads_rows(self.hardware, group, device.name, kind)
         prices = []
         for bucket in group.from_least:
-            serial, lane = {}, {}
+            serial, lane, beside = {}, {}, {}
             for name, now in tokens.items():
+                beside[name] = cost.slows_ns(self.hardware, group, device.name) if prefetched else 0
                 if now <= until:
                     lane[name], serial[name] = 0, self._computed(group, bucket, device, place, now)
+                    beside[name] = self._computed(group, bucket, device, place, now, beside_copies=True) - serial[name]
                 else:
                     taken = self._copied(group, bucket, device, place, kind, now)
                     lane[name], serial[name] = 0 if by_rows else taken, 0 if prefetched else taken
-            prices.append(Price(slices=bucket.slices, serial_ns=serial, lane_ns=lane))
+            prices.append(Price(slices=bucket.slices, serial_ns=serial, lane_ns=lane, beside_ns=beside))
         return Home(
             place=place,
             memory=kind,
@@ -607,8 +616,26 @@ class _Maker:
     def _copied(self, group: WeightGroup, bucket: Bucket, device: Device, place: str, kind: Memory, tokens: int) -> int:
         return cost.slice_copy_ns(self.hardware, group, bucket, place, device.name, kind, tokens=tokens)
 
-    def _computed(self, group: WeightGroup, bucket: Bucket, device: Device, place: str, tokens: int) -> int:
-        return cost.slice_cpu_ns(self.hardware, group, bucket, place, device.name, tokens=tokens, dtype=self.dtype)
+    def _computed(
+        self,
+        group: WeightGroup,
+        bucket: Bucket,
+        device: Device,
+        place: str,
+        tokens: int,
+        *,
+        beside_copies: bool = False,
+    ) -> int:
+        return cost.slice_cpu_ns(
+            self.hardware,
+            group,
+            bucket,
+            place,
+            device.name,
+            tokens=tokens,
+            dtype=self.dtype,
+            beside_copies=beside_copies,
+        )
 
     def _cpu_up_to(self, group: WeightGroup, device: Device, place: str, kind: Memory, tokens: dict[str, int]) -> int:
         """Return the number of tokens up to which computing on the CPU costs least, of 0 and each step's, all slices of

@@ -37,13 +37,14 @@ FAR = np.int64(2**60)
 class _Kind:
     """Slices of one size and price that a device may stream: (unit, group) → how many of each layer.
 
-    memory: of the home that costs least; is_exact: it does so in every step.
+    beside: see `Price`. memory: of the home that costs least; is_exact: it does so in every step.
     """
 
     freed: int
     slot: int
     lane: int
     serial: dict[str, int]
+    beside: dict[str, int]
     copied: dict[str, bool]
     units: dict[tuple[str, str], int]
     is_whole: bool
@@ -289,6 +290,10 @@ def _kinds(problem: Problem, device: Device, units: list[Unit]) -> list[_Kind]:
             for prices in zip(*(home.prices for home in option.homes), strict=True):
                 serial = {name: min(price.serial_ns[name] for price in prices) for name in names}
                 lane = {name: min(price.lane_ns[name] for price in prices) for name in names}
+                beside = {
+                    name: min(price.serial_ns[name] + price.beside_ns[name] for price in prices) - serial[name]
+                    for name in names
+                }
                 # A home that computes where it waits copies nothing, so no copy holds others up.
                 copied = {name: lane[name] > 0 for name in names}
                 kind = _Kind(
@@ -296,17 +301,16 @@ def _kinds(problem: Problem, device: Device, units: list[Unit]) -> list[_Kind]:
                     slot=size,
                     lane=min(lane.values()) if option.prefetched else 0,
                     serial=serial,
+                    beside=beside,
                     copied=copied,
                     units={},
                     is_whole=option.prefetched,
                     memory=option.homes[0].memory,
-                    is_exact=prices[0].serial_ns == serial
-                    and prices[0].lane_ns == lane
-                    and option.homes[0].needs_slot == needs_slot,
+                    is_exact=prices[0].times == (serial, lane, beside) and option.homes[0].needs_slot == needs_slot,
                 )
                 key = (
-                    kind.freed, kind.slot, kind.lane, tuple(serial.values()), tuple(copied.values()), kind.is_whole,
-                    kind.memory, kind.is_exact,
+                    kind.freed, kind.slot, kind.lane, tuple(serial.values()), tuple(beside.values()),
+                    tuple(copied.values()), kind.is_whole, kind.memory, kind.is_exact,
                 )  # fmt: skip
                 kind = found.setdefault(key, kind)
                 here = (unit.name, option.key)
@@ -428,9 +432,12 @@ def _stream(
     size = taken[0].size if taken else 1
     freed, lane = np.zeros(size, np.int64), np.zeros(size, np.int64)
     largest, smallest = np.zeros(size, np.int64), np.full(size, least_lane)
+    # A copy takes as much from a CPU in every step.
+    slows = np.zeros(size, np.int64)
     for (kind, _), amount in zip(enumerated, taken, strict=True):
         freed += kind.freed * amount
         lane += kind.lane * amount
+        slows += min(kind.beside.values()) * amount
         largest = np.where(amount > 0, np.maximum(largest, kind.slot), largest)
         smallest = np.where(amount > 0, np.minimum(smallest, kind.lane), smallest)
     best: _Choice | None = None
@@ -438,7 +445,7 @@ def _stream(
     for slots in (0,) if beside.reads_ahead else (memory.SLOT_COUNT, *more_slots):
         for more in (None, residual) if residual is not None else (None,):
             rest, copies, least, extra = _filled(missing, slots, freed, lane, largest, smallest, more)
-            found = _price(problem, computing, slots, rest, copies, least, sliced, beside)
+            found = _price(problem, computing, slots, rest, copies, least, slows, sliced, beside)
             if found is not None and (best is None or found[0] < best.ns):
                 at, experts = found[1:]
                 streamed = [(kind, int(amount[at])) for (kind, _), amount in zip(enumerated, taken, strict=True)]
@@ -473,6 +480,7 @@ def _is_ladder(sliced: list[tuple[_Kind, int]]) -> bool:
     return all(
         (one.freed, one.slot) == (other.freed, other.slot)
         and all(one.serial[step] <= ns for step, ns in other.serial.items())
+        and all(one.beside[step] <= ns for step, ns in other.beside.items())
         and all(one.copied[step] <= copied for step, copied in other.copied.items())
         for (one, _), (other, _) in itertools.pairwise(sliced)
     )
@@ -494,12 +502,14 @@ def _price(
     rest: Any,
     lane: Any,
     smallest: Any,
+    slows: Any,
     sliced: list[tuple[_Kind, int]],
     beside: Beside,
 ) -> tuple[int, int, int] | None:
     """Return (least weighted time, combination, slices of experts), experts freeing the bytes still missing."""
     amount = np.zeros(rest.size, np.int64)
     experts = {step.name: np.zeros(rest.size, np.int64) for step in problem.steps}
+    slowed = {step.name: np.zeros(rest.size, np.int64) for step in problem.steps}
     queued = {step.name: np.zeros(rest.size, np.bool_) for step in problem.steps}
     streams = rest > 0
     if sliced:
@@ -516,11 +526,14 @@ def _price(
                 left = left - taken
                 for step in problem.steps:
                     experts[step.name] += taken * kind.serial[step.name]
+                    slowed[step.name] += taken * kind.beside[step.name]
                     queued[step.name] |= (taken > 0) & kind.copied[step.name]
         else:
             for step in problem.steps:
                 each = min(kind.serial[step.name] / kind.freed for kind, _ in sliced)
                 experts[step.name] = np.floor(wanted * each).astype(np.int64)
+                least = min(kind.beside[step.name] / kind.freed for kind, _ in sliced)
+                slowed[step.name] = np.floor(wanted * least).astype(np.int64)
                 queued[step.name] = streams & all(kind.copied[step.name] for kind, _ in sliced)
     else:
         fits = ~streams
@@ -528,7 +541,7 @@ def _price(
         return None
     total = np.zeros(rest.size, np.int64)
     for step in problem.steps:
-        serial = computing[step.name] + experts[step.name]
+        serial = computing[step.name] + experts[step.name] + np.minimum(slows, slowed[step.name])
         exposed = np.maximum(lane - hidden_ns(step, slots, lane, smallest), 0)
         held_up = queued[step.name] & (lane > 0)
         begins = np.where(lane > 0, smallest, 0) if beside.reads_ahead else 0

@@ -26,14 +26,16 @@ class Kind:
     """Slices of one size and price that a device may have elsewhere.
 
     near, far: by step, what one adds in host memory and on disk (None where it may not be there): to the link's time,
-    of a whole group, or else to the device's own. nbytes: in host memory. near_slot, far_slot: what its copies need.
-    copied: the steps in which it is copied from host memory; queues: it is copied in every step from disk.
+    of a whole group, or else to the device's own. beside: see `Price`. nbytes: in host memory. near_slot, far_slot:
+    what its copies need. copied: the steps in which it is copied from host memory; queues: it is copied in every step
+    from disk.
     """
 
     freed: int
     is_whole: bool
     near: Mapping[str, int]
     far: Mapping[str, int] | None
+    beside: Mapping[str, int]
     nbytes: int
     near_slot: int
     far_slot: int
@@ -55,6 +57,11 @@ def kinds_of(problem: Problem, device: Device, option: Option) -> Iterator[Kind]
             is_whole=option.prefetched,
             near={name: min((_ns(price, option)[name] for price in near), default=0) for name in names},
             far=far,
+            beside={
+                name: min((_ns(price, option)[name] + price.beside_ns[name] for price in near), default=0)
+                - min((_ns(price, option)[name] for price in near), default=0)
+                for name in names
+            },
             nbytes=min((home.nbytes for home in hosts), default=option.freed_bytes),
             near_slot=_slot(hosts, size),
             far_slot=_slot([disk] if disk is not None else [], size),
@@ -107,7 +114,7 @@ class Streamed:
     """Combinations of counts of whole groups that are streamed, each an element.
 
     number: of the combination. freed, waits: bytes on the device and in host memory; lane: copies from there; largest,
-    smallest: slot and copy.
+    smallest: slot and copy; slows: what copies take from a CPU that computes experts.
     """
 
     number: Any
@@ -116,9 +123,10 @@ class Streamed:
     lane: Any
     largest: Any
     smallest: Any
+    slows: Any
 
     def only(self, chosen: Any) -> Streamed:
-        parts = (self.number, self.freed, self.waits, self.lane, self.largest, self.smallest)
+        parts = (self.number, self.freed, self.waits, self.lane, self.largest, self.smallest, self.slows)
         return Streamed(*(part[chosen] for part in parts))
 
 
@@ -139,8 +147,8 @@ class Entries:
                 prices = option.homes[0].prices if option.homes else ()
                 for kind, price in zip(kinds_of(problem, device, option), prices, strict=True):
                     far = None if kind.far is None else tuple(kind.far.items())
-                    key = (kind.freed, kind.is_whole, tuple(kind.near.items()), far, kind.nbytes, kind.near_slot,
-                           kind.far_slot, kind.copied, kind.queues)  # fmt: skip
+                    key = (kind.freed, kind.is_whole, tuple(kind.near.items()), far, tuple(kind.beside.items()),
+                           kind.nbytes, kind.near_slot, kind.far_slot, kind.copied, kind.queues)  # fmt: skip
                     counts = self.kinds.setdefault(key, (kind, {}))[1]
                     counts[unit.name, option.key] = counts.get((unit.name, option.key), 0) + price.slices
 
@@ -283,8 +291,12 @@ class Entries:
     ) -> Iterator[Way]:
         """Yield the ways without experts on disk."""
         steps = self.problem.steps
+        slowed = {s.name: cover(wanted, sliced, [kind.beside[s.name] for kind, _ in sliced]) for s in steps}
         serial = {
-            s.name: computing[s.name] + cover(wanted, sliced, [kind.near[s.name] for kind, _ in sliced]) for s in steps
+            s.name: computing[s.name]
+            + cover(wanted, sliced, [kind.near[s.name] for kind, _ in sliced])
+            + np.minimum(streamed.slows, slowed[s.name])
+            for s in steps
         }
         copied = {s.name: (wanted > 0) & all(s.name in kind.copied for kind, _ in sliced) for s in steps}
         hidden = {s.name: hidden_ns(s, slots, streamed.lane, streamed.smallest) for s in steps}
@@ -442,16 +454,17 @@ def streamed_of(whole: Sequence[tuple[Kind, int]]) -> Streamed:
     """Return all combinations."""
     grid = np.meshgrid(*(np.arange(most + 1) for _, most in whole), indexing="ij") if whole else [np.zeros(1, np.int64)]
     size = grid[0].size
-    freed, waits, lane, largest = (np.zeros(size, np.int64) for _ in range(4))
+    freed, waits, lane, largest, slows = (np.zeros(size, np.int64) for _ in range(5))
     smallest = np.full(size, INFINITE)
     for (kind, _), axis in zip(whole, grid, strict=False):
         amount, copy = axis.ravel(), min(kind.near.values())
         freed += kind.freed * amount
         waits += kind.nbytes * amount
         lane += copy * amount
+        slows += min(kind.beside.values()) * amount
         largest = np.where(amount > 0, np.maximum(largest, kind.near_slot), largest)
         smallest = np.where(amount > 0, np.minimum(smallest, copy), smallest)
-    return Streamed(np.arange(size), freed, waits, lane, largest, smallest)
+    return Streamed(np.arange(size), freed, waits, lane, largest, smallest, slows)
 
 
 def cover(wanted: Any, kinds: Sequence[tuple[Kind, int]], prices: Sequence[int]) -> Any:

@@ -163,7 +163,7 @@ class Ledger:
             for size in range(len(self.gpus) + 1)
             for chosen in itertools.combinations(self.gpus, size)
         ]
-        lanes = [(lane, step, name) for lane in "ACEGK" for step, _, _ in self.steps for name in self.devices]
+        lanes = [(lane, step, name) for lane in "ACEGKSW" for step, _, _ in self.steps for name in self.devices]
         members = [("tie", name) for name in self.tied]
         self.keys = [
             *(("held", name) for name in self.places), *(("pinned", name) for name in self.hosts), *lanes, *members,
@@ -363,10 +363,17 @@ class Ledger:
         for step, _, passes in self.steps:
             tokens = passes[0].tokens * self.graph.batch_size
             if how.memory != "disk" and tokens <= until:
-                add(("C", step, device), sum(self._on_cpu(entry, how, device, tokens)[:away]))
+                alone, beside = (sum(self._on_cpu(entry, how, device, tokens, b)[:away]) for b in (False, True))
+                add(("C", step, device), alone)
+                add(("W", step, device), beside - alone)
             else:
                 lane = "C" if by_rows else "G" if entry.slices == 1 else "E"
                 add((lane, step, device), sum(self._copy(entry, how, device, tokens)[:away]))
+                if is_gpu and lane == "G":
+                    alone, beside = self._reads(device)
+                    rate = self.machine.way(self.machine.beside(device, "cpu"), device)[0]
+                    # While it is copied the CPU goes without what it would have read.
+                    add(("S", step, device), slab * 10**9 * (alone - beside) // (rate * beside))
 
     def cpu_up_to(self, entry: WeightGroup, how: Kept, device: str) -> int:
         """Return up to how many tokens the CPU computes experts that wait: where that makes all slices cost least."""
@@ -429,7 +436,17 @@ class Ledger:
         known = all(t.stored and t.stored.pieces == 1 and t.stored.dtype == t.dtype for t in entry.tensors)
         return how.memory == "disk" and not self.machine.is_gpu[device] and (entry.slices == 1 or known)
 
-    def _on_cpu(self, entry: WeightGroup, how: Kept, device: str, tokens: int) -> list[int]:
+    def _reads(self, device: str) -> tuple[int, int]:
+        """Return what the CPU reads of its memory alone, and its part of what that gives to it and a copy together: 1.2
+        times what it reaches alone, or what the fastest link from there or to there reaches.
+        """
+        name = self.machine.beside(device, "cpu")
+        host = self.hardware.device(name)
+        both = host.bytes_per_s + self.machine.way(name, device)[0]
+        fastest = max(rate for ends, (rate, _) in self.machine.links.items() if name in ends)
+        return host.bytes_per_s, host.bytes_per_s * min(max(int(host.bytes_per_s * 1.2), fastest), both) // both
+
+    def _on_cpu(self, entry: WeightGroup, how: Kept, device: str, tokens: int, beside: bool = False) -> list[int]:
         """Return the expected time of every slice there, the least popular first: its weights read or multiplied, and
         two latencies.
         """
@@ -437,15 +454,11 @@ class Ledger:
         elements = sum(math.prod(tensor.shape) for tensor in entry.tensors) // entry.slices
         size = _slab(entry, _sizes(entry, how.dtype))
         rate = host.flops_per_s.get("bfloat16", host.flops_per_s["default"])
-        # The CPU gets its part of what the memory gives to it and a copy together: 1.2 times what it reaches alone, or
-        # what the fastest link from there or to there reaches.
-        both = host.bytes_per_s + self.machine.way(how.home, device)[0]
-        fastest = max(rate for ends, (rate, _) in self.machine.links.items() if how.home in ends)
-        alone = host.bytes_per_s * min(max(int(host.bytes_per_s * 1.2), fastest), both) // both
+        read_rate = self._reads(device)[beside]
         there_and_back = self.machine.way(how.home, device)[1] + self.machine.way(device, how.home)[1]
         found = []
         for chance in _chances(entry):
-            read = _used(chance, tokens) * size * 1e9 / alone
+            read = _used(chance, tokens) * size * 1e9 / read_rate
             multiplied = 2.0 * (tokens * chance) * elements * 1e9 / rate
             found.append(int(max(read, multiplied) + _used(chance, tokens) * there_and_back))
         return found
@@ -534,7 +547,8 @@ class Ledger:
                 begun = (1 if name in single else 2) if self.machine.is_gpu[name] and step != "prefill" else 0
                 exposed = np.maximum(groups - begun * least, 0)
                 apart = (demand > 0) & (groups > 0) if name not in single else np.ones(self.size, dtype=bool)
-                serial = computing + demand
+                slower = np.minimum(self.sums["S", step, name], self.sums["W", step, name])
+                serial = computing + demand + slower
                 first = serial + (0 if self.machine.is_gpu[name] else least)
                 # Beside the copies run the layers without anything to copy, and the mean of the others.
                 ends = self.sums["A", step, name]
