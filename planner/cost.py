@@ -316,14 +316,19 @@ class Lane:
     slows: int = 0
     slowed: int = 0
 
+    @property
+    def contention(self) -> int:
+        """What copies and the CPU's experts each take longer for as long as both go on."""
+        return min(self.slows, self.slowed)
+
     def busy_ns(self, slots: int, *, first: bool) -> int:
         """Return how long the pass stands at this device. first: no copy was begun before it.
 
         slots: 0 where mapped files are read ahead and nothing is begun before the pass.
         """
         hidden = 0 if first else slots * self.smallest
-        exposed = max(0, self.groups - hidden)
-        serial = self.computing + self.on_demand + min(self.slows, self.slowed)
+        exposed = max(0, self.groups + self.contention - hidden)
+        serial = self.computing + self.on_demand + self.contention
         if slots != 1 and not (self.on_demand and self.groups):
             beside = self.apart - (-(serial - self.apart) // max(self.blocks, 1))
             begins = serial if slots else serial + self.smallest
@@ -332,7 +337,7 @@ class Lane:
 
     def least_ns(self, slots: int) -> int:
         """Return what no pass is shorter than because of this device's link."""
-        copies = self.groups + self.on_demand + self.cache
+        copies = self.groups + self.contention + self.on_demand + self.cache
         return copies + self.computing if slots == 1 and self.groups else copies
 
 

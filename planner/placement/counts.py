@@ -562,16 +562,19 @@ class _Model:
             if not computing:
                 continue
             most = self._longest_ns(step, name)
-            serial = sum(computing) + sum(demand) + self._beside(step, name, most)
+            contention = self._contention(step, name, most)
+            serial = sum(computing) + sum(demand) + contention
             taken = model.new_int_var(0, most, f"time {step} {name}")
             model.add(taken >= serial)
             parts.append(taken)
             cache = self._cache(step, name)
-            lane = sum(groups) + sum(demand) + cache
+            lane = sum(groups) + contention + sum(demand) + cache
             if groups:
                 exposed = model.new_int_var(0, most, f"exposed {step} {name}")
                 is_cpu = self.hardware.device(name).kind == "cpu"
-                model.add(exposed >= sum(groups) - (0 if priced.is_first or is_cpu else self._hidden(name)))
+                model.add(
+                    exposed >= sum(groups) + contention - (0 if priced.is_first or is_cpu else self._hidden(name))
+                )
                 if is_cpu and self.streams[name]:
                     model.add(taken >= serial + self._begins(name))
                 overlaps = self.two[name]
@@ -706,9 +709,9 @@ class _Model:
                                 below = ns
         return computing, demand, groups
 
-    def _beside(self, step: str, name: str, most: int) -> Any:
-        """Return what computing takes longer because copies and a CPU's experts read from one memory: the lesser of
-        what the ones take from the others.
+    def _contention(self, step: str, name: str, most: int) -> Any:
+        """Return what copies and a CPU's experts each take longer where they read from one memory: the lesser of what
+        all the ones and all the others would.
         """
         sums: tuple[list[Any], list[Any]] = ([], [])
         for unit in self.problem.units:

@@ -541,8 +541,9 @@ def _price(
         return None
     total = np.zeros(rest.size, np.int64)
     for step in problem.steps:
-        serial = computing[step.name] + experts[step.name] + np.minimum(slows, slowed[step.name])
-        exposed = np.maximum(lane - hidden_ns(step, slots, lane, smallest), 0)
+        contention = np.minimum(slows, slowed[step.name])
+        serial = computing[step.name] + experts[step.name] + contention
+        exposed = np.maximum(lane + contention - hidden_ns(step, slots, lane, smallest), 0)
         held_up = queued[step.name] & (lane > 0)
         begins = np.where(lane > 0, smallest, 0) if beside.reads_ahead else 0
         total += step.weight * beside.busy_ns(step, serial, exposed, slots, held_up, begins)

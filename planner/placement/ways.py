@@ -291,15 +291,19 @@ class Entries:
     ) -> Iterator[Way]:
         """Yield the ways without experts on disk."""
         steps = self.problem.steps
-        slowed = {s.name: cover(wanted, sliced, [kind.beside[s.name] for kind, _ in sliced]) for s in steps}
+        contention = {
+            s.name: np.minimum(streamed.slows, cover(wanted, sliced, [kind.beside[s.name] for kind, _ in sliced]))
+            for s in steps
+        }
         serial = {
             s.name: computing[s.name]
             + cover(wanted, sliced, [kind.near[s.name] for kind, _ in sliced])
-            + np.minimum(streamed.slows, slowed[s.name])
+            + contention[s.name]
             for s in steps
         }
         copied = {s.name: (wanted > 0) & all(s.name in kind.copied for kind, _ in sliced) for s in steps}
-        hidden = {s.name: hidden_ns(s, slots, streamed.lane, streamed.smallest) for s in steps}
+        # Copies last longer too: less of them is hidden.
+        hidden = {s.name: hidden_ns(s, slots, streamed.lane, streamed.smallest) - contention[s.name] for s in steps}
         experts = cover(wanted, sliced, [kind.nbytes for kind, _ in sliced])
 
         # With two slots, copies overlap with computing but for what runs before the first or after the last.

@@ -545,9 +545,9 @@ class Ledger:
                 least = np.where(nearness > 0, FAR - nearness, 0)
                 # A CPU reads files ahead in each pass anew: none was begun before, and the first is waited for.
                 begun = (1 if name in single else 2) if self.machine.is_gpu[name] and step != "prefill" else 0
-                exposed = np.maximum(groups - begun * least, 0)
-                apart = (demand > 0) & (groups > 0) if name not in single else np.ones(self.size, dtype=bool)
                 slower = np.minimum(self.sums["S", step, name], self.sums["W", step, name])
+                exposed = np.maximum(groups + slower - begun * least, 0)
+                apart = (demand > 0) & (groups > 0) if name not in single else np.ones(self.size, dtype=bool)
                 serial = computing + demand + slower
                 first = serial + (0 if self.machine.is_gpu[name] else least)
                 # Beside the copies run the layers without anything to copy, and the mean of the others.
@@ -556,7 +556,7 @@ class Ledger:
                 cache = self.sums["K", step, name]
                 together = np.where(exposed > 0, np.maximum(first, exposed + cache + beside), serial)
                 taken += np.where(apart, serial + exposed, together)
-                alone = groups + demand + cache + (np.where(groups > 0, computing, 0) if name in single else 0)
+                alone = groups + slower + demand + cache + (np.where(groups > 0, computing, 0) if name in single else 0)
                 floor = np.maximum(floor, alone)
             total += times * np.maximum(taken, floor)
         return total
