@@ -22,6 +22,7 @@ def has_offloaded_params(module: torch.nn.Module) -> bool:
 
     What the CPU computes with straight from mapped files is there at any time, and is not counted.
     """
+    place.check_module(module)
     return GROUP_ATTRIBUTE in vars(module) or hasattr(module, SOURCE_ATTRIBUTE)
 
 
@@ -34,6 +35,7 @@ def align_module_device(module: torch.nn.Module, execution_device: Place | None 
     Of weights that wait in host memory, a block on the CPU sees the very memory: what it changes there is kept. Other
     changes of weights that wait are lost with the block; those of others are kept.
     """
+    place.check_module(module)
     streamed: tuple[GroupStream, StreamedGroup] | None = vars(module).get(GROUP_ATTRIBUTE)
     device = None if execution_device is None else torch.device(place_name(execution_device))
     if streamed is not None:

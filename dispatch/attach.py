@@ -106,8 +106,7 @@ def apply(
 
 def check_plain(model: torch.nn.Module) -> None:
     """Raise InputError where a model, a part of it, or what it is a part of is dispatched already."""
-    if not isinstance(model, torch.nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise InputError(f"a {type(model).__name__} cannot be dispatched: give the torch.nn.Module itself")
+    place.check_module(model)
     if is_dispatched(model):
         raise InputError("this model is dispatched already; call dispatch.remove(model) first")
     for path, module in model.named_modules():
@@ -149,6 +148,7 @@ def state_of(model: torch.nn.Module) -> Dispatched:
     Raises:
         InputError: nothing was.
     """
+    place.check_module(model)
     for each in model.modules():
         if _ATTRIBUTE in vars(each):
             state: Dispatched = vars(each)[_ATTRIBUTE]

@@ -14,7 +14,7 @@ import torch
 
 from dispatch import place
 from dispatch.checkpoint import Checkpoint, TensorEntry
-from dispatch.offload_folder import OFFLOAD_FILE, write_index, write_tensors
+from dispatch.offload_folder import OFFLOAD_FILE, check_path, write_index, write_tensors
 from dispatch.pickled import find_pickled, read_pickled
 from dispatch.sources import Piece, TensorSource, resolve_sources
 from dispatch.waiting import waiting_on_disk, waiting_tensors
@@ -60,6 +60,9 @@ class Filling:
             InputError: it cannot be read, or with `strict` its names are not the model's. PlanMismatchError: a shape
             differs.
         """
+        if path is None:
+            raise InputError("there is no checkpoint: give the path of a file, an index or a folder")
+        check_path(path, "the checkpoint")
         targets = targets_of(model)
         files = find_pickled(Path(path))
         checkpoint = None if files else Checkpoint.open(path)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +160,12 @@ def write_tensors(target: Path, tensors: Mapping[str, tuple[torch.Tensor, Callab
         raise
 
 
+def check_path(given: object, what: str) -> None:
+    """Raise InputError unless what was given for a path, or for none, can be one."""
+    if given is not None and not isinstance(given, (str, os.PathLike)):
+        raise InputError(f"{what} is a {type(given).__name__}; it must be the path of one")
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder where there is none.
 
@@ -167,8 +174,9 @@ def make_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise InputError(f"cannot write to {folder}: {exc.strerror or exc}") from exc
+    except (OSError, ValueError) as exc:
+        # ValueError: of a path with a NUL in it.
+        raise InputError(f"cannot write to {folder}: {getattr(exc, 'strerror', None) or exc}") from exc
 
 
 def _tensor(model: torch.nn.Module, name: str) -> torch.Tensor | None:

@@ -10,6 +10,13 @@ import torch
 from planner.errors import InputError
 
 
+def check_module(model: object) -> None:
+    """Raise InputError where what was given for a model is none."""
+    if not isinstance(model, torch.nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise InputError(f"{kind} cannot be dispatched: give the torch.nn.Module itself")
+
+
 def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every parameter and buffer under each of its names, tied ones too."""
     return itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
