@@ -40,6 +40,8 @@ def align_module_device(module: torch.nn.Module, execution_device: Place | None 
     device = None if execution_device is None else torch.device(place_name(execution_device))
     if streamed is not None:
         stream, group = streamed
+        if group.is_away:
+            group.check()
         group.bring(stream.ring.device if device is None else device)
         try:
             yield

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dispatch import hooks, own_device, place
+from dispatch import hooks, own_device, place, resizing
 from dispatch.built import as_module
 from dispatch.checkpoint import Checkpoint
 from dispatch.conventions import Conventions
@@ -318,13 +318,15 @@ class Dispatched:
                 self._attach(path, before=_reacher(self.has.ahead, path), after=partial(self.has.ahead.leave, path))
         if self.waits:
             refuse(self.model, self.hooked)
+            resizing.explain(self.model)
             if not self.has.experts:
                 self.whole.attach()
 
     @property
     def whole(self) -> WholeState:
         """The model's state, wherever it waits."""
-        return WholeState(self.model, self.streams, self.plan.graph.ties, self.has.mapped, self.alone)
+        ties = [{name: self.owners[name][0] for name in names} for names in self.plan.graph.ties]
+        return WholeState(self.model, self.streams, ties, self.has.mapped, self.alone)
 
     def _handed_over(self) -> tuple[int, ...]:
         """Return the layers whose inputs may be elsewhere, as long as the caller's own tensors are with the first."""
@@ -396,6 +398,9 @@ class Dispatched:
             self.weights.checkpoint.check_unchanged()
         for ring in self.has.rings.values():
             ring.close()
+        for stream in self.streams:
+            # What a call that was interrupted left in slots is no weight of the caller's.
+            stream.recover()
         groups = [(group, group.load()) for group in self.has.groups.values() if read]
         experts = [(module, source, source.load() if read else None) for module, source in self.has.experts]
         # By what had them at first: adapters put modules of their own in between, and names change.
@@ -407,6 +412,7 @@ class Dispatched:
             hooks.detach(module)
             vars(module).pop(GROUP_ATTRIBUTE, None)
         allow(self.model, self.hooked)
+        resizing.leave(self.model)
         for group, parameters in groups:
             group.restore(parameters)
         for module, source, whole in experts:

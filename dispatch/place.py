@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from dispatch.away import Away
 from planner.errors import InputError
 
 
@@ -35,6 +36,11 @@ def get(module: torch.nn.Module, leaf: str) -> torch.Tensor:
         found = module._buffers[leaf]
     assert found is not None
     return found.detach()
+
+
+def here(module: torch.nn.Module, leaf: str) -> torch.Tensor | None:
+    """Return the very object that is the parameter or buffer called `leaf`."""
+    return module._parameters.get(leaf) if leaf in module._parameters else module._buffers.get(leaf)
 
 
 def put(module: torch.nn.Module, leaf: str, tensor: torch.Tensor) -> None:
@@ -68,7 +74,9 @@ def check_away(owners: Mapping[str, tuple[torch.nn.Module, str]], away: Mapping[
         InputError: it would be passed over without a word.
     """
     for name, (module, leaf) in owners.items():
-        if (module._parameters if leaf in module._parameters else module._buffers)[leaf] is not away[name]:
+        found = here(module, leaf)
+        # What it is may have been swapped with another's too (`torch.utils.swap_tensors`).
+        if found is not away[name] or not isinstance(found, Away):
             raise InputError(
                 f"{name} was replaced after dispatch.apply, and its weights are streamed from elsewhere: call "
                 "dispatch.remove, replace it, and apply the plan again"

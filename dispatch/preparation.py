@@ -54,6 +54,7 @@ class Preparation:
         self.experts: list[tuple[torch.nn.Module, MappedExperts | StreamedExperts]] = []
         self.mapped: list[str] = []
         self.ahead: ReadAhead | None = None
+        self._stand_ins: dict[int, torch.Tensor] = {}
         self._buffers_wait = buffers_wait
         self._rankings = plan.graph.rankings()
         self._shared = resident_ties(plan.graph, plan.placements)
@@ -169,7 +170,8 @@ class Preparation:
     def _stream_group(self, placement: Placement, names: list[str], store: Store) -> None:
         owners = {name: place.owner(self.model, name) for name in names}
         path = full_name(placement.layer, placement.group)
-        self.groups[placement.layer, placement.group] = StreamedGroup(path, owners, store, layer=placement.layer)
+        group = StreamedGroup(path, owners, store, layer=placement.layer, stand_ins=self._stand_ins)
+        self.groups[placement.layer, placement.group] = group
 
     def _stream_experts(
         self,

@@ -18,7 +18,8 @@ from planner.errors import InputError
 class StreamedGroup:
     """A group whose weights wait elsewhere: which parameters become views of a slot while its module runs.
 
-    layer: whose group it is; None where that is not known.
+    layer: whose group it is; None where that is not known. stand_ins: what stands for weights of other groups, by the
+    ids of these; a tied one has the same, so that tying it again changes nothing.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class StreamedGroup:
         store: Store,
         *,
         layer: str | None = None,
+        stand_ins: dict[int, torch.Tensor] | None = None,
     ):
         self.name, self.store, self.layer, self._owners = name, store, layer, owners
         # Whether each was to be trained, which no streamed one is; None of buffers.
@@ -35,8 +37,12 @@ class StreamedGroup:
             name: found.requires_grad if (found := module._parameters.get(leaf)) is not None else None
             for name, (module, leaf) in owners.items()
         }
+        known = {} if stand_ins is None else stand_ins
         self._away = {
-            name: away(place.get(*owner), parameter=self._trained[name] is not None) for name, owner in owners.items()
+            name: known.setdefault(
+                id(place.here(*owner)), away(place.get(*owner), parameter=self._trained[name] is not None)
+            )
+            for name, owner in owners.items()
         }
         self._present: dict[int, dict[str, torch.Tensor]] = {}
         # cuDNN's layers move their parameters to other memory when they run: what is in the slot is given anew.
@@ -69,10 +75,7 @@ class StreamedGroup:
     @property
     def is_away(self) -> bool:
         """Whether parameters are on meta, as the group left them."""
-        return any(
-            (module._parameters if leaf in module._parameters else module._buffers)[leaf] is self._away[name]
-            for name, (module, leaf) in self._owners.items()
-        )
+        return any(place.here(*owner) is self._away[name] for name, owner in self._owners.items())
 
     def present(self) -> dict[str, torch.Tensor]:
         """Return what is in place of the parameters and buffers now."""
@@ -87,8 +90,10 @@ class StreamedGroup:
         return self._made(self.store.to_host(), trained=True)
 
     def restore(self, loaded: dict[str, torch.Tensor]) -> None:
-        """Give the modules what `load` returned."""
-        self._set(loaded)
+        """Give the modules what `load` returned, but for what somebody replaced or took away."""
+        for name, owner in self._owners.items():
+            if place.here(*owner) is self._away[name]:
+                place.set_tensor(*owner, loaded[name])
 
     def _made(self, tensors: Mapping[str, torch.Tensor], *, trained: bool = False) -> dict[str, torch.Tensor]:
         """Return parameters of tensors, and buffers as they are."""
