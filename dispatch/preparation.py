@@ -54,6 +54,7 @@ class Preparation:
         self.experts: list[tuple[torch.nn.Module, MappedExperts | StreamedExperts]] = []
         self.mapped: list[str] = []
         self.ahead: ReadAhead | None = None
+        self._tied = {name for names in plan.graph.ties for name in names}
         self._stand_ins: dict[int, torch.Tensor] = {}
         self._buffers_wait = buffers_wait
         self._rankings = plan.graph.rankings()
@@ -170,7 +171,7 @@ class Preparation:
     def _stream_group(self, placement: Placement, names: list[str], store: Store) -> None:
         owners = {name: place.owner(self.model, name) for name in names}
         path = full_name(placement.layer, placement.group)
-        group = StreamedGroup(path, owners, store, layer=placement.layer, stand_ins=self._stand_ins)
+        group = StreamedGroup(path, owners, store, layer=placement.layer, stand_ins=self._stand_ins, tied=self._tied)
         self.groups[placement.layer, placement.group] = group
 
     def _stream_experts(
