@@ -105,9 +105,9 @@ def _used(func: Callable[..., Any]) -> InputError:
 
 def _written(func: Callable[..., Any]) -> InputError:
     return InputError(
-        "values were given to weights that wait elsewhere, where they would be lost: load_state_dict of the whole model "
-        "writes to host memory that they wait in, as does dispatch.weights_at_home(model); or call dispatch.remove "
-        f"first. What was called: {_named(func)}"
+        "values were given to weights that wait elsewhere, where they would be lost: load_state_dict of the whole "
+        "model writes to host memory that they wait in, as does dispatch.weights_at_home(model); or call "
+        f"dispatch.remove first. What was called: {_named(func)}"
     )
 
 

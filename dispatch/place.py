@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -41,6 +42,36 @@ def get(module: torch.nn.Module, leaf: str) -> torch.Tensor:
 def here(module: torch.nn.Module, leaf: str) -> torch.Tensor | None:
     """Return the very object that is the parameter or buffer called `leaf`."""
     return module._parameters.get(leaf) if leaf in module._parameters else module._buffers.get(leaf)
+
+
+def order_of(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """Return the order of its dimensions in which a tensor lies in memory without a gap, as channels-last ones do; None
+    where that is their own order, or there is none.
+    """
+    if tensor.is_contiguous():
+        return None
+    order = tuple(sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim)))
+    return order if tensor.permute(order).is_contiguous() else None
+
+
+def strides_of(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """Return the strides that a copy of a tensor is to have; None for those that a new one has."""
+    if tensor.is_contiguous():
+        # By what a dimension of one element has, torch tells channels-last tensors.
+        return tensor.stride() if 1 in tensor.shape and tensor.stride() != _new_strides(tensor.shape) else None
+    return tensor.stride() if order_of(tensor) is not None else None
+
+
+def _new_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(max(size, 1) for size in shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+def empty(like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return memory for a tensor of this shape, dtype and order."""
+    strides = strides_of(like)
+    if strides is None:
+        return torch.empty(like.shape, dtype=like.dtype, device=device)
+    return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=device)
 
 
 def put(module: torch.nn.Module, leaf: str, tensor: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""`resize_token_embeddings` of transformers' models, which computes with the embeddings: what is said where they wait."""
+"""`resize_token_embeddings` of transformers' models computes with the embeddings: what is said where these wait."""
 
 from __future__ import annotations
 

@@ -20,7 +20,8 @@ class StreamedGroup:
     """A group whose weights wait elsewhere: which parameters become views of a slot while its module runs.
 
     layer: whose group it is; None where that is not known. stand_ins: what stands for weights of other groups, by the
-    ids of these; a tied one has the same, so that tying it again changes nothing. tied: names of what waits under other names too.
+    ids of these; a tied one has the same, so that tying it again changes nothing. tied: names of what waits under other
+    names too.
     """
 
     def __init__(

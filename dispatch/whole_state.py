@@ -18,8 +18,8 @@ _CPU = torch.device("cpu")
 class WholeState:
     """`state_dict` and `load_state_dict` of a model whose groups pass through streams.
 
-    ties: sets of names of one tensor, each with the module that has it. mapped: names of what is used straight from mapped files.
-    alone: keeps calls out while it is held.
+    ties: sets of names of one tensor, each with the module that has it. mapped: names of what is used straight from
+    mapped files. alone: keeps calls out while it is held.
     """
 
     def __init__(
