@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dispatch import hooks, own_device, place, resizing
+from dispatch import hooks, others, own_device, place, resizing
 from dispatch.built import as_module
 from dispatch.checkpoint import Checkpoint
 from dispatch.conventions import Conventions
@@ -117,10 +117,7 @@ def check_plain(model: torch.nn.Module) -> None:
             )
         if WHOLE_ATTRIBUTE in vars(module):
             raise InputError(f"{path or 'this model'} has a hook of cpu_offload_with_hook; call its remove() first")
-        if hasattr(module, "_hf_hook") and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-            raise InputError(
-                f"{path or 'this model'} is offloaded by Accelerate: call its remove_hook_from_submodules first"
-            )
+        others.check(path, module)
 
 
 def remove(model: torch.nn.Module) -> torch.nn.Module:

@@ -55,9 +55,7 @@ class TensorSource:
         return tensor.permute([dim - 1 for dim in self.order[1:]])
 
     def as_used(self, stored: torch.Tensor, strides: tuple[int, ...] | None) -> torch.Tensor:
-        """Return a view of what the file has, whole, as the model uses it."""
-        if self.order is not None and self.in_order:
-            stored = stored.permute([self.order.index(dim) for dim in range(len(self.order))])
+        """Return a view of what the file has, whole, as the model uses it: `strides` tell of any other order."""
         return stored if strides is None else stored.as_strided(self.shape, strides)
 
     def whole_entry(self) -> TensorEntry | None:

@@ -197,6 +197,29 @@ def test_an_embedding_with_a_largest_norm() -> None:
         tied(ids)
 
 
+class TiedAndCounting(nn.Module):
+    """Has weights that wait under two names beside a buffer that it changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 11, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        self.steps += 1
+        out: torch.Tensor = self.head(self.embed(ids)) * self.steps
+        return out
+
+
+def test_a_buffer_that_changes_beside_tied_weights() -> None:
+    model = TiedAndCounting()
+    dispatch.cpu_offload(model, 0, offload_buffers=True, preload_module_classes=["TiedAndCounting"], devices=PLAYED)
+    with torch.no_grad():
+        one, other = (model(torch.tensor([1, 4])) for _ in range(2))
+    assert torch.equal(one * 2, other)
+
+
 def test_a_forward_that_fails_has_changed_what_it_changed() -> None:
     def failing(module: Any) -> None:
         module.steps.add_(1)

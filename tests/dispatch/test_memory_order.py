@@ -1,4 +1,4 @@
-"""Weights keep the order in which their dimensions lie in memory, as channels-last models have them, where they wait."""
+"""Weights that wait keep the order in which their dimensions lie in memory, as channels-last models have them."""
 
 from __future__ import annotations
 
@@ -155,6 +155,15 @@ def test_checkpoints_hold_dimensions_in_their_own_order(home: Any, main: Any, tm
         assert torch.equal(model(picture()), build()(picture()))
     dispatch.remove_hook_from_submodules(model)
     assert strides(model) == before
+
+
+def test_pickled_values_take_the_models_order(tmp_path: Path) -> None:
+    torch.save({name: t.contiguous() for name, t in build().state_dict().items()}, tmp_path / "model.bin")
+    model = build().to("meta")
+    dispatch.load_checkpoint_and_dispatch(model, tmp_path / "model.bin", {"": "cpu"})
+    assert strides(model) == strides(build())
+    with torch.no_grad():
+        assert torch.equal(model(picture()), build()(picture()))
 
 
 def test_an_index_is_accelerates_too(tmp_path: Path) -> None:
