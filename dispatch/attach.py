@@ -250,8 +250,9 @@ class Dispatched:
     def attach(self) -> None:
         """Make the model what was prepared."""
         self._set_implementations()
+        firsts = self.plan.graph.tied_to_earlier()
         for name, tensor in self.has.resident.items():
-            self._put(name, tensor)
+            self._put(name, firsts.get(name, name), tensor)
         self.has.resident.clear()
         for module, source in self.has.experts:
             source.leave()
@@ -269,14 +270,14 @@ class Dispatched:
         devices = {layer: self.targets[name] for layer, name in zip(layers, self.plan.run_on(), strict=True)}
         self.told = own_device.tell(self.model, layers, devices)
 
-    def _put(self, name: str, tensor: torch.Tensor) -> None:
+    def _put(self, name: str, first: str, tensor: torch.Tensor) -> None:
+        """Put a tensor that stays in its place; `first` is the first name of those that it is tied to."""
         device = tensor.device
-        module, leaf = place.owner(self.model, name)
+        module, leaf = self.owners[name]
         if leaf in module._buffers:
             place.put(module, leaf, tensor)
             return
         current = module._parameters[leaf]
-        first = self.plan.graph.tied_to_earlier().get(name, name)
         shared = self.tied.get((first, device))
         if shared is None:
             # A parameter that is in place already stays the very same object.

@@ -72,10 +72,10 @@ def find(model: torch.nn.Module, names: Collection[str], folder: str | Path) -> 
         waiting = of_index(model, names, index, where)
     elif has_file:
         checkpoint = Checkpoint.open(where / OFFLOAD_FILE)
-        held = {name for name in names if name in checkpoint or _ordered_name(model, name) in checkpoint}
-        first: dict[int, str] = {id(_tensor(model, name)): name for name in names if name in held}
+        there = {name for name in names if name in checkpoint or _ordered_name(model, name) in checkpoint}
+        first: dict[int, str] = {id(_tensor(model, name)): name for name in names if name in there}
         stored = {name: first.get(id(_tensor(model, name)), name) for name in names}
-        _check_all(names, [name for name in names if stored[name] in held], where / OFFLOAD_FILE)
+        _check_all(names, [name for name in names if stored[name] in there], where / OFFLOAD_FILE)
         waiting = Waiting(
             checkpoint, {name: ordered_source(model, name, checkpoint, given) for name, given in stored.items()}
         )

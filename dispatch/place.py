@@ -50,7 +50,7 @@ def order_of(tensor: torch.Tensor) -> tuple[int, ...] | None:
     """
     if tensor.is_contiguous():
         return None
-    order = tuple(sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim)))
+    order = tuple(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
     return order if tensor.permute(order).is_contiguous() else None
 
 

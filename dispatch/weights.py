@@ -37,6 +37,7 @@ class Weights:
     ):
         self.model, self.checkpoint, self.offloaded = model, checkpoint, offloaded
         self.given = given or {}
+        self._owners: dict[str, tuple[torch.nn.Module, str]] = {}
         self.on_meta = any(parameter.is_meta for parameter in model.parameters())
         if self.on_meta and checkpoint is None and not self.given:
             raise InputError("the model is on meta: give the checkpoint that its weights are to come from")
@@ -69,7 +70,7 @@ class Weights:
     def load(self, name: str, device: torch.device = _CPU) -> torch.Tensor:
         """Return a tensor on `device`: the model's own where it is there, else copied, or read from the checkpoint."""
         held = self._held(name)
-        current = place.get(*place.owner(self.model, name))
+        current = self._current(name)
         if held is not None:
             found = held.to(device, current.dtype)
             if found.stride() == current.stride() or place.strides_of(current) is None:
@@ -133,7 +134,7 @@ class Weights:
         self.check_mappable(name)
         entry = self.sources[name].whole_entry()
         assert entry is not None
-        strides = place.strides_of(place.get(*place.owner(self.model, name)))
+        strides = place.strides_of(self._current(name))
         return self.sources[name].as_used(self._checkpoint().map(entry), strides)
 
     def in_pages(self, name: str) -> bool:
@@ -165,7 +166,7 @@ class Weights:
         return views
 
     def _layout(self, names: list[str], expert: int | None) -> Layout:
-        tensors = [(name, place.get(*place.owner(self.model, name))) for name in names]
+        tensors = [(name, self._current(name)) for name in names]
         if expert is not None:
             tensors = [(name, tensor[0]) for name, tensor in tensors]
         strides = {name: place.strides_of(tensor) for name, tensor in tensors}
@@ -191,8 +192,15 @@ class Weights:
         """Return a tensor that is in memory already, or None."""
         if name in self.given:
             return self.given[name].detach()
-        current = place.get(*place.owner(self.model, name))
+        current = self._current(name)
         return None if current.is_meta else current
+
+    def _current(self, name: str) -> torch.Tensor:
+        """Return what the model has under a name."""
+        owner = self._owners.get(name)
+        if owner is None:
+            owner = self._owners[name] = place.owner(self.model, name)
+        return place.get(*owner)
 
     def _checkpoint(self) -> Checkpoint:
         assert self.checkpoint is not None
