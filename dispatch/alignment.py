@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dispatch import hooks, place
+from dispatch import hooks, others, place
 from dispatch.attach import GROUP_ATTRIBUTE, WHOLE_ATTRIBUTE
 from dispatch.mover import changed
 from dispatch.refusals import allow, refuse_copies
@@ -22,7 +22,8 @@ def has_offloaded_params(module: torch.nn.Module) -> bool:
 
     What the CPU computes with straight from mapped files is there at any time, and is not counted.
     """
-    return GROUP_ATTRIBUTE in vars(module) or hasattr(module, SOURCE_ATTRIBUTE)
+    place.check_module(module)
+    return GROUP_ATTRIBUTE in vars(module) or hasattr(module, SOURCE_ATTRIBUTE) or others.is_offloaded(module)
 
 
 @contextmanager
@@ -34,10 +35,14 @@ def align_module_device(module: torch.nn.Module, execution_device: Place | None 
     Of weights that wait in host memory, a block on the CPU sees the very memory: what it changes there is kept. Other
     changes of weights that wait are lost with the block; those of others are kept.
     """
+    place.check_module(module)
+    others.check(f"this {type(module).__name__}", module)
     streamed: tuple[GroupStream, StreamedGroup] | None = vars(module).get(GROUP_ATTRIBUTE)
     device = None if execution_device is None else torch.device(place_name(execution_device))
     if streamed is not None:
         stream, group = streamed
+        if group.is_away:
+            group.check()
         group.bring(stream.ring.device if device is None else device)
         try:
             yield

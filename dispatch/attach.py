@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dispatch import hooks, own_device, place
+from dispatch import hooks, others, own_device, place, resizing
 from dispatch.built import as_module
 from dispatch.checkpoint import Checkpoint
 from dispatch.conventions import Conventions
@@ -106,8 +106,7 @@ def apply(
 
 def check_plain(model: torch.nn.Module) -> None:
     """Raise InputError where a model, a part of it, or what it is a part of is dispatched already."""
-    if not isinstance(model, torch.nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise InputError(f"a {type(model).__name__} cannot be dispatched: give the torch.nn.Module itself")
+    place.check_module(model)
     if is_dispatched(model):
         raise InputError("this model is dispatched already; call dispatch.remove(model) first")
     for path, module in model.named_modules():
@@ -118,10 +117,7 @@ def check_plain(model: torch.nn.Module) -> None:
             )
         if WHOLE_ATTRIBUTE in vars(module):
             raise InputError(f"{path or 'this model'} has a hook of cpu_offload_with_hook; call its remove() first")
-        if hasattr(module, "_hf_hook") and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-            raise InputError(
-                f"{path or 'this model'} is offloaded by Accelerate: call its remove_hook_from_submodules first"
-            )
+        others.check(path, module)
 
 
 def remove(model: torch.nn.Module) -> torch.nn.Module:
@@ -149,6 +145,7 @@ def state_of(model: torch.nn.Module) -> Dispatched:
     Raises:
         InputError: nothing was.
     """
+    place.check_module(model)
     for each in model.modules():
         if _ATTRIBUTE in vars(each):
             state: Dispatched = vars(each)[_ATTRIBUTE]
@@ -253,8 +250,9 @@ class Dispatched:
     def attach(self) -> None:
         """Make the model what was prepared."""
         self._set_implementations()
+        firsts = self.plan.graph.tied_to_earlier()
         for name, tensor in self.has.resident.items():
-            self._put(name, tensor)
+            self._put(name, firsts.get(name, name), tensor)
         self.has.resident.clear()
         for module, source in self.has.experts:
             source.leave()
@@ -272,14 +270,14 @@ class Dispatched:
         devices = {layer: self.targets[name] for layer, name in zip(layers, self.plan.run_on(), strict=True)}
         self.told = own_device.tell(self.model, layers, devices)
 
-    def _put(self, name: str, tensor: torch.Tensor) -> None:
+    def _put(self, name: str, first: str, tensor: torch.Tensor) -> None:
+        """Put a tensor that stays in its place; `first` is the first name of those that it is tied to."""
         device = tensor.device
-        module, leaf = place.owner(self.model, name)
+        module, leaf = self.owners[name]
         if leaf in module._buffers:
             place.put(module, leaf, tensor)
             return
         current = module._parameters[leaf]
-        first = self.plan.graph.tied_to_earlier().get(name, name)
         shared = self.tied.get((first, device))
         if shared is None:
             # A parameter that is in place already stays the very same object.
@@ -318,13 +316,15 @@ class Dispatched:
                 self._attach(path, before=_reacher(self.has.ahead, path), after=partial(self.has.ahead.leave, path))
         if self.waits:
             refuse(self.model, self.hooked)
+            resizing.explain(self.model)
             if not self.has.experts:
                 self.whole.attach()
 
     @property
     def whole(self) -> WholeState:
         """The model's state, wherever it waits."""
-        return WholeState(self.model, self.streams, self.plan.graph.ties, self.has.mapped, self.alone)
+        ties = [{name: self.owners[name][0] for name in names} for names in self.plan.graph.ties]
+        return WholeState(self.model, self.streams, ties, self.has.mapped, self.alone)
 
     def _handed_over(self) -> tuple[int, ...]:
         """Return the layers whose inputs may be elsewhere, as long as the caller's own tensors are with the first."""
@@ -396,6 +396,9 @@ class Dispatched:
             self.weights.checkpoint.check_unchanged()
         for ring in self.has.rings.values():
             ring.close()
+        for stream in self.streams:
+            # What a call that was interrupted left in slots is no weight of the caller's.
+            stream.recover()
         groups = [(group, group.load()) for group in self.has.groups.values() if read]
         experts = [(module, source, source.load() if read else None) for module, source in self.has.experts]
         # By what had them at first: adapters put modules of their own in between, and names change.
@@ -407,6 +410,7 @@ class Dispatched:
             hooks.detach(module)
             vars(module).pop(GROUP_ATTRIBUTE, None)
         allow(self.model, self.hooked)
+        resizing.leave(self.model)
         for group, parameters in groups:
             group.restore(parameters)
         for module, source, whole in experts:

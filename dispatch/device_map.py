@@ -11,7 +11,7 @@ import torch
 from dispatch import attach, place
 from dispatch.conventions import Conventions
 from dispatch.filling import Filling
-from dispatch.offload_folder import Waiting, find, of_index, write
+from dispatch.offload_folder import Waiting, check_path, find, of_index, write
 from dispatch.structure import Place, main_of, plan_of
 from dispatch.targets import find_targets
 from dispatch.waiting import waiting_on_disk, waiting_tensors
@@ -47,6 +47,7 @@ def dispatched(
             f"the device map is {device_map!r}; it must say where each module goes, as {{'layers.0': 0, 'head': 'cpu'}}"
         )
     attach.check_plain(model)
+    check_path(offload_dir, "the folder for what waits on disk")
     if next(place.named_tensors(model), None) is not None:
         plan = plan_of(model, device_map, main_device=main_device, buffers_wait=buffers_wait, whole=whole or ())
         _check_kinds(model, plan)

@@ -14,9 +14,9 @@ import torch
 
 from dispatch import place
 from dispatch.checkpoint import Checkpoint, TensorEntry
-from dispatch.offload_folder import OFFLOAD_FILE, write_index, write_tensors
+from dispatch.offload_folder import OFFLOAD_FILE, check_path, ordered_source, write_index, write_ordered
 from dispatch.pickled import find_pickled, read_pickled
-from dispatch.sources import Piece, TensorSource, resolve_sources
+from dispatch.sources import TensorSource, resolve_sources
 from dispatch.waiting import waiting_on_disk, waiting_tensors
 from dispatch.weights import Weights
 from planner.conversions import targets_of, tied_names
@@ -60,6 +60,9 @@ class Filling:
             InputError: it cannot be read, or with `strict` its names are not the model's. PlanMismatchError: a shape
             differs.
         """
+        if path is None:
+            raise InputError("there is no checkpoint: give the path of a file, an index or a folder")
+        check_path(path, "the checkpoint")
         targets = targets_of(model)
         files = find_pickled(Path(path))
         checkpoint = None if files else Checkpoint.open(path)
@@ -93,9 +96,11 @@ class Filling:
         """Return the model's tensors, all of them from here that are here; the model's own are to be emptied."""
         return Weights(model, self.checkpoint, offloaded=True, sources=self.sources, given=self.given)
 
-    def with_disk(self, model: torch.nn.Module, plan: Plan, folder: str | Path | None) -> Filling:
+    def with_disk(
+        self, model: torch.nn.Module, plan: Plan, folder: str | Path | None, *, indexed: bool = False
+    ) -> Filling:
         """Return this with everything that is to wait on disk in a file that holds it as it is needed: most stays where
-        it is, and the rest is written to `folder`.
+        it is, and the rest is written to `folder`. indexed: an index of it is to follow.
 
         Raises:
             InputError: something must be written, and there is no folder, or it cannot be.
@@ -116,15 +121,14 @@ class Filling:
         weights = self.weights(model)
         weights.check_complete()
         likes = {name: place.get(*place.owner(model, name)) for name in apart}
+        if indexed:
+            # An index has no word for the order of dimensions.
+            likes = {name: like.contiguous() for name, like in likes.items()}
         target = Path(folder).absolute() / OFFLOAD_FILE
-        write_tensors(target, {name: (like, _loader(weights, name)) for name, like in likes.items()})
-        written = Checkpoint.open(target)
+        written = write_ordered(target, {name: (like, _loader(weights, name)) for name, like in likes.items()})
         sources = dict(self.sources)
         for name in apart:
-            entry = written[name]
-            sources[name] = TensorSource(
-                name=name, shape=entry.shape, dtype=entry.dtype, pieces=(Piece(entry=entry, index=()),)
-            )
+            sources[name] = ordered_source(model, name, written, name)
         entries: dict[str, TensorEntry] = {}
         for source in sources.values():
             for piece in source.pieces:
@@ -141,7 +145,7 @@ def emptied(model: torch.nn.Module, filling: Filling) -> Iterator[None]:
     for name, tensor in list(place.named_tensors(model)):
         if name not in filling.dtypes:
             continue
-        empty = torch.empty(tensor.shape, dtype=filling.dtypes[name], device="meta")
+        empty = place.empty(tensor.detach().to("meta", filling.dtypes[name]), torch.device("meta"))
         if isinstance(tensor, torch.nn.Parameter):
             empty = place.as_parameter(empty, requires_grad=tensor.requires_grad)
         before.append((*place.owner(model, name), tensor))
@@ -177,7 +181,7 @@ def fill(
             )
         homes.update({name: home for name, home in _homes(plan, targets).items() if name in homes})
         if on_disk and folder is not None:
-            filling = filling.with_disk(model, plan, folder)
+            filling = filling.with_disk(model, plan, folder, indexed=True)
             # What must be put together of pieces cannot be indexed.
             write_index([filling.sources[name] for name in on_disk], folder)
     weights = filling.weights(model)

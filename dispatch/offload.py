@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from dispatch import attach, place
+from dispatch import attach, others, place
 from dispatch.alignment import WholeOffload
 from dispatch.device_map import Devices, dispatched, real_devices
 from dispatch.filling import Filling, emptied, fill
+from dispatch.offload_folder import check_path
 from dispatch.structure import Place, place_name, plan_of
 from dispatch.targets import is_here
 from planner.errors import InputError
@@ -183,6 +184,7 @@ def load_checkpoint_in_model(
     """
     _check_alone(offload_8bit_bnb=offload_8bit_bnb, broadcast_from_rank0=broadcast_from_rank0)
     attach.check_plain(model)
+    check_path(offload_folder, "the offload_folder")
     filling = Filling.find(
         model, checkpoint, strict=strict, dtype=dtype, keep_in_fp32=tuple(keep_in_fp32_modules or ())
     )
@@ -222,6 +224,7 @@ def load_checkpoint_and_dispatch(
         InputError: as those do.
     """
     _check_alone(broadcast_from_rank0=broadcast_from_rank0)
+    place.check_module(model)
     if isinstance(device_map, str):
         device_map = _inferred(
             model, device_map, max_memory, no_split_module_classes, dtype=dtype, offload_buffers=offload_buffers
@@ -246,6 +249,7 @@ def load_checkpoint_and_dispatch(
 
 def remove_hook_from_submodules(module: torch.nn.Module) -> None:
     """Undo every dispatch of a module and of what is below it; all weights are in memory again afterwards."""
+    place.check_module(module)
     for each in list(module.modules()):
         remove_hook_from_module(each)
 
@@ -256,12 +260,15 @@ def remove_hook_from_module(module: torch.nn.Module, recurse: bool = False) -> t
     Raises:
         InputError: it is a part of a dispatched model, which is undone as a whole.
     """
+    place.check_module(module)
     if recurse:
         remove_hook_from_submodules(module)
     elif attach.is_dispatched(module):
         attach.remove(module)
     elif (hook := WholeOffload.of(module)) is not None:
         hook.remove()
+    elif others.is_offloaded(module):
+        others.check(f"this {type(module).__name__}", module)
     elif attach.GROUP_ATTRIBUTE in vars(module):
         raise InputError(
             f"this {type(module).__name__} is a part of a model that was dispatched as a whole: call "
@@ -297,6 +304,7 @@ def _inferred(
 
 
 def _own_device(model: torch.nn.Module) -> torch.device:
+    place.check_module(model)
     first = next((tensor for _, tensor in place.named_tensors(model) if not tensor.is_meta), None)
     return torch.device("cpu") if first is None else first.device
 

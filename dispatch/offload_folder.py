@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +48,8 @@ def write(model: torch.nn.Module, names: Iterable[str], folder: str | Path) -> W
     first: dict[int, str] = {}
     stored = {name: first.setdefault(id(_tensor(model, name)), name) for name in names}
     tensors = {name: place.get(*place.owner(model, name)) for name in first.values()}
-    write_tensors(target, {name: (tensor, tensor.detach) for name, tensor in tensors.items()})
-    checkpoint = Checkpoint.open(target)
-    return Waiting(checkpoint, {name: _source(model, name, checkpoint[given]) for name, given in stored.items()})
+    checkpoint = write_ordered(target, {name: (tensor, tensor.detach) for name, tensor in tensors.items()})
+    return Waiting(checkpoint, {name: ordered_source(model, name, checkpoint, given) for name, given in stored.items()})
 
 
 def find(model: torch.nn.Module, names: Collection[str], folder: str | Path) -> Waiting | None:
@@ -71,10 +72,13 @@ def find(model: torch.nn.Module, names: Collection[str], folder: str | Path) -> 
         waiting = of_index(model, names, index, where)
     elif has_file:
         checkpoint = Checkpoint.open(where / OFFLOAD_FILE)
-        first: dict[int, str] = {id(_tensor(model, name)): name for name in names if name in checkpoint}
+        there = {name for name in names if name in checkpoint or _ordered_name(model, name) in checkpoint}
+        first: dict[int, str] = {id(_tensor(model, name)): name for name in names if name in there}
         stored = {name: first.get(id(_tensor(model, name)), name) for name in names}
-        _check_all(names, [name for name in names if stored[name] in checkpoint], where / OFFLOAD_FILE)
-        waiting = Waiting(checkpoint, {name: _source(model, name, checkpoint[given]) for name, given in stored.items()})
+        _check_all(names, [name for name in names if stored[name] in there], where / OFFLOAD_FILE)
+        waiting = Waiting(
+            checkpoint, {name: ordered_source(model, name, checkpoint, given) for name, given in stored.items()}
+        )
     else:
         return None
     for name, source in waiting.sources.items():
@@ -159,6 +163,58 @@ def write_tensors(target: Path, tensors: Mapping[str, tuple[torch.Tensor, Callab
         raise
 
 
+def check_path(given: object, what: str) -> None:
+    """Raise InputError unless what was given for a path, or for none, can be one."""
+    if given is not None and not isinstance(given, (str, os.PathLike)):
+        raise InputError(f"{what} is a {type(given).__name__}; it must be the path of one")
+
+
+def write_ordered(target: Path, tensors: Mapping[str, tuple[torch.Tensor, Callable[[], torch.Tensor]]]) -> Checkpoint:
+    """Write tensors as `write_tensors` does, and open the file. Those that lie in memory in another order than that of
+    their dimensions, as channels-last ones, are written in it, so that they are read and mapped straight; their names
+    in the file say which.
+    """
+    named: dict[str, tuple[torch.Tensor, Callable[[], torch.Tensor]]] = {}
+    for name, (like, load) in tensors.items():
+        order = place.order_of(like)
+        if order is None:
+            named[name] = like, load
+        else:
+            named[_marked(name, order)] = like.permute(order), partial(_permuted, load, order)
+    write_tensors(target, named)
+    return Checkpoint.open(target)
+
+
+def ordered_source(model: torch.nn.Module, name: str, checkpoint: Checkpoint, given: str) -> TensorSource:
+    """Return where a tensor of a model is in a file that `write_ordered` wrote, under the name that was `given` it."""
+    current = place.get(*place.owner(model, name))
+    marked = _ordered_name(model, given)
+    if marked == given or marked not in checkpoint:
+        return _source(model, name, checkpoint[given])
+    order = place.order_of(current)
+    assert order is not None
+    entry = checkpoint[marked]
+    shape = tuple(current.shape)
+    if entry.shape != tuple(shape[dim] for dim in order):
+        raise _another(entry, name, current)
+    return TensorSource(
+        name=name, shape=shape, dtype=current.dtype, pieces=(Piece(entry=entry, index=()),), order=order, in_order=True
+    )
+
+
+def _ordered_name(model: torch.nn.Module, name: str) -> str:
+    order = place.order_of(place.get(*place.owner(model, name)))
+    return name if order is None else _marked(name, order)
+
+
+def _marked(name: str, order: tuple[int, ...]) -> str:
+    return f"{name} in order {' '.join(map(str, order))}"
+
+
+def _permuted(load: Callable[[], torch.Tensor], order: tuple[int, ...]) -> torch.Tensor:
+    return load().permute(order)
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder where there is none.
 
@@ -167,8 +223,9 @@ def make_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise InputError(f"cannot write to {folder}: {exc.strerror or exc}") from exc
+    except (OSError, ValueError) as exc:
+        # ValueError: of a path with a NUL in it.
+        raise InputError(f"cannot write to {folder}: {getattr(exc, 'strerror', None) or exc}") from exc
 
 
 def _tensor(model: torch.nn.Module, name: str) -> torch.Tensor | None:
@@ -211,10 +268,18 @@ def _indexed(name: str, told: Any, folder: str | Path | None, opened: dict[str, 
 def _source(model: torch.nn.Module, name: str, entry: TensorEntry) -> TensorSource:
     current = place.get(*place.owner(model, name))
     if entry.shape != tuple(current.shape):
-        raise InputError(
-            f"{entry.file} holds {name} of shape {list(entry.shape)}, and the model has {list(current.shape)}: it is "
-            "another model's; give another offload_dir, or remove it"
-        )
+        raise _another(entry, name, current)
     return TensorSource(
-        name=name, shape=entry.shape, dtype=current.dtype, pieces=(Piece(entry=entry, index=()),)
-    )  # fmt: skip
+        name=name,
+        shape=entry.shape,
+        dtype=current.dtype,
+        pieces=(Piece(entry=entry, index=()),),
+        order=place.order_of(current),
+    )
+
+
+def _another(entry: TensorEntry, name: str, current: torch.Tensor) -> InputError:
+    return InputError(
+        f"{entry.file} holds {name} of shape {list(entry.shape)}, and the model has {list(current.shape)}: it is "
+        "another model's; give another offload_dir, or remove it"
+    )

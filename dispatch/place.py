@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from dispatch.away import Away
 from planner.errors import InputError
+
+
+def check_module(model: object) -> None:
+    """Raise InputError where what was given for a model is none."""
+    if not isinstance(model, torch.nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise InputError(f"{kind} cannot be dispatched: give the torch.nn.Module itself")
 
 
 def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -28,6 +37,41 @@ def get(module: torch.nn.Module, leaf: str) -> torch.Tensor:
         found = module._buffers[leaf]
     assert found is not None
     return found.detach()
+
+
+def here(module: torch.nn.Module, leaf: str) -> torch.Tensor | None:
+    """Return the very object that is the parameter or buffer called `leaf`."""
+    return module._parameters.get(leaf) if leaf in module._parameters else module._buffers.get(leaf)
+
+
+def order_of(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """Return the order of its dimensions in which a tensor lies in memory without a gap, as channels-last ones do; None
+    where that is their own order, or there is none.
+    """
+    if tensor.is_contiguous():
+        return None
+    order = tuple(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
+    return order if tensor.permute(order).is_contiguous() else None
+
+
+def strides_of(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """Return the strides that a copy of a tensor is to have; None for those that a new one has."""
+    if tensor.is_contiguous():
+        # By what a dimension of one element has, torch tells channels-last tensors.
+        return tensor.stride() if 1 in tensor.shape and tensor.stride() != _new_strides(tensor.shape) else None
+    return tensor.stride() if order_of(tensor) is not None else None
+
+
+def _new_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(max(size, 1) for size in shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+def empty(like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return memory for a tensor of this shape, dtype and order."""
+    strides = strides_of(like)
+    if strides is None:
+        return torch.empty(like.shape, dtype=like.dtype, device=device)
+    return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=device)
 
 
 def put(module: torch.nn.Module, leaf: str, tensor: torch.Tensor) -> None:
@@ -61,7 +105,9 @@ def check_away(owners: Mapping[str, tuple[torch.nn.Module, str]], away: Mapping[
         InputError: it would be passed over without a word.
     """
     for name, (module, leaf) in owners.items():
-        if (module._parameters if leaf in module._parameters else module._buffers)[leaf] is not away[name]:
+        found = here(module, leaf)
+        # What it is may have been swapped with another's too (`torch.utils.swap_tensors`).
+        if found is not away[name] or not isinstance(found, Away):
             raise InputError(
                 f"{name} was replaced after dispatch.apply, and its weights are streamed from elsewhere: call "
                 "dispatch.remove, replace it, and apply the plan again"

@@ -54,6 +54,8 @@ class Preparation:
         self.experts: list[tuple[torch.nn.Module, MappedExperts | StreamedExperts]] = []
         self.mapped: list[str] = []
         self.ahead: ReadAhead | None = None
+        self._tied = {name for names in plan.graph.ties for name in names}
+        self._stand_ins: dict[int, torch.Tensor] = {}
         self._buffers_wait = buffers_wait
         self._rankings = plan.graph.rankings()
         self._shared = resident_ties(plan.graph, plan.placements)
@@ -93,7 +95,8 @@ class Preparation:
             parts = sorted(self._parts(), key=lambda part: min(self.weights.file_order(n, part[3]) for n in part[2]))
             with ThreadPoolExecutor(READERS) as pool:
                 keys = [(placement.layer, placement.group, expert) for placement, _, _, expert in parts]
-                loaded = dict(zip(keys, pool.map(self._load, parts), strict=True))
+                each = map if self._is_all_there() else pool.map
+                loaded = dict(zip(keys, each(self._load, parts), strict=True))
             for placement, group, names in self.placed:
                 if self._by_expert(placement, group):
                     experts = {e: loaded[placement.layer, placement.group, e] for e in range(group.slices)}
@@ -109,6 +112,11 @@ class Preparation:
                 self.resident[tensor.name] = self.weights.load(tensor.name, device)
         if self.mapped and page_cache.SUPPORTED:
             self.ahead = ReadAhead(self._in_pages(), room_bytes(self.plan))
+
+    def _is_all_there(self) -> bool:
+        """Tell whether nothing is read or copied: threads would cost more than they give."""
+        on_host = all(device.type == "cpu" for device in self.targets.values())
+        return on_host and self.weights.checkpoint is None and not any(waiting_slices(p, g) for p, g, _ in self.placed)
 
     def _in_pages(self) -> dict[str, list[torch.Tensor]]:
         """Return {module: its tensors in mapped files}, in the order of a pass; not embeddings: few rows are used.
@@ -174,7 +182,8 @@ class Preparation:
     def _stream_group(self, placement: Placement, names: list[str], store: Store) -> None:
         owners = {name: place.owner(self.model, name) for name in names}
         path = full_name(placement.layer, placement.group)
-        self.groups[placement.layer, placement.group] = StreamedGroup(path, owners, store, layer=placement.layer)
+        group = StreamedGroup(path, owners, store, layer=placement.layer, stand_ins=self._stand_ins, tied=self._tied)
+        self.groups[placement.layer, placement.group] = group
 
     def _stream_experts(
         self,

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from dispatch import buffers
+from dispatch import buffers, place
 from dispatch.checkpoint import Checkpoint, TensorEntry
 from planner.conversions import Claim, match, targets_of, tied_names
 from planner.errors import InputError, PlanMismatchError, TraceError
@@ -33,19 +33,38 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSource:
-    """Where one tensor of the model comes from. The pieces cover it without gap or overlap."""
+    """Where one tensor of the model comes from. The pieces cover it without gap or overlap.
+
+    order: of its dimensions in memory, where that is not their own. in_order: whether the file has them so too.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     pieces: tuple[Piece, ...]
+    order: tuple[int, ...] | None = None
+    in_order: bool = False
+
+    def as_stored(self, tensor: torch.Tensor, *, sliced: bool = False) -> torch.Tensor:
+        """Return a view of this tensor, or of one of its slices, with its dimensions as the file has them."""
+        if self.order is None or not self.in_order:
+            return tensor
+        if not sliced:
+            return tensor.permute(self.order)
+        assert self.order[0] == 0
+        return tensor.permute([dim - 1 for dim in self.order[1:]])
+
+    def as_used(self, stored: torch.Tensor, strides: tuple[int, ...] | None) -> torch.Tensor:
+        """Return a view of what the file has, whole, as the model uses it: `strides` tell of any other order."""
+        return stored if strides is None else stored.as_strided(self.shape, strides)
 
     def whole_entry(self) -> TensorEntry | None:
-        """Return the one entry that is exactly this tensor, dtype too, so that it may be mapped; or None."""
-        if len(self.pieces) != 1:
+        """Return the one entry that is exactly this tensor, in dtype and order, so that it may be mapped; or None."""
+        if len(self.pieces) != 1 or (self.order is not None and not self.in_order):
             return None
         entry = self.pieces[0].entry
-        return entry if (entry.dtype, entry.shape) == (self.dtype, self.shape) else None
+        shape = self.shape if self.order is None else tuple(self.shape[dim] for dim in self.order)
+        return entry if (entry.dtype, entry.shape) == (self.dtype, shape) else None
 
     def fill(self, checkpoint: Checkpoint, destination: torch.Tensor, buffer: torch.Tensor | None = None) -> None:
         """Read the whole tensor into `destination`, of this shape and on any device.
@@ -58,8 +77,9 @@ class TensorSource:
             ValueError: `destination` is of another shape.
         """
         _check_shape(self.name, destination, self.shape)
+        there = self.as_stored(destination)
         for entry, start, stop, index in self.ranges():
-            buffers.read(checkpoint, entry, start, stop, destination[index], buffer)
+            buffers.read(checkpoint, entry, start, stop, there[index], buffer)
 
     def fill_slice(
         self, checkpoint: Checkpoint, e: int, destination: torch.Tensor, buffer: torch.Tensor | None = None
@@ -76,8 +96,9 @@ class TensorSource:
         if not self.shape or not 0 <= e < self.shape[0]:
             raise IndexError(f"{self.name} of shape {self.shape} has no slice {e}")
         _check_shape(f"{self.name}[{e}]", destination, self.shape[1:])
+        there = self.as_stored(destination, sliced=True)
         for entry, start, stop, index in self.ranges(e):
-            buffers.read(checkpoint, entry, start, stop, destination[index], buffer)
+            buffers.read(checkpoint, entry, start, stop, there[index], buffer)
 
     def announce(self, checkpoint: Checkpoint, e: int | None) -> None:
         """Say that the tensor, or its slice `e`, will be read soon."""
@@ -88,12 +109,11 @@ class TensorSource:
         """Return whether the checkpoint holds the very bytes of `tensor`. Takes COMPARE_BYTES of memory."""
         _check_shape(self.name, tensor, self.shape)
         buffer = torch.empty(COMPARE_BYTES, dtype=torch.uint8)
+        held = self.as_stored(tensor.detach())
         return all(
             torch.equal(part.cpu().contiguous().view(torch.uint8), stored.view(torch.uint8))
             for piece in self.pieces
-            for part, stored in buffers.parts(
-                checkpoint, piece.entry, 0, tensor[piece.index].detach(), buffer, convert=True
-            )
+            for part, stored in buffers.parts(checkpoint, piece.entry, 0, held[piece.index], buffer, convert=True)
         )
 
     def buffer_bytes(self, device: torch.device, *, sliced: bool) -> int:
@@ -155,7 +175,7 @@ def resolve_sources(model: nn.Module, checkpoint: Checkpoint, *, partial: bool =
         if held:
             first = sources[held[0]]
             for name in names:
-                sources[name] = TensorSource(name=name, shape=first.shape, dtype=first.dtype, pieces=first.pieces)
+                sources[name] = replace(first, name=name)
     missing = [name for name in targets if name not in sources]
     if refused := [name for name in missing if name in blocked]:
         raise TraceError(
@@ -193,7 +213,7 @@ def _source(name: str, target: torch.Tensor, claim: Claim, checkpoint: Checkpoin
                 f"{name} is {piece.entry.dtype} in the checkpoint and {target.dtype} in the model; quantised "
                 "checkpoints load only into models of the same dtypes so far"
             )
-    return TensorSource(name=name, shape=shape, dtype=target.dtype, pieces=tuple(pieces))
+    return TensorSource(name=name, shape=shape, dtype=target.dtype, pieces=tuple(pieces), order=place.order_of(target))
 
 
 def _concatenated(

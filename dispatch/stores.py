@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -25,6 +25,8 @@ class Piece:
     shape: tuple[int, ...]
     dtype: torch.dtype
     offset_bytes: int
+    # None: those of a contiguous tensor.
+    strides: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +37,20 @@ class Layout:
     nbytes: int
 
     @classmethod
-    def of(cls, tensors: Sequence[tuple[str, tuple[int, ...], torch.dtype]]) -> Layout:
+    def of(
+        cls,
+        tensors: Sequence[tuple[str, tuple[int, ...], torch.dtype]],
+        strides: Mapping[str, tuple[int, ...] | None] | None = None,
+    ) -> Layout:
         pieces, offset = [], 0
         for name, shape, dtype in tensors:
-            pieces.append(Piece(name, shape, dtype, offset))
+            pieces.append(Piece(name, shape, dtype, offset, (strides or {}).get(name)))
             offset += round_up(math.prod(shape) * dtype.itemsize, SLAB_ALIGNMENT_BYTES)
         return cls(tuple(pieces), offset)
 
     def renamed(self, names: dict[str, str]) -> Layout:
         """Return the same layout with other names."""
-        return Layout(tuple(Piece(names[p.name], p.shape, p.dtype, p.offset_bytes) for p in self.pieces), self.nbytes)
+        return Layout(tuple(replace(piece, name=names[piece.name]) for piece in self.pieces), self.nbytes)
 
     def views(self, slab: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return {tensor name: its view} into `slab`, uint8 of at least `nbytes`."""
@@ -52,7 +58,10 @@ class Layout:
         for piece in self.pieces:
             count = math.prod(piece.shape) * piece.dtype.itemsize
             flat = slab[piece.offset_bytes : piece.offset_bytes + count]
-            result[piece.name] = flat.view(piece.dtype).view(piece.shape)
+            typed = flat.view(piece.dtype)
+            result[piece.name] = (
+                typed.view(piece.shape) if piece.strides is None else typed.as_strided(piece.shape, piece.strides)
+            )
         return result
 
 
@@ -123,8 +132,10 @@ class _PinnedPages(mmap.mmap):
 
 def _apart(view: torch.Tensor) -> torch.Tensor:
     """Return a tensor over the same memory that does not share its storage with the rest of a slab."""
-    flat = view.reshape(-1).view(torch.uint8)
-    return torch.from_numpy(flat.numpy()).view(view.dtype).view(view.shape) if view.numel() else view
+    if not view.numel():
+        return view
+    flat = view.as_strided((view.numel(),), (1,)).view(torch.uint8)
+    return torch.from_numpy(flat.numpy()).view(view.dtype).as_strided(view.shape, view.stride())
 
 
 class HostStore:
@@ -172,7 +183,7 @@ class DiskStore:
         """Yield (entry, start, stop, place): bytes [start, stop) of the entry belong to `place`, a part of `slab`."""
         for source, view in zip(self.sources, self.layout.views(slab).values(), strict=True):
             for entry, start, stop, index in source.ranges(self.expert):
-                yield entry, start, stop, view[index]
+                yield entry, start, stop, source.as_stored(view, sliced=self.expert is not None)[index]
 
     def fill(self, slab: torch.Tensor) -> None:
         """Read into `slab`, which is host memory."""
@@ -201,8 +212,9 @@ class DiskStore:
         for source, piece in zip(self.sources, self.layout.pieces, strict=True):
             entry = source.whole_entry()
             if entry is not None and entry.dtype == piece.dtype:
-                found[piece.name] = self.checkpoint.map(entry)
+                found[piece.name] = source.as_used(self.checkpoint.map(entry), piece.strides)
             else:
-                found[piece.name] = torch.empty(piece.shape, dtype=piece.dtype)
+                made = new_slab(math.prod(piece.shape) * piece.dtype.itemsize, torch.device("cpu"))
+                found[piece.name] = Layout((replace(piece, offset_bytes=0),), made.nbytes).views(made)[piece.name]
                 source.fill(self.checkpoint, found[piece.name])
         return found

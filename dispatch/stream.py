@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 
 from dispatch import place
 from dispatch.away import away
+from dispatch.changes import Changes
 from dispatch.slots import SlotRing
 from dispatch.stores import Store
 from planner.errors import InputError
@@ -18,7 +19,9 @@ from planner.errors import InputError
 class StreamedGroup:
     """A group whose weights wait elsewhere: which parameters become views of a slot while its module runs.
 
-    layer: whose group it is; None where that is not known.
+    layer: whose group it is; None where that is not known. stand_ins: what stands for weights of other groups, by the
+    ids of these; a tied one has the same, so that tying it again changes nothing. tied: names of what waits under other
+    names too.
     """
 
     def __init__(
@@ -28,6 +31,8 @@ class StreamedGroup:
         store: Store,
         *,
         layer: str | None = None,
+        stand_ins: dict[int, torch.Tensor] | None = None,
+        tied: Collection[str] = (),
     ):
         self.name, self.store, self.layer, self._owners = name, store, layer, owners
         # Whether each was to be trained, which no streamed one is; None of buffers.
@@ -35,12 +40,18 @@ class StreamedGroup:
             name: found.requires_grad if (found := module._parameters.get(leaf)) is not None else None
             for name, (module, leaf) in owners.items()
         }
+        known = {} if stand_ins is None else stand_ins
         self._away = {
-            name: away(place.get(*owner), parameter=self._trained[name] is not None) for name, owner in owners.items()
+            name: known.setdefault(
+                id(place.here(*owner)), away(place.get(*owner), parameter=self._trained[name] is not None)
+            )
+            for name, owner in owners.items()
         }
         self._present: dict[int, dict[str, torch.Tensor]] = {}
         # cuDNN's layers move their parameters to other memory when they run: what is in the slot is given anew.
         self._moves = any(isinstance(module, torch.nn.RNNBase) for module, _ in owners.values())
+        buffers = [name for name, trained in self._trained.items() if trained is None]
+        self._changes = Changes(owners, store, buffers=buffers, tied=tied, moves=self._moves)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -55,11 +66,19 @@ class StreamedGroup:
         """Make the parameters views of a slot. The views are made once a slot, then kept."""
         if slot not in self._present or self._moves:
             self._present[slot] = self._made(self.store.layout.views(slab))
-        self._set(self._present[slot])
+        self._begin(self._present[slot])
 
     def arrive_to_stay(self, slab: torch.Tensor) -> None:
         """Make the parameters views of memory of their own, a copy of a slot, which lives while autograd keeps it."""
-        self._set(self._made(self.store.layout.views(slab[: self.store.layout.nbytes].clone())))
+        self._begin(self._made(self.store.layout.views(slab[: self.store.layout.nbytes].clone())))
+
+    def keep_changes(self) -> None:
+        """Write what the module's forward changed to where it waits.
+
+        Raises:
+            InputError: it cannot be written there.
+        """
+        self._changes.end()
 
     def bring(self, device: torch.device) -> None:
         """Make the parameters weights on a device, in memory of their own; on the CPU in that which they wait in."""
@@ -69,10 +88,7 @@ class StreamedGroup:
     @property
     def is_away(self) -> bool:
         """Whether parameters are on meta, as the group left them."""
-        return any(
-            (module._parameters if leaf in module._parameters else module._buffers)[leaf] is self._away[name]
-            for name, (module, leaf) in self._owners.items()
-        )
+        return any(place.here(*owner) is self._away[name] for name, owner in self._owners.items())
 
     def present(self) -> dict[str, torch.Tensor]:
         """Return what is in place of the parameters and buffers now."""
@@ -87,17 +103,24 @@ class StreamedGroup:
         return self._made(self.store.to_host(), trained=True)
 
     def restore(self, loaded: dict[str, torch.Tensor]) -> None:
-        """Give the modules what `load` returned."""
-        self._set(loaded)
+        """Give the modules what `load` returned, but for what somebody replaced or took away."""
+        for name, owner in self._owners.items():
+            if place.here(*owner) is self._away[name]:
+                place.set_tensor(*owner, loaded[name])
 
     def _made(self, tensors: Mapping[str, torch.Tensor], *, trained: bool = False) -> dict[str, torch.Tensor]:
         """Return parameters of tensors, and buffers as they are."""
+        # Changes of a buffer are counted by themselves, apart from those of the slab.
         return {
-            name: tensor
+            name: tensor.data
             if self._trained[name] is None
             else place.as_parameter(tensor, requires_grad=trained and bool(self._trained[name]))
             for name, tensor in tensors.items()
         }
+
+    def _begin(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._set(tensors)
+        self._changes.begin(tensors)
 
     def _set(self, tensors: dict[str, torch.Tensor]) -> None:
         for name, (module, leaf) in self._owners.items():
@@ -163,12 +186,15 @@ class GroupStream:
 
     def release(self, group: StreamedGroup) -> None:
         """Free the slot of a group whose module has run, and go on prefetching into it."""
-        # In this order, so that what was interrupted in between is still known to be held.
-        group.leave()
-        slot = self._held.pop(self._position[group.name])
-        self.ring.release(slot)
-        self._free.append(slot)
-        self.prefetch()
+        try:
+            group.keep_changes()
+        finally:
+            # In this order, so that what was interrupted in between is still known to be held.
+            group.leave()
+            slot = self._held.pop(self._position[group.name])
+            self.ring.release(slot)
+            self._free.append(slot)
+            self.prefetch()
 
     def recover(self) -> None:
         """Free the slots of groups that no module holds any more: between calls, after one that was interrupted where

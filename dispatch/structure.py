@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from dispatch import place
 from planner.device_map import MAPPED, DeviceMap, placed
 from planner.errors import InputError
-from planner.graph import Layer, LayerGraph, LayerKind, Tensor, WeightGroup
+from planner.graph import Layer, LayerGraph, LayerKind, Tensor, WeightGroup, full_name
 from planner.hardware import Device, Hardware, MemoryPool
 from planner.memory import needed_slots
 from planner.plan import SCHEMA_VERSION, Execution, ModelInfo, Placement, Plan
@@ -49,10 +49,16 @@ def plan_of(
     mapped = _read(device_map, main_device)
     units = tuple(_units(model, whole))
     hardware = _hardware([*mapped.entries.values(), mapped.main])
-    graph = _graph(model, units, lambda tensor: False)
+    graph = _graph(model, units, lambda name, tensor: False)
     mapped.check_names(graph, [name for name, _ in model.named_modules(remove_duplicate=False)])
     mapped.places(graph)
-    graph = _graph(model, units, lambda tensor: tensor.buffer and not (buffers_wait and tensor.persistent))
+    # What is changed in one place would not be in others that it waits in.
+    tied = {name for names in graph.ties for name in names}
+    graph = _graph(
+        model,
+        units,
+        lambda name, tensor: tensor.buffer and not (buffers_wait and tensor.persistent and name not in tied),
+    )
     placements, _ = placed(graph, hardware, mapped)
     placements = tuple(_staying(entry) if entry.group == _STAYING else entry for entry in placements)
     sizes = [tensor.nbytes for _, _, _, tensor in graph.tensors()]
@@ -181,15 +187,19 @@ def _tensor(name: str, tensor: torch.Tensor) -> Tensor:
     )
 
 
-def _graph(model: torch.nn.Module, units: Collection[_Unit], stays: Callable[[Tensor], bool]) -> LayerGraph:
-    """Return units as layers, each of at most two groups; `stays`: which tensors never wait."""
+def _graph(model: torch.nn.Module, units: Collection[_Unit], stays: Callable[[str, Tensor], bool]) -> LayerGraph:
+    """Return units as layers, each of at most two groups; `stays`: which tensors, with their full names, never wait."""
     kinds: dict[LayerKind, int] = {}
     layers = []
     for unit in units:
         groups = [
             WeightGroup(name=name, slices=1, used_slices=1, streamable=name == _WEIGHTS, tensors=tensors)
             for name, wanted in ((_WEIGHTS, False), (_STAYING, True))
-            if (tensors := tuple(tensor for tensor in unit.tensors if stays(tensor) == wanted))
+            if (
+                tensors := tuple(
+                    tensor for tensor in unit.tensors if stays(full_name(unit.path, tensor.name), tensor) == wanted
+                )
+            )
         ]
         kind = LayerKind(name=unit.kind, groups=tuple(groups))
         layers.append(Layer(name=unit.path, kind=kinds.setdefault(kind, len(kinds))))

@@ -37,6 +37,7 @@ class Weights:
     ):
         self.model, self.checkpoint, self.offloaded = model, checkpoint, offloaded
         self.given = given or {}
+        self._owners: dict[str, tuple[torch.nn.Module, str]] = {}
         self.on_meta = any(parameter.is_meta for parameter in model.parameters())
         if self.on_meta and checkpoint is None and not self.given:
             raise InputError("the model is on meta: give the checkpoint that its weights are to come from")
@@ -69,12 +70,15 @@ class Weights:
     def load(self, name: str, device: torch.device = _CPU) -> torch.Tensor:
         """Return a tensor on `device`: the model's own where it is there, else copied, or read from the checkpoint."""
         held = self._held(name)
-        current = place.get(*place.owner(self.model, name))
+        current = self._current(name)
         if held is not None:
-            return held.to(device, current.dtype)
+            found = held.to(device, current.dtype)
+            if found.stride() == current.stride() or place.strides_of(current) is None:
+                return found
+            return place.empty(current, device).copy_(held)
         if name in self.computed:
             return self.computed[name].to(device)
-        tensor = torch.empty(current.shape, dtype=current.dtype, device=device)
+        tensor = place.empty(current, device)
         self._fill(name, tensor, None)
         return tensor
 
@@ -115,8 +119,8 @@ class Weights:
         """Raise InputError unless `map` can give this tensor."""
         if name not in self.computed and self.sources[name].whole_entry() is None:
             raise InputError(
-                f"{name} is planned to be used straight from the checkpoint's file, which holds it in another dtype or "
-                "in pieces; plan with the checkpoint's own dtype, or with more RAM"
+                f"{name} is planned to be used straight from the checkpoint's file, which holds it in another dtype, "
+                "in pieces or in another order of dimensions; plan with the checkpoint's own dtype, or with more RAM"
             )
 
     def map(self, name: str) -> torch.Tensor:
@@ -130,7 +134,8 @@ class Weights:
         self.check_mappable(name)
         entry = self.sources[name].whole_entry()
         assert entry is not None
-        return self._checkpoint().map(entry)
+        strides = place.strides_of(self._current(name))
+        return self.sources[name].as_used(self._checkpoint().map(entry), strides)
 
     def in_pages(self, name: str) -> bool:
         """Tell whether what `map` returns lies in the page cache, and not in memory of its own."""
@@ -161,8 +166,11 @@ class Weights:
         return views
 
     def _layout(self, names: list[str], expert: int | None) -> Layout:
-        tensors = [(name, place.get(*place.owner(self.model, name))) for name in names]
-        return Layout.of([(name, tuple(t.shape if expert is None else t.shape[1:]), t.dtype) for name, t in tensors])
+        tensors = [(name, self._current(name)) for name in names]
+        if expert is not None:
+            tensors = [(name, tensor[0]) for name, tensor in tensors]
+        strides = {name: place.strides_of(tensor) for name, tensor in tensors}
+        return Layout.of([(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors], strides)
 
     def _fill(self, name: str, view: torch.Tensor, expert: int | None) -> None:
         held = self._held(name)
@@ -184,8 +192,15 @@ class Weights:
         """Return a tensor that is in memory already, or None."""
         if name in self.given:
             return self.given[name].detach()
-        current = place.get(*place.owner(self.model, name))
+        current = self._current(name)
         return None if current.is_meta else current
+
+    def _current(self, name: str) -> torch.Tensor:
+        """Return what the model has under a name."""
+        owner = self._owners.get(name)
+        if owner is None:
+            owner = self._owners[name] = place.owner(self.model, name)
+        return place.get(*owner)
 
     def _checkpoint(self) -> Checkpoint:
         assert self.checkpoint is not None

@@ -18,15 +18,15 @@ _CPU = torch.device("cpu")
 class WholeState:
     """`state_dict` and `load_state_dict` of a model whose groups pass through streams.
 
-    ties: sets of names of one tensor. mapped: names of what is used straight from mapped files.
-    alone: keeps calls out while it is held.
+    ties: sets of names of one tensor, each with the module that has it. mapped: names of what is used straight from
+    mapped files. alone: keeps calls out while it is held.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
         streams: Iterable[GroupStream],
-        ties: Iterable[tuple[str, ...]],
+        ties: Iterable[Mapping[str, torch.nn.Module]],
         mapped: Iterable[str],
         alone: AbstractContextManager[Any],
     ):
@@ -49,10 +49,21 @@ class WholeState:
             # The class's own: this stands on the instance.
             state = type(self.model).state_dict(self.model, *args, **kwargs)
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-        for names in self._ties:
-            first, *others = [f"{prefix}{name}" for name in names if f"{prefix}{name}" in state]
-            state.update({other: state[first] for other in others if state[other].device == state[first].device})
+        for owners in self._ties:
+            # What was put in a module's place since is tied to nothing.
+            names = [name for name, module in owners.items() if self._is_at(name, module)]
+            found = [f"{prefix}{name}" for name in names if f"{prefix}{name}" in state]
+            for other in found[1:]:
+                if state[other].device == state[found[0]].device:
+                    state[other] = state[found[0]]
         return state
+
+    def _is_at(self, name: str, module: torch.nn.Module) -> bool:
+        """Tell whether a tensor's name still leads to the module that had it."""
+        try:
+            return self.model.get_submodule(name.rpartition(".")[0]) is module
+        except AttributeError:
+            return False
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Copy values into the model where its weights wait, as the plain model's would.
@@ -70,7 +81,8 @@ class WholeState:
             )
         # What is tied waits once for each of its names.
         state = dict(state_dict)
-        for names in self._ties:
+        for owners in self._ties:
+            names = [name for name, module in owners.items() if self._is_at(name, module)]
             given = next((state[name] for name in names if name in state), None)
             if given is not None:
                 state.update(dict.fromkeys(set(names) - state.keys(), given))
@@ -93,6 +105,8 @@ class WholeState:
             brought = []
             try:
                 for group in groups:
+                    # What was put in place of a weight would be gone afterwards.
+                    group.check()
                     brought.append(group)
                     group.bring(_CPU)
                 yield

@@ -17,7 +17,7 @@ from planner.errors import InfeasibleError, InputError
 from planner.hardware import listed
 from planner.map_fill import Unit
 from planner.memory_caps import Caps, get_max_memory, gpus_of
-from planner.module_sizes import paths
+from planner.module_sizes import check_module, paths
 from planner.units import format_bytes
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def infer_auto_device_map(
     """
     from planner.module_units import rows_of
 
+    check_module(model)
     caps = get_max_memory(max_memory)
     gpus = gpus_of(caps)
     best: tuple[tuple[Unit, ...], map_fill.Places] | None = None
@@ -73,6 +74,7 @@ def check_device_map(model: torch.nn.Module, device_map: Mapping[str, Any]) -> N
 
     Parameters and the buffers that checkpoints hold must be covered. Whether a GPU is there is not asked.
     """
+    check_module(model)
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
     stored = list(model.state_dict())
     tensors = {*stored, *(name for name, _ in model.named_buffers(remove_duplicate=False))}

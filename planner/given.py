@@ -34,6 +34,7 @@ def source_of(model: Any, *, hub: bool, revision: str | None, trust_remote_code:
     if hasattr(model, "to_diff_dict") and hasattr(model, "model_type"):
         return _from_config(model), None
     if hasattr(model, "named_parameters"):
+        _check_not_offloaded(model)
         config = getattr(model, "config", None)
         note = f"the {type(model).__name__} given"
         if config is not None and hasattr(config, "to_diff_dict"):
@@ -42,6 +43,16 @@ def source_of(model: Any, *, hub: bool, revision: str | None, trust_remote_code:
         return ModelSource(id=type(model).__name__, source="module", revision=None, config={}, config_digest="",
                            folder=None, note=note), model  # fmt: skip
     raise InputError(f"a model is a name, a folder, a transformers config or a module, not {type(model).__name__}")
+
+
+def _check_not_offloaded(model: Any) -> None:
+    """Raise InputError where Accelerate brings a model's weights: its hooks cannot be traced."""
+    for path, module in model.named_modules():
+        if hasattr(module, "_hf_hook") and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            raise InputError(
+                f"{path or 'the model'} is offloaded by Accelerate, as from_pretrained(device_map=...) does: give the "
+                "model's folder, its name or its config (model.config) instead"
+            )
 
 
 def _from_config(config: Any) -> ModelSource:

@@ -141,20 +141,22 @@ def _with_room(units: Sequence[Unit], caps: Sequence[int], main: int, most: int)
         must = [i for i, unit in enumerate(units) if unit.need or unit.brought_bytes > room]
         if sum(units[i].nbytes for i in must) > whole - room or whole - room <= most:
             continue
-        places: list[int | None] = [None] * len(units)
-        free = list(caps)
-        free[main] -= room + left
-        for i in must:
-            there = (gpu for gpu in range(main, len(caps)) if _cost(units[i], gpu == main) <= free[gpu])
-            places[i] = gpu = next(there, None)
-            if gpu is None:
-                break
-            free[gpu] -= _cost(units[i], gpu == main)
-        else:
-            for i in _subset(units, [i for i, place in enumerate(places) if place is None], free[main]):
-                places[i] = main
-            if main_of(places) == main:
-                yield tuple(places)
+        # What the first GPU need not run may leave it to what is left out of the others.
+        for gpus in (range(main, len(caps)), range(len(caps) - 1, main - 1, -1))[: len(caps) - main]:
+            places: list[int | None] = [None] * len(units)
+            free = list(caps)
+            free[main] -= room + left
+            for i in must:
+                allowed = (main,) if units[i].need == 2 else gpus
+                places[i] = gpu = next((g for g in allowed if _cost(units[i], g == main) <= free[g]), None)
+                if gpu is None:
+                    break
+                free[gpu] -= _cost(units[i], gpu == main)
+            else:
+                for i in _subset(units, [i for i, place in enumerate(places) if place is None], free[main]):
+                    places[i] = main
+                if main_of(places) == main:
+                    yield tuple(places)
 
 
 def _cost(unit: Unit, on_main: bool) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from planner.errors import InputError
 from planner.map_fill import Unit, in_order
+from planner.module_sizes import check_module
 from planner.units import parse_memory
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def get_balanced_memory(
     """
     from planner.module_units import rows_of
 
+    check_module(model)
     caps = get_max_memory(max_memory)
     gpus = gpus_of(caps)
     if len(gpus) == 1 and max_memory is None:

@@ -31,6 +31,7 @@ def compute_module_sizes(
     Raises:
         InputError: a dtype is not known.
     """
+    check_module(model)
     sizes: dict[str, int] = defaultdict(int)
     measure = Sizes.read(dtype, special_dtypes)
     seen: set[int] = set()
@@ -46,10 +47,20 @@ def compute_module_sizes(
 
 def find_tied_parameters(model: torch.nn.Module) -> list[list[str]]:
     """Return the sets of names, each sorted, that one parameter goes by."""
+    check_module(model)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return [sorted(group) for group in names.values() if len(group) > 1]
+
+
+def check_module(model: object) -> None:
+    """Raise InputError where what was given for a model is none."""
+    import torch
+
+    if not isinstance(model, torch.nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise InputError(f"the model is {kind}; give the torch.nn.Module itself")
 
 
 def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:

@@ -12,6 +12,8 @@ from planner.layers import HOLDERS, WHOLE
 from planner.map_fill import Unit
 from planner.module_sizes import Sizes
 
+# Of as many modules one is split alone, to try.
+_FEW = 8
 _Named = tuple[str, torch.Tensor, bool]
 
 
@@ -40,7 +42,8 @@ def rows_of(
     offload_buffers: bool = False,
     largest: int | None = None,
 ) -> tuple[tuple[Unit, ...], ...]:
-    """Return the ways to take a model apart: modules that have tensors of their own left whole, and split too.
+    """Return the ways to take a model apart: modules that have tensors of their own left whole, split down to each
+    depth at which there are any, and, where these are few, one of them split alone.
 
     What shares tensors and takes more than `largest` bytes together is placed apart.
     """
@@ -48,7 +51,7 @@ def rows_of(
     whole = {given} if isinstance(given, str) else set(given or ())
     sizes = Sizes.read(dtype, special_dtypes)
     rows: list[tuple[Unit, ...]] = []
-    for opened in (False, True):
+    for opened in _openings(model):
         units = units_of(model, whole, sizes, opened=opened, offload_buffers=offload_buffers)
         apart = [
             name for unit in units if largest is not None and unit.nbytes > largest and len(unit.names) > 1
@@ -67,14 +70,14 @@ def units_of(
     whole: Collection[str],
     sizes: Sizes,
     *,
-    opened: bool,
+    opened: Collection[str],
     offload_buffers: bool = False,
     apart: Collection[int] = (),
 ) -> tuple[Unit, ...]:
     """Return what has to be placed, in the order of registration; parts that share a tensor are one unit.
 
-    A module is not split where its class is in `whole`, where it has no children, and, unless `opened`, where it has
-    tensors of its own: those are used where the module's input is, and no hook brings them. The model itself always
+    A module is not split where its class is in `whole`, where it has no children, and, unless it is `opened`, where it
+    has tensors of its own: those are used where the module's input is, and no hook brings them. The model itself always
     is, into children and tensors.
 
     apart: tensors, by id, whose users are placed apart all the same; each then counts the tensor.
@@ -96,6 +99,22 @@ def units_of(
     return tuple(_unit(group, sizes, offload_buffers=offload_buffers) for group in joined if group)
 
 
+def _openings(model: torch.nn.Module) -> Iterator[Collection[str]]:
+    """Yield sets of modules to split that have both tensors of their own and children."""
+    found = [
+        path
+        for path, module in model.named_modules(remove_duplicate=False)
+        if path
+        and (children := _children(path, module, frozenset()))
+        and (any(_own(path, module)) or any(isinstance(child, HOLDERS) for _, child in children))
+    ]
+    yield ()
+    for depth in sorted({path.count(".") for path in found}):
+        yield {path for path in found if path.count(".") <= depth}
+    for path in found if len(found) <= _FEW else []:
+        yield {other for other in found if path == other or path.startswith(f"{other}.")}
+
+
 def _tied(model: torch.nn.Module, names: Collection[str]) -> set[int]:
     """Return the ids of tensors that more than one of the named parts uses."""
     found: dict[int, set[str]] = {}
@@ -107,7 +126,7 @@ def _tied(model: torch.nn.Module, names: Collection[str]) -> set[int]:
     return {key for key, parts in found.items() if len(parts) > 1}
 
 
-def _parts(model: torch.nn.Module, whole: Collection[str], *, opened: bool) -> Iterator[_Part]:
+def _parts(model: torch.nn.Module, whole: Collection[str], *, opened: Collection[str]) -> Iterator[_Part]:
     waiting: list[tuple[str, torch.nn.Module, int, frozenset[int]]] = [("", model, 0, frozenset())]
     while waiting:
         path, module, need, above = waiting.pop()
@@ -115,7 +134,7 @@ def _parts(model: torch.nn.Module, whole: Collection[str], *, opened: bool) -> I
         own = list(_own(path, module))
         is_model = module is model
         is_used = own or any(isinstance(child, HOLDERS) for _, child in children)
-        if _is_whole(module, children, whole) or (is_used and not is_model and not opened):
+        if _is_whole(module, children, whole) or (is_used and not is_model and path not in opened):
             yield _Part(name=path, pieces=tuple(_pieces(path, module, whole, above)), need=need)
             continue
         need = 2 if is_model else 1
