@@ -20,7 +20,7 @@ from dispatch.learned_order import LearnedStream
 from dispatch.limits import Limits, OnExceed
 from dispatch.match import check_matches
 from dispatch.measure import NAMES_ATTRIBUTE, plan_names
-from dispatch.mover import Boundary, Moved, handed_over, is_away, is_trained, mover
+from dispatch.mover import Boundary, Moved, handed_over, is_away, mover
 from dispatch.offload_folder import OFFLOAD_FILE, Waiting, write
 from dispatch.preparation import Preparation
 from dispatch.progress import loading_bar
@@ -308,7 +308,7 @@ class Dispatched:
                 setattr(module, GROUP_ATTRIBUTE, (stream, group))
                 self._attach(
                     group.name,
-                    before=_acquirer(stream, group, module, self.alone),
+                    before=_acquirer(stream, group, self.alone),
                     after=_releaser(stream, group, self.alone),
                 )
             stream.prefetch()
@@ -367,6 +367,8 @@ class Dispatched:
         self.moved.clear()
         for stream in self.streams:
             stream.recover()
+        for cache in self.has.caches.values():
+            cache.in_hand.drop()
         if self.has.ahead is not None:
             self.has.ahead.end()
 
@@ -437,9 +439,7 @@ class Dispatched:
                     target._buffers[other_leaf] = module._buffers[leaf]
 
 
-def _acquirer(
-    stream: GroupStream, group: StreamedGroup, module: torch.nn.Module, alone: threading.RLock
-) -> hooks.Before:
+def _acquirer(stream: GroupStream, group: StreamedGroup, alone: threading.RLock) -> hooks.Before:
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # Outside of a call of the model, as generate calls an encoder, nothing else keeps other threads out.
         is_outermost = not alone._is_owned()  # type: ignore[attr-defined]  # as threading.Condition asks it
@@ -447,8 +447,9 @@ def _acquirer(
             if is_outermost:
                 alone.acquire()
                 stream.locked_by = group
-            stream.acquire(group, kept=torch.is_grad_enabled() and is_trained((args, kwargs), module))
+            stream.acquire(group)
         except BaseException:
+            stream.unhook(group)
             if is_outermost and alone._is_owned():  # type: ignore[attr-defined]
                 stream.locked_by = None
                 alone.release()

@@ -10,6 +10,7 @@ import torch
 
 from dispatch import place
 from dispatch.away import away
+from dispatch.saved_weights import InHand, SavedWeights, takes_hooks
 from dispatch.slots import SlotRing
 from dispatch.stores import Store
 from planner.errors import InputError
@@ -39,6 +40,8 @@ class StreamedGroup:
             name: away(place.get(*owner), parameter=self._trained[name] is not None) for name, owner in owners.items()
         }
         self._present: dict[int, dict[str, torch.Tensor]] = {}
+        # What `bring` found where the weights wait, with versions, until they leave.
+        self._home: list[tuple[torch.Tensor, int]] = []
         # cuDNN's layers move their parameters to other memory when they run: what is in the slot is given anew.
         self._moves = any(isinstance(module, torch.nn.RNNBase) for module, _ in owners.values())
 
@@ -58,13 +61,16 @@ class StreamedGroup:
         self._set(self._present[slot])
 
     def arrive_to_stay(self, slab: torch.Tensor) -> None:
-        """Make the parameters views of memory of their own, a copy of a slot, which lives while autograd keeps it."""
+        """Make the parameters views of memory of their own, a copy of a slot, which lives while autograd keeps it: for
+        the transforms of torch.func, which take no hooks.
+        """
         self._set(self._made(self.store.layout.views(slab[: self.store.layout.nbytes].clone())))
 
     def bring(self, device: torch.device) -> None:
         """Make the parameters weights on a device, in memory of their own; on the CPU in that which they wait in."""
-        found = {name: tensor.to(device) for name, tensor in self.store.where_they_wait().items()}
-        self._set(self._made(found, trained=True))
+        waiting = self.store.where_they_wait()
+        self._home = [(tensor, tensor._version) for tensor in waiting.values()]
+        self._set(self._made({name: tensor.to(device) for name, tensor in waiting.items()}, trained=True))
 
     @property
     def is_away(self) -> bool:
@@ -81,6 +87,9 @@ class StreamedGroup:
     def leave(self) -> None:
         """Put the parameters back on meta."""
         self._set(self._away)
+        if any(tensor._version != version for tensor, version in self._home):
+            self.store.changes += 1
+        self._home = []
 
     def load(self) -> dict[str, torch.Tensor]:
         """Return the weights as parameters of their own in host memory, to be trained if they were."""
@@ -116,6 +125,8 @@ class GroupStream:
     def __init__(self, ring: SlotRing, groups: list[StreamedGroup]):
         self.ring, self.groups = ring, groups
         self._position = {group.name: index for index, group in enumerate(groups)}
+        self.in_hand = InHand(ring)
+        self._saved = [SavedWeights(self.in_hand) for _ in groups]
         self._pending: deque[tuple[int, int]] = deque()
         self._free: deque[int] = deque(range(len(ring)))
         self._held: dict[int, int] = {}
@@ -135,10 +146,8 @@ class GroupStream:
             index = self._next
             self._pending.append((index, self._copy(index)))
 
-    def acquire(self, group: StreamedGroup, *, kept: bool = False) -> None:
+    def acquire(self, group: StreamedGroup) -> None:
         """Bring a group's weights to the device for the module that is about to run.
-
-        kept: for longer than it runs: a backward pass is to come.
 
         Raises:
             InputError: it runs inside modules that hold all slots, or somebody replaced one of its parameters.
@@ -156,16 +165,25 @@ class GroupStream:
         self._held[index], self._last = slot, group.layer
         self.prefetch()
         slab = self.ring.use(slot)
-        if kept:
+        if torch.is_grad_enabled() and not takes_hooks():
             group.arrive_to_stay(slab)
-        else:
-            group.arrive(slot, slab)
+            return
+        group.arrive(slot, slab)
+        if torch.is_grad_enabled():
+            self._saved[index].lies_in(slab, group.store)
+            self._saved[index].begin()
+
+    def unhook(self, group: StreamedGroup) -> None:
+        """Leave autograd as it was: the group's module does not run after all."""
+        self._saved[self._position[group.name]].end()
 
     def release(self, group: StreamedGroup) -> None:
         """Free the slot of a group whose module has run, and go on prefetching into it."""
         # In this order, so that what was interrupted in between is still known to be held.
+        index = self._position[group.name]
+        self._saved[index].end()
         group.leave()
-        slot = self._held.pop(self._position[group.name])
+        slot = self._held.pop(index)
         self.ring.release(slot)
         self._free.append(slot)
         self.prefetch()
@@ -174,9 +192,11 @@ class GroupStream:
         """Free the slots of groups that no module holds any more: between calls, after one that was interrupted where
         no hook could free them.
         """
+        self.in_hand.drop()
         if not self._held and len(self._free) + len(self._pending) == len(self.ring):
             return
         for index in self._held:
+            self._saved[index].end()
             self.groups[index].leave()
         self._held.clear()
         self._pending.clear()
