@@ -70,13 +70,15 @@ class SavedWeights:
         self._store: Store | None = None
         self._outer: tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]] | None = None
         self._is_on = False
+        # Also between graphs that torch.compile made, which would else look into them.
+        self._hooks = torch.compiler.disable(self._pack), torch.compiler.disable(_unpack)
 
     def begin(self) -> None:
         """Take the place of the hooks of this thread, until `end`."""
         self._outer = _autograd._top_saved_tensors_default_hooks(True)
         # In this order, so that an interrupt in between leaves nothing that `end` would not undo.
         self._is_on = True
-        _autograd._push_saved_tensors_default_hooks(self._pack, _unpack)
+        _autograd._push_saved_tensors_default_hooks(*self._hooks)
 
     def lies_in(self, slab: torch.Tensor, store: Store) -> None:
         """Say in which slot the weights of a store are now, until `end` or the next."""
@@ -88,7 +90,7 @@ class SavedWeights:
         if not self._is_on:
             return
         top = _autograd._top_saved_tensors_default_hooks(True)
-        if top is not None and top[0] == self._pack:
+        if top is not None and top[0] is self._hooks[0]:
             _autograd._pop_saved_tensors_default_hooks()
         self._is_on, self._outer = False, None
 
