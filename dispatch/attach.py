@@ -365,10 +365,10 @@ class Dispatched:
     def recover(self) -> None:
         """Mend what a call that was interrupted between two hooks left behind."""
         self.moved.clear()
+        for _, experts in self.has.experts:
+            experts.recover()
         for stream in self.streams:
             stream.recover()
-        for cache in self.has.caches.values():
-            cache.in_hand.drop()
         if self.has.ahead is not None:
             self.has.ahead.end()
 

@@ -35,6 +35,9 @@ class _Experts:
         for name, owner in self.owners.items():
             place.put(*owner, loaded[name])
 
+    def recover(self) -> None:
+        """Mend what a call that was interrupted left behind."""
+
     def _check(self) -> None:
         """Raise InputError if somebody replaced one of the module's parameters."""
         place.check_away(self.owners, self._meta)
@@ -104,7 +107,8 @@ class StreamedExperts(_Experts):
             if self.cache is not None:
                 self.cache.end()
             return self._resident[expert]
-        assert self.cache is not None and self._saved is not None
+        assert self.cache is not None
+        assert self._saved is not None
         slab, store = self.cache.fetch(self, expert), self._waiting[expert]
         self._saved.lies_in(slab, store)
         return store.layout.views(slab.clone() if self._keeps else slab)
@@ -116,6 +120,11 @@ class StreamedExperts(_Experts):
             self._keeps = False
         if self.cache is not None:
             self.cache.end()
+
+    def recover(self) -> None:
+        if self._saved is not None and self.cache is not None:
+            self._saved.end()
+            self.cache.in_hand.drop()
 
     def on_host(self, expert: int) -> dict[str, torch.Tensor]:
         """Return an expert's tensors in the host's memory, where they wait."""

@@ -1,4 +1,4 @@
-"""What autograd saves of weights in slots: a note of which they are, by which a backward pass has them brought again."""
+"""What autograd saves of weights in slots: notes of which they are, by which a backward pass has them brought again."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class InHand:
             # Before other memory is taken.
             self._key = self._slab = None
             slab = self._ring.bring(store)
-            if torch._C._current_graph_task_id() != -1:  # type: ignore[attr-defined]  # it has no annotation
+            if torch._C._current_graph_task_id() != -1:
                 self._key, self._slab = key, slab
-                torch.autograd.Variable._execution_engine.queue_callback(self.drop)  # type: ignore[attr-defined]
+                torch.autograd.Variable._execution_engine.queue_callback(self.drop)
             return slab
 
     def drop(self) -> None:
@@ -171,6 +171,7 @@ def _memory(tensor: torch.Tensor) -> int | None:
     # On pretended devices a tensor wraps the one that has the memory.
     tensor = getattr(tensor, "stand_in", tensor)
     try:
-        return tensor.untyped_storage()._cdata
+        found: int = tensor.untyped_storage()._cdata
     except RuntimeError:  # sparse ones
         return None
+    return found

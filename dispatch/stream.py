@@ -195,7 +195,8 @@ class GroupStream:
         self.in_hand.drop()
         if not self._held and len(self._free) + len(self._pending) == len(self.ring):
             return
-        for index in self._held:
+        # Those inside others before these, as hooks are stacked.
+        for index in reversed(self._held):
             self._saved[index].end()
             self.groups[index].leave()
         self._held.clear()

@@ -1,4 +1,4 @@
-"""Gradients through weights that wait: the plain model's bits, and nothing of the weights kept until the backward pass."""
+"""Gradients through weights that wait: the plain model's bits, and no weights kept until the backward pass."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from live_storages import LiveStorages, tensors_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dispatch
 from dispatch.slots import SlotRing
+from interrupts import interrupt
+from live_storages import LiveStorages, tensors_of
 from planner.errors import InputError
 from tiny_models import experts_away, on_cpu, streamed
 
@@ -61,7 +62,17 @@ class Used(nn.Module):
 
 
 def conjugated(x: torch.Tensor, first: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    return ((x.to(first.dtype) @ first.conj()) @ other).abs()
+    return ((x.to(first.dtype) @ first.conj()) @ other).abs() + x @ other.conj().imag
+
+
+def paired(x: torch.Tensor, first: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    pairs = torch.view_as_complex(first.view(WIDTH, WIDTH // 2, 2))
+    return (x.to(pairs.dtype) @ pairs[:, 1:]).abs() @ other[:3]
+
+
+def viewed(x: torch.Tensor, first: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    x = x @ first.t()[:, 2:] @ other[1:7] * other[3, :] + x[..., ::2] @ first[::2]
+    return x @ other.view(2, 4, 8).sum(1).T[:, :1]
 
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
@@ -75,11 +86,9 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     ),
     "recurrent": lambda: Block(nn.LSTM(WIDTH, WIDTH, batch_first=True), lambda f, x: f(x)[0]),
     "twice": lambda: Block(nn.Linear(WIDTH, WIDTH), lambda f, x: f(f(x))),
-    "views": lambda: Block(
-        Used(lambda x, a, b: (x @ a.t()[:, 2:] @ b[1:7] * b[3, :] + x[..., ::2] @ a[::2]) @ b.view(2, 4, 8).sum(1).T[:, :1])
-    ),
+    "views": lambda: Block(Used(viewed)),
     "conjugated": lambda: Block(Used(conjugated, torch.complex64)),
-    "other_dtype": lambda: Block(Used(lambda x, a, b: x @ a.view(torch.int32).bitwise_and(-256).view(torch.float32))),
+    "other_dtype": lambda: Block(Used(paired)),
 }  # fmt: skip
 HOMES = ["cpu", "disk"]
 
@@ -118,7 +127,7 @@ def test_gradients_are_those_of_the_plain_model(name: str, home: str, tmp_path: 
 
 
 def held(model: nn.Module, call: Callable[[], torch.Tensor]) -> tuple[int, int, int]:
-    """Return the bytes that operators made and that are alive: after a forward pass, at most, and after a backward pass."""
+    """Return the bytes alive that operators made: after a forward pass, at most, and after a backward pass."""
     tracker = LiveStorages(tensors_of(model))
     with tracker:
         loss = call()
@@ -133,11 +142,10 @@ def held(model: nn.Module, call: Callable[[], torch.Tensor]) -> tuple[int, int, 
 @pytest.mark.parametrize("name", ["linear", "attention", "transposed"])
 def test_nothing_of_the_weights_is_kept_until_the_backward_pass(name: str, home: str, tmp_path: Path) -> None:
     plain, model = stacked(name).requires_grad_(False), waiting(stacked(name), home, tmp_path)
-    steps: list[Callable[[], torch.Tensor]] = [lambda m=m: m(tokens()).square().sum() for m in (plain, model)]  # type: ignore[misc]
-    steps[1]()  # what is made once
-    forward, peak, after = held(plain, steps[0])
+    gradient(model)  # what is made once
+    forward, peak, after = held(plain, lambda: plain(tokens()).square().sum())
     in_hand = max(group.store.layout.nbytes for group in groups_of(model))
-    found = held(model, steps[1])
+    found = held(model, lambda: model(tokens()).square().sum())
     assert found[0] == forward, "of weights, only notes are saved"
     assert found[1] <= peak + in_hand
     assert found[2] == after, "what the backward pass had in hand is gone with it"
@@ -184,7 +192,8 @@ def test_on_a_pretended_device() -> None:
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
 @pytest.mark.parametrize("kind", ["plain", "checkpointed", "reentrant"])
-@pytest.mark.parametrize(("name", "home"), [("llama", "cpu"), ("llama", "disk"), ("mixtral", "cpu"), ("mixtral", "disk")])
+@pytest.mark.parametrize("home", HOMES)
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_gradients_of_whole_models(name: str, home: str, kind: str, make_case: Any) -> None:
     case = make_case(name)
     plan = streamed(case.plan(gpus="1x24GB"), home, resident_slices=1)
@@ -228,6 +237,51 @@ def test_nothing_of_experts_is_kept(limit: int, make_case: Any) -> None:
     # Copied where the reference computes with views: none is alive after its expert has computed.
     assert found[0] - forward < expert_bytes / 2
     assert found[1] <= peak + expert_bytes + expert_bytes / 2
+
+
+class LowRank(nn.Module):
+    """An adapter around a layer."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base
+        self.down, self.up = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(self.down(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("by", ["plan", "map"])
+def test_adapters_inside_of_what_waits(by: str, make_case: Any) -> None:
+    case = make_case("llama")
+    reference: Any = case.loaded().requires_grad_(False)
+    if by == "plan":
+        plan = streamed(case.plan(gpus="1x24GB"), "cpu")
+        model: Any = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
+    else:
+        places = {"": "cpu", "model.norm": 0}
+        model = dispatch.load_checkpoint_and_dispatch(case.meta(), case.folder, places, devices=PLAYED)
+    model.requires_grad_(False)
+    with dispatch.weights_at_home(model):
+        for each in (reference, model):
+            torch.manual_seed(6)
+            for layer in each.model.layers:
+                layer.self_attn.q_proj = LowRank(layer.self_attn.q_proj)
+                layer.mlp.down_proj = LowRank(layer.mlp.down_proj)
+
+    def step(each: Any) -> torch.Tensor:
+        each.zero_grad()
+        loss: torch.Tensor = each(case.ids, labels=case.ids).loss
+        return loss
+
+    forward, peak, _ = held(reference, lambda: step(reference))
+    held_bytes, most, _ = held(model, lambda: step(model))
+    assert held_bytes == forward
+    assert most <= peak + max(group.store.layout.nbytes for group in groups_of(model))
+    gradients = [{n: p.grad for n, p in each.named_parameters() if p.grad is not None} for each in (reference, model)]
+    assert len(gradients[0]) == 4 * 5
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[1][name], tensor) for name, tensor in gradients[0].items())
 
 
 # Beside hooks of others
@@ -326,6 +380,22 @@ def test_hooks_are_taken_off_where_experts_fail(make_case: Any, monkeypatch: pyt
     assert torch.equal(of_embeddings(model, case), expected)
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_steps_that_are_interrupted_anywhere(name: str, make_case: Any) -> None:
+    case = make_case(name)
+    plan = streamed(case.plan(gpus="1x24GB"), "cpu", resident_slices=1)
+    case.run_like(plan)
+    model = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
+    rows = torch.randn(*case.ids.shape, case.config.hidden_size, requires_grad=True)
+    loss = model(inputs_embeds=rows, labels=case.ids).loss
+    interrupt(lambda: of_embeddings(model, case), times=25)
+    interrupt(lambda: loss.backward(retain_graph=True), times=25)
+    # Also where an interrupt left a module's hooks.
+    case.logits(model)
+    assert top_hooks() is None
+    assert torch.equal(of_embeddings(model, case), of_embeddings(case.reference.requires_grad_(False), case))
+
+
 # Other ways to go backward
 
 
@@ -345,6 +415,16 @@ def test_twice_and_of_gradients(tmp_path: Path) -> None:
 def test_transforms_that_take_no_hooks(tmp_path: Path) -> None:
     plain, model = stacked("linear").requires_grad_(False), waiting(stacked("linear"), "cpu", tmp_path)
     assert torch.equal(gradient(torch.vmap(model)), gradient(torch.vmap(plain)))
+
+
+def test_experts_where_no_hooks_are_taken(make_case: Any) -> None:
+    case = make_case("mixtral")
+    plan = experts_away(case.plan(gpus="1x24GB"), limit=0)
+    case.run_like(plan)
+    model = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        expected, found = (of_embeddings(each, case) for each in (case.reference.requires_grad_(False), model))
+    assert torch.equal(found, expected)
 
 
 def test_a_backward_pass_of_another_thread(tmp_path: Path) -> None:
