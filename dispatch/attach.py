@@ -26,6 +26,7 @@ from dispatch.preparation import Preparation
 from dispatch.progress import loading_bar
 from dispatch.readahead import ReadAhead
 from dispatch.refusals import allow, refuse
+from dispatch.saved_weights import take_off
 from dispatch.session import Dispatch, Session
 from dispatch.stream import GroupStream, StreamedGroup
 from dispatch.targets import check_carried_out, find_targets
@@ -365,8 +366,7 @@ class Dispatched:
     def recover(self) -> None:
         """Mend what a call that was interrupted between two hooks left behind."""
         self.moved.clear()
-        for _, experts in self.has.experts:
-            experts.recover()
+        take_off([each.in_hand for each in (*self.streams, *self.has.caches.values())])
         for stream in self.streams:
             stream.recover()
         if self.has.ahead is not None:
@@ -449,7 +449,6 @@ def _acquirer(stream: GroupStream, group: StreamedGroup, alone: threading.RLock)
                 stream.locked_by = group
             stream.acquire(group)
         except BaseException:
-            stream.unhook(group)
             if is_outermost and alone._is_owned():  # type: ignore[attr-defined]
                 stream.locked_by = None
                 alone.release()

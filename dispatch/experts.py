@@ -35,9 +35,6 @@ class _Experts:
         for name, owner in self.owners.items():
             place.put(*owner, loaded[name])
 
-    def recover(self) -> None:
-        """Mend what a call that was interrupted left behind."""
-
     def _check(self) -> None:
         """Raise InputError if somebody replaced one of the module's parameters."""
         place.check_away(self.owners, self._meta)
@@ -120,11 +117,6 @@ class StreamedExperts(_Experts):
             self._keeps = False
         if self.cache is not None:
             self.cache.end()
-
-    def recover(self) -> None:
-        if self._saved is not None and self.cache is not None:
-            self._saved.end()
-            self.cache.in_hand.drop()
 
     def on_host(self, expert: int) -> dict[str, torch.Tensor]:
         """Return an expert's tensors in the host's memory, where they wait."""

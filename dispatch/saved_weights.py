@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +14,8 @@ from dispatch.stores import Store
 from planner.errors import InputError
 
 _autograd: Any = torch._C._autograd
+# On a hook of ours: where it has weights brought.
+_IN_HAND = "_loadplan_in_hand"
 
 
 class InHand:
@@ -72,6 +74,7 @@ class SavedWeights:
         self._is_on = False
         # Also between graphs that torch.compile made, which would else look into them.
         self._hooks = torch.compiler.disable(self._pack), torch.compiler.disable(_unpack)
+        setattr(self._hooks[0], _IN_HAND, in_hand)
 
     def begin(self) -> None:
         """Take the place of the hooks of this thread, until `end`."""
@@ -105,6 +108,14 @@ class SavedWeights:
             return _Passed(unpack, pack(tensor))
         # Detached: an operator's own result would else hold the operator, which holds what it saved.
         return _Kept(tensor.detach(), tensor._version)
+
+
+def take_off(in_hands: Collection[InHand]) -> None:
+    """Take off hooks on top of this thread's that an interrupted call left, and let go of what was in hand."""
+    while (top := _autograd._top_saved_tensors_default_hooks(True)) and getattr(top[0], _IN_HAND, None) in in_hands:
+        _autograd._pop_saved_tensors_default_hooks()
+    for in_hand in in_hands:
+        in_hand.drop()
 
 
 class _Saved(Protocol):

@@ -173,10 +173,6 @@ class GroupStream:
             self._saved[index].lies_in(slab, group.store)
             self._saved[index].begin()
 
-    def unhook(self, group: StreamedGroup) -> None:
-        """Leave autograd as it was: the group's module does not run after all."""
-        self._saved[self._position[group.name]].end()
-
     def release(self, group: StreamedGroup) -> None:
         """Free the slot of a group whose module has run, and go on prefetching into it."""
         # In this order, so that what was interrupted in between is still known to be held.
@@ -192,12 +188,9 @@ class GroupStream:
         """Free the slots of groups that no module holds any more: between calls, after one that was interrupted where
         no hook could free them.
         """
-        self.in_hand.drop()
         if not self._held and len(self._free) + len(self._pending) == len(self.ring):
             return
-        # Those inside others before these, as hooks are stacked.
-        for index in reversed(self._held):
-            self._saved[index].end()
+        for index in self._held:
             self.groups[index].leave()
         self._held.clear()
         self._pending.clear()
