@@ -241,8 +241,8 @@ class Dispatched:
         self.attach()
         if self.waits or served:
             session = Session(
-                limits, begin=self.begin_call, end=self.end_call, recover=self.recover, dispatch=by_another,
-                lock=self.alone,
+                limits, begin=self.begin_call, end=self.end_call, recover=torch.compiler.disable(self.recover),
+                dispatch=by_another, lock=self.alone,
             )  # fmt: skip
             self.serve(session)
         if self.conventions.returns:
@@ -366,7 +366,8 @@ class Dispatched:
     def recover(self) -> None:
         """Mend what a call that was interrupted between two hooks left behind."""
         self.moved.clear()
-        take_off([each.in_hand for each in (*self.streams, *self.has.caches.values())])
+        caches = self.has.caches.values()
+        take_off([*(stream.in_hand for stream in self.streams), *(cache.in_hand for cache in caches)])
         for stream in self.streams:
             stream.recover()
         if self.has.ahead is not None:

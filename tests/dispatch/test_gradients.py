@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dispatch
 from dispatch.slots import SlotRing
+from dispatch.stream import GroupStream
 from interrupts import interrupt
 from live_storages import LiveStorages, tensors_of
 from planner.errors import InputError
@@ -378,6 +379,26 @@ def test_hooks_are_taken_off_where_experts_fail(make_case: Any, monkeypatch: pyt
             of_embeddings(model, case)
     assert top_hooks() is None
     assert torch.equal(of_embeddings(model, case), expected)
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_an_interrupt_between_hooks_and_module(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = waiting(stacked("linear"), "cpu", tmp_path)
+    acquire, calls = GroupStream.acquire, []
+
+    def interrupted(stream: GroupStream, group: Any) -> None:
+        calls.append(group)
+        acquire(stream, group)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+
+    outer = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda packed: packed)
+    with monkeypatch.context() as patched, outer:
+        patched.setattr(GroupStream, "acquire", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model(tokens())
+        assert top_hooks()[0] is outer.pack_hook
+    assert torch.equal(gradient(model), gradient(stacked("linear")))
 
 
 # Some come where Python can only report them, and others while it does.
