@@ -310,6 +310,7 @@ class Dispatched:
                 self._attach(
                     group.name,
                     before=_acquirer(stream, group, self.alone),
+                    made=partial(stream.apart, group),
                     after=_releaser(stream, group, self.alone),
                 )
             stream.prefetch()
@@ -348,9 +349,11 @@ class Dispatched:
         session.serve(self.model)
         self.hooked.append(self.model)
 
-    def _attach(self, path: str, *, before: hooks.Before, after: hooks.After | None = None) -> None:
+    def _attach(
+        self, path: str, *, before: hooks.Before, made: hooks.Made | None = None, after: hooks.After | None = None
+    ) -> None:
         module = self.model.get_submodule(path)
-        hooks.attach(module, before=before, after=after)
+        hooks.attach(module, before=before, made=made, after=after)
         self.hooked.append(module)
 
     def begin_call(self, values: Iterable[Any]) -> None:

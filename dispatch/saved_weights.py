@@ -85,7 +85,7 @@ class SavedWeights:
 
     def lies_in(self, slab: torch.Tensor, store: Store) -> None:
         """Say in which slot the weights of a store are now, until `end` or the next."""
-        self._memory, self._store = _memory(slab), store
+        self._memory, self._store = memory_of(slab), store
 
     def end(self) -> None:
         """Give the hooks that were there before their place back."""
@@ -98,7 +98,7 @@ class SavedWeights:
         self._is_on, self._outer = False, None
 
     def _pack(self, tensor: torch.Tensor) -> _Saved:
-        if self._store is not None and _memory(tensor) == self._memory:
+        if self._store is not None and memory_of(tensor) == self._memory:
             if not (tensor.is_conj() or tensor.is_neg()):
                 place = (tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
                 return _Note(self._in_hand, self._store, self._store.changes, *place)
@@ -177,7 +177,7 @@ def _unpack(saved: _Saved) -> torch.Tensor:
     return saved.tensor()
 
 
-def _memory(tensor: torch.Tensor) -> int | None:
+def memory_of(tensor: torch.Tensor) -> int | None:
     """Return what tells a tensor's memory from others while it lives; None of tensors that have none of their own."""
     # On pretended devices a tensor wraps the one that has the memory.
     tensor = getattr(tensor, "stand_in", tensor)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
 from dispatch import place
 from dispatch.away import away
-from dispatch.saved_weights import InHand, SavedWeights, takes_hooks
+from dispatch.mover import changed
+from dispatch.saved_weights import InHand, SavedWeights, memory_of, takes_hooks
 from dispatch.slots import SlotRing
 from dispatch.stores import Store
 from planner.errors import InputError
@@ -172,6 +174,11 @@ class GroupStream:
         if torch.is_grad_enabled():
             self._saved[index].lies_in(slab, group.store)
             self._saved[index].begin()
+
+    def apart(self, group: StreamedGroup, made: Any) -> Any:
+        """Return what a group's module made, with copies of what in it are the weights themselves, or views of some."""
+        slot = memory_of(self.ring.slabs[self._held[self._position[group.name]]])
+        return changed(made, lambda tensor: tensor.clone() if memory_of(tensor) == slot else tensor)
 
     def release(self, group: StreamedGroup) -> None:
         """Free the slot of a group whose module has run, and go on prefetching into it."""

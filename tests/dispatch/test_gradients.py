@@ -124,6 +124,39 @@ def test_gradients_are_those_of_the_plain_model(name: str, home: str, tmp_path: 
         assert torch.equal(gradient(model), expected)
 
 
+class Handing(nn.Module):
+    """Returns views of its weights, as layers of positions do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, WIDTH))
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        return {"rows": [self.weight[: x.shape[1]].expand(2, 4, WIDTH)], "x": x}
+
+
+class Positioned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(8)
+        self.positions = nn.ModuleList(Handing() for _ in range(COUNT))
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(COUNT))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for positions, layer in zip(self.positions, self.layers, strict=True):
+            found = positions(x)
+            x = layer(found["x"] * found["rows"][0])
+        return x
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_weights_that_a_module_hands_out(home: str, tmp_path: Path) -> None:
+    plain, model = Positioned().requires_grad_(False), waiting(Positioned(), home, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(model(tokens()), plain(tokens()))
+    assert torch.equal(gradient(model), gradient(plain))
+
+
 # Memory
 
 
