@@ -15,8 +15,8 @@ a function that asks for none. Counted in one more call, for both sides alike:
 - file_bytes: of the files that are in the call's folder afterwards.
 - peak_bytes: by how much the resident memory grew at most (VmHWM); pages of mapped files count there.
 
-What is equal: logits, tensors, files and sizes, bit by bit. Maps and limits need not be: where things go is decided
-anew here. `state_dict` is not where weights wait: Accelerate's has tensors on meta there.
+What is equal: logits, gradients, tensors, files and sizes, bit by bit. Maps and limits need not be: where things go is
+decided anew here. `state_dict` is not where weights wait: Accelerate's has tensors on meta there.
 """
 
 from __future__ import annotations
@@ -138,6 +138,20 @@ def called_and_sent_back(side: Any, task: Task, model: Any, scratch: Path) -> to
     return logits
 
 
+def trained(side: Any, task: Task, model: Any, scratch: Path) -> torch.Tensor:
+    """Return the gradients of embeddings, as those of an adapter before the first layer."""
+    torch.manual_seed(0)
+    shape = (1, TOKENS, task.config.hidden_size)
+    rows = torch.randn(shape, dtype=torch.bfloat16, device=task.device, requires_grad=True)
+    model(inputs_embeds=rows).logits.float().square().mean().backward()
+    assert rows.grad is not None
+    return rows.grad.cpu()
+
+
+def frozen(side: Any, task: Task, scratch: Path) -> Any:
+    return dispatched(side, task, scratch).requires_grad_(False)
+
+
 def dispatched(side: Any, task: Task, scratch: Path) -> Any:
     return loaded_and_run(side, task, task.empty(), scratch)
 
@@ -238,6 +252,7 @@ FUNCTIONS = {
     "forward": Function(
         prepare=dispatched, call=lambda side, task, model, scratch: task.logits(model), outcome=as_it_is
     ),
+    "training_step": Function(prepare=frozen, call=trained, outcome=as_it_is),
     "state_dict": Function(
         prepare=dispatched, call=lambda side, task, model, scratch: model.state_dict(), outcome=as_it_is
     ),

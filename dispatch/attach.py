@@ -20,12 +20,13 @@ from dispatch.learned_order import LearnedStream
 from dispatch.limits import Limits, OnExceed
 from dispatch.match import check_matches
 from dispatch.measure import NAMES_ATTRIBUTE, plan_names
-from dispatch.mover import Boundary, Moved, handed_over, is_away, is_trained, mover
+from dispatch.mover import Boundary, Moved, handed_over, is_away, mover
 from dispatch.offload_folder import OFFLOAD_FILE, Waiting, write
 from dispatch.preparation import Preparation
 from dispatch.progress import loading_bar
 from dispatch.readahead import ReadAhead
 from dispatch.refusals import allow, refuse
+from dispatch.saved_weights import take_off
 from dispatch.session import Dispatch, Session
 from dispatch.stream import GroupStream, StreamedGroup
 from dispatch.targets import check_carried_out, find_targets
@@ -237,8 +238,8 @@ class Dispatched:
         self.attach()
         if self.waits or served:
             session = Session(
-                limits, begin=self.begin_call, end=self.end_call, recover=self.recover, dispatch=by_another,
-                lock=self.alone,
+                limits, begin=self.begin_call, end=self.end_call, recover=torch.compiler.disable(self.recover),
+                dispatch=by_another, lock=self.alone,
             )  # fmt: skip
             self.serve(session)
         if self.conventions.returns:
@@ -306,7 +307,8 @@ class Dispatched:
                 setattr(module, GROUP_ATTRIBUTE, (stream, group))
                 self._attach(
                     group.name,
-                    before=_acquirer(stream, group, module, self.alone),
+                    before=_acquirer(stream, group, self.alone),
+                    made=partial(stream.apart, group),
                     after=_releaser(stream, group, self.alone),
                 )
             stream.prefetch()
@@ -347,9 +349,11 @@ class Dispatched:
         session.serve(self.model)
         self.hooked.append(self.model)
 
-    def _attach(self, path: str, *, before: hooks.Before, after: hooks.After | None = None) -> None:
+    def _attach(
+        self, path: str, *, before: hooks.Before, made: hooks.Made | None = None, after: hooks.After | None = None
+    ) -> None:
         module = self.model.get_submodule(path)
-        hooks.attach(module, before=before, after=after)
+        hooks.attach(module, before=before, made=made, after=after)
         self.hooked.append(module)
 
     def begin_call(self, values: Iterable[Any]) -> None:
@@ -365,6 +369,8 @@ class Dispatched:
     def recover(self) -> None:
         """Mend what a call that was interrupted between two hooks left behind."""
         self.moved.clear()
+        caches = self.has.caches.values()
+        take_off([*(stream.in_hand for stream in self.streams), *(cache.in_hand for cache in caches)])
         for stream in self.streams:
             stream.recover()
         if self.has.ahead is not None:
@@ -441,9 +447,7 @@ class Dispatched:
                     target._buffers[other_leaf] = module._buffers[leaf]
 
 
-def _acquirer(
-    stream: GroupStream, group: StreamedGroup, module: torch.nn.Module, alone: threading.RLock
-) -> hooks.Before:
+def _acquirer(stream: GroupStream, group: StreamedGroup, alone: threading.RLock) -> hooks.Before:
     def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # Outside of a call of the model, as generate calls an encoder, nothing else keeps other threads out.
         is_outermost = not alone._is_owned()  # type: ignore[attr-defined]  # as threading.Condition asks it
@@ -451,7 +455,7 @@ def _acquirer(
             if is_outermost:
                 alone.acquire()
                 stream.locked_by = group
-            stream.acquire(group, kept=torch.is_grad_enabled() and is_trained((args, kwargs), module))
+            stream.acquire(group)
         except BaseException:
             if is_outermost and alone._is_owned():  # type: ignore[attr-defined]
                 stream.locked_by = None

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dispatch.saved_weights import InHand
 from dispatch.slots import SlotRing
 from dispatch.stores import Store
 
@@ -42,6 +43,7 @@ class ExpertCache:
 
     def __init__(self, ring: SlotRing):
         self.ring = ring
+        self.in_hand = InHand(ring)
         self.hits = self.copies = self.copied_bytes = 0
         # In the order of their last use, the one used longest ago first.
         self._kept: dict[tuple[Hashable, int], int] = {}

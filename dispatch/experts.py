@@ -12,6 +12,7 @@ from dispatch import place
 from dispatch.away import away
 from dispatch.expert_cache import ExpertCache
 from dispatch.readahead import Bringing
+from dispatch.saved_weights import SavedWeights, takes_hooks
 from dispatch.stores import HostStore, Store
 
 
@@ -68,6 +69,8 @@ class StreamedExperts(_Experts):
         super().__init__(owners, resident)
         self.cache, self.cpu_up_to_tokens = cache, cpu_up_to_tokens
         self._waiting = waiting
+        self._saved = None if cache is None else SavedWeights(cache.in_hand)
+        self._keeps = False
         self._on_host: dict[int, dict[str, torch.Tensor]] = {}
         if cache is None or cpu_up_to_tokens:
             self._on_host = {n: store.views() for n, store in waiting.items() if isinstance(store, HostStore)}
@@ -90,17 +93,28 @@ class StreamedExperts(_Experts):
         self._check()
         if self.cache is not None:
             self.cache.begin(self, [(expert, self._waiting[expert]) for expert in experts if expert in self._waiting])
+        if self._saved is not None and torch.is_grad_enabled():
+            self._keeps = not takes_hooks()
+            if not self._keeps:
+                self._saved.begin()
 
     def fetch(self, expert: int) -> dict[str, torch.Tensor]:
         """Return an expert's tensors on the device; valid until the next `fetch` or `end`."""
         if expert in self._resident:
-            self.end()
+            if self.cache is not None:
+                self.cache.end()
             return self._resident[expert]
         assert self.cache is not None
-        return self._waiting[expert].layout.views(self.cache.fetch(self, expert))
+        assert self._saved is not None
+        slab, store = self.cache.fetch(self, expert), self._waiting[expert]
+        self._saved.lies_in(slab, store)
+        return store.layout.views(slab.clone() if self._keeps else slab)
 
     def end(self) -> None:
-        """Let go of the expert fetched last."""
+        """Let go of the expert fetched last, however the call ended."""
+        if self._saved is not None:
+            self._saved.end()
+            self._keeps = False
         if self.cache is not None:
             self.cache.end()
 

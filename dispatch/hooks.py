@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 Before = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 After = Callable[[], None]
+Made = Callable[[Any], Any]
 
 
 class Around(Protocol):
@@ -28,13 +29,17 @@ _WRAPPED = "_loadplan_wrapped"
 _IS_CLASSES = "_loadplan_classes"
 
 
-def attach(module: torch.nn.Module, *, before: Before | None = None, after: After | None = None) -> None:
-    """Wrap a module's forward: `before` may change its arguments; `after` is called even if it raises.
+def attach(
+    module: torch.nn.Module, *, before: Before | None = None, made: Made | None = None, after: After | None = None
+) -> None:
+    """Wrap a module's forward: `before` may change its arguments and `made` what it returns; `after` is called even if
+    it raises.
 
-    torch.compile leaves `before` and `after` as they are, and compiles the forward between them.
+    torch.compile leaves these as they are, and compiles the forward between them.
     """
     forward = _forward(module)
     before = None if before is None else torch.compiler.disable(before)
+    made = None if made is None else torch.compiler.disable(made)
     after = None if after is None else torch.compiler.disable(after)
 
     @functools.wraps(forward)
@@ -42,7 +47,8 @@ def attach(module: torch.nn.Module, *, before: Before | None = None, after: Afte
         if before is not None:
             args, kwargs = before(args, kwargs)
         try:
-            return forward(*args, **kwargs)
+            result = forward(*args, **kwargs)
+            return result if made is None else made(result)
         finally:
             if after is not None:
                 after()

@@ -87,18 +87,6 @@ def changed(value: Any, change: Callable[[torch.Tensor], torch.Tensor], skip_key
     return _with(value, new) if new else value
 
 
-def is_trained(value: Any, module: torch.nn.Module) -> bool:
-    """Tell whether a tensor in a value, or a parameter of a module, takes gradients: autograd then keeps weights."""
-    return any(parameter.requires_grad for parameter in module.parameters()) or _takes_gradients(value)
-
-
-def _takes_gradients(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.requires_grad
-    items = value if isinstance(value, (tuple, list)) else (_parts(value) or {}).values()
-    return any(_takes_gradients(item) for item in items)
-
-
 def first_device(value: Any) -> torch.device | None:
     """Return the device of the first tensor in a value, or None."""
     if isinstance(value, torch.Tensor):

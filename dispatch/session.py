@@ -111,5 +111,9 @@ class Session:
                 if self.limits is None:
                     raise
                 raise self.limits.explained(exc) from exc
+            except BaseException:
+                if is_outermost:
+                    recover()
+                raise
             finally:
                 end()

@@ -49,6 +49,8 @@ class SlotRing:
                     slab.record_stream(stream)
         self._copied: list[Any] = [None] * count
         self._released: list[Any] = [None] * count
+        # After the last of the copies that `bring` made.
+        self._brought: Any = None
 
     def __len__(self) -> int:
         return len(self.slabs)
@@ -91,6 +93,35 @@ class SlotRing:
             store.copy_to(self.slabs[slot], None)
             self._copied[slot] = self._stream.record_event()
 
+    def bring(self, store: Store) -> torch.Tensor:
+        """Return a slab of its own with a store's weights, ordered before what the current stream does next.
+
+        Raises:
+            InputError: they cannot be read any more.
+        """
+        slab = new_slab(store.layout.nbytes, self.device)
+        if not isinstance(store, DiskStore):
+            store.copy_to(slab, None)
+        else:
+            store.checkpoint.check_unchanged()
+            if self._staging is None:
+                through = slab if self.device.type == "cpu" else new_slab(slab.nbytes, torch.device("cpu"))
+                store.copy_to(slab, through)
+                return slab
+            lane, current = Lane(self.device), torch.cuda.current_stream(self.device)
+            slab.record_stream(lane.stream)
+            lane.after(current.record_event())
+            reading = self._staging.reading(store, slab, lane)
+            self._staging.begin(reading)
+            current.wait_event(reading.wait())
+        if self._asynchronous:
+            self._brought = torch.cuda.current_stream(self.device).record_event()
+        return slab
+
+    def stream(self) -> Any:
+        """Return what tells the current stream of the device from others; None where there is but one."""
+        return torch.cuda.current_stream(self.device).cuda_stream if self._asynchronous else None
+
     def announce(self, store: Store) -> None:
         """Say that a store will be copied soon, where that is of use."""
         if self._staging is None:
@@ -127,6 +158,8 @@ class SlotRing:
         if self._asynchronous:
             for stream in (self._stream, *(lane.stream for lane in self._lanes)):
                 stream.synchronize()
+        if self._brought is not None:
+            self._brought.synchronize()
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         return torch.cuda.device(self.device) if self._asynchronous else contextlib.nullcontext()

@@ -66,9 +66,10 @@ class Layout:
 
 
 class Store(Protocol):
-    """A group's weights, or one slice's, where they wait."""
+    """A group's weights, or one slice's, where they wait. changes: how often values were changed there."""
 
     layout: Layout
+    changes: int
 
     def renamed(self, names: dict[str, str]) -> Store:
         """Return the same store with its tensors under other names."""
@@ -142,7 +143,7 @@ class HostStore:
     """Weights in one slab of host memory, pinned or not."""
 
     def __init__(self, layout: Layout, slab: torch.Tensor):
-        self.layout, self.slab = layout, slab
+        self.layout, self.slab, self.changes = layout, slab, 0
 
     def renamed(self, names: dict[str, str]) -> HostStore:
         return HostStore(self.layout.renamed(names), self.slab)
@@ -171,6 +172,7 @@ class DiskStore:
         self, layout: Layout, checkpoint: Checkpoint, sources: Sequence[TensorSource], expert: int | None = None
     ):
         self.layout, self.checkpoint, self.sources, self.expert = layout, checkpoint, tuple(sources), expert
+        self.changes = 0
 
     def renamed(self, names: dict[str, str]) -> DiskStore:
         return DiskStore(self.layout.renamed(names), self.checkpoint, self.sources, self.expert)

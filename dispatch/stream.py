@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 
 from dispatch import place
 from dispatch.away import away
 from dispatch.changes import Changes
+from dispatch.mover import changed
+from dispatch.saved_weights import InHand, SavedWeights, memory_of, takes_hooks
 from dispatch.slots import SlotRing
 from dispatch.stores import Store
 from planner.errors import InputError
@@ -48,6 +51,8 @@ class StreamedGroup:
             for name, owner in owners.items()
         }
         self._present: dict[int, dict[str, torch.Tensor]] = {}
+        # What `bring` found where the weights wait, with versions, until they leave.
+        self._home: list[tuple[torch.Tensor, int]] = []
         # cuDNN's layers move their parameters to other memory when they run: what is in the slot is given anew.
         self._moves = any(isinstance(module, torch.nn.RNNBase) for module, _ in owners.values())
         buffers = [name for name, trained in self._trained.items() if trained is None]
@@ -69,7 +74,9 @@ class StreamedGroup:
         self._begin(self._present[slot])
 
     def arrive_to_stay(self, slab: torch.Tensor) -> None:
-        """Make the parameters views of memory of their own, a copy of a slot, which lives while autograd keeps it."""
+        """Make the parameters views of memory of their own, a copy of a slot, which lives while autograd keeps it: for
+        the transforms of torch.func, which take no hooks.
+        """
         self._begin(self._made(self.store.layout.views(slab[: self.store.layout.nbytes].clone())))
 
     def keep_changes(self) -> None:
@@ -82,8 +89,9 @@ class StreamedGroup:
 
     def bring(self, device: torch.device) -> None:
         """Make the parameters weights on a device, in memory of their own; on the CPU in that which they wait in."""
-        found = {name: tensor.to(device) for name, tensor in self.store.where_they_wait().items()}
-        self._set(self._made(found, trained=True))
+        waiting = self.store.where_they_wait()
+        self._home = [(tensor, tensor._version) for tensor in waiting.values()]
+        self._set(self._made({name: tensor.to(device) for name, tensor in waiting.items()}, trained=True))
 
     @property
     def is_away(self) -> bool:
@@ -97,6 +105,9 @@ class StreamedGroup:
     def leave(self) -> None:
         """Put the parameters back on meta."""
         self._set(self._away)
+        if any(tensor._version != version for tensor, version in self._home):
+            self.store.changes += 1
+        self._home = []
 
     def load(self) -> dict[str, torch.Tensor]:
         """Return the weights as parameters of their own in host memory, to be trained if they were."""
@@ -139,6 +150,8 @@ class GroupStream:
     def __init__(self, ring: SlotRing, groups: list[StreamedGroup]):
         self.ring, self.groups = ring, groups
         self._position = {group.name: index for index, group in enumerate(groups)}
+        self.in_hand = InHand(ring)
+        self._saved = [SavedWeights(self.in_hand) for _ in groups]
         self._pending: deque[tuple[int, int]] = deque()
         self._free: deque[int] = deque(range(len(ring)))
         self._held: dict[int, int] = {}
@@ -158,10 +171,8 @@ class GroupStream:
             index = self._next
             self._pending.append((index, self._copy(index)))
 
-    def acquire(self, group: StreamedGroup, *, kept: bool = False) -> None:
+    def acquire(self, group: StreamedGroup) -> None:
         """Bring a group's weights to the device for the module that is about to run.
-
-        kept: for longer than it runs: a backward pass is to come.
 
         Raises:
             InputError: it runs inside modules that hold all slots, or somebody replaced one of its parameters.
@@ -179,19 +190,29 @@ class GroupStream:
         self._held[index], self._last = slot, group.layer
         self.prefetch()
         slab = self.ring.use(slot)
-        if kept:
+        if torch.is_grad_enabled() and not takes_hooks():
             group.arrive_to_stay(slab)
-        else:
-            group.arrive(slot, slab)
+            return
+        group.arrive(slot, slab)
+        if torch.is_grad_enabled():
+            self._saved[index].lies_in(slab, group.store)
+            self._saved[index].begin()
+
+    def apart(self, group: StreamedGroup, made: Any) -> Any:
+        """Return what a group's module made, with copies of what in it are the weights themselves, or views of some."""
+        slot = memory_of(self.ring.slabs[self._held[self._position[group.name]]])
+        return changed(made, lambda tensor: tensor.clone() if memory_of(tensor) == slot else tensor)
 
     def release(self, group: StreamedGroup) -> None:
         """Free the slot of a group whose module has run, and go on prefetching into it."""
+        index = self._position[group.name]
+        self._saved[index].end()
         try:
             group.keep_changes()
         finally:
             # In this order, so that what was interrupted in between is still known to be held.
             group.leave()
-            slot = self._held.pop(self._position[group.name])
+            slot = self._held.pop(index)
             self.ring.release(slot)
             self._free.append(slot)
             self.prefetch()

@@ -32,7 +32,7 @@ class ExpertSource(Protocol):
         """Return {parameter name: that expert's slice} on the device; valid until the next `fetch`."""
 
     def end(self) -> None:
-        """Say that the last fetched expert is no longer needed."""
+        """Say that the last fetched expert is no longer needed, also where the call failed."""
 
     def on_host(self, expert: int) -> dict[str, torch.Tensor]:
         """Return {parameter name: that expert's slice} where it waits in the host's memory."""
@@ -63,24 +63,26 @@ def routed_experts(
     sent = (_to_host(hidden_states), _to_host(order)) if on_host else None
     counts = tally[: self.num_experts].tolist()
     routed = [expert for expert, count in enumerate(counts) if count]
-    if source is not None:
-        source.begin(self, [expert for expert in routed if expert not in on_host])
     start = 0
-    for expert in routed:
-        span = slice(start, start + counts[expert])
-        start += counts[expert]
-        rows = order[span]
-        token, rank = rows % tokens, torch.div(rows, tokens, rounding_mode="floor")
-        if source is not None and sent is not None and expert in on_host:
-            states, places = sent
-            product = _one_expert(self, states[places[span] % tokens], source.on_host(expert))
-            value = _to_device(product, final.device) * top_k_weights[token, rank, None]
-        else:
-            weights = source.fetch(expert) if source is not None else _slices(self, expert)
-            value = _one_expert(self, hidden_states[token], weights) * top_k_weights[token, rank, None]
-        final.index_add_(0, token, value.to(final.dtype))
-    if source is not None:
-        source.end()
+    try:
+        if source is not None:
+            source.begin(self, [expert for expert in routed if expert not in on_host])
+        for expert in routed:
+            span = slice(start, start + counts[expert])
+            start += counts[expert]
+            rows = order[span]
+            token, rank = rows % tokens, torch.div(rows, tokens, rounding_mode="floor")
+            if source is not None and sent is not None and expert in on_host:
+                states, places = sent
+                product = _one_expert(self, states[places[span] % tokens], source.on_host(expert))
+                value = _to_device(product, final.device) * top_k_weights[token, rank, None]
+            else:
+                weights = source.fetch(expert) if source is not None else _slices(self, expert)
+                value = _one_expert(self, hidden_states[token], weights) * top_k_weights[token, rank, None]
+            final.index_add_(0, token, value.to(final.dtype))
+    finally:
+        if source is not None:
+            source.end()
     assert start <= tokens * top_k
     return final
 
