@@ -318,13 +318,15 @@ class Dispatched:
                 self._attach(path, before=_reacher(self.has.ahead, path), after=partial(self.has.ahead.leave, path))
         if self.waits:
             refuse(self.model, self.hooked)
-            if not self.has.experts:
-                self.whole.attach()
+            self.whole.attach()
 
     @property
     def whole(self) -> WholeState:
         """The model's state, wherever it waits."""
-        return WholeState(self.model, self.streams, self.plan.graph.ties, self.has.mapped, self.alone)
+        return WholeState(
+            self.model, self.streams, self.has.experts, ties=self.plan.graph.ties, mapped=self.has.mapped,
+            alone=self.alone,
+        )  # fmt: skip
 
     def _handed_over(self) -> tuple[int, ...]:
         """Return the layers whose inputs may be elsewhere, as long as the caller's own tensors are with the first."""

@@ -61,7 +61,7 @@ def check_away(owners: Mapping[str, tuple[torch.nn.Module, str]], away: Mapping[
         InputError: it would be passed over without a word.
     """
     for name, (module, leaf) in owners.items():
-        if (module._parameters if leaf in module._parameters else module._buffers)[leaf] is not away[name]:
+        if (module._parameters if leaf in module._parameters else module._buffers).get(leaf) is not away[name]:
             raise InputError(
                 f"{name} was replaced after dispatch.apply, and its weights are streamed from elsewhere: call "
                 "dispatch.remove, replace it, and apply the plan again"

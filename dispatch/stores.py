@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from dispatch import buffers
 from dispatch.checkpoint import Checkpoint, TensorEntry
 from dispatch.sources import TensorSource
 from planner.errors import InputError
@@ -78,6 +79,13 @@ class Store(Protocol):
         its own; in new memory only where no file holds them as they are.
         """
 
+    def part(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return elements [start, stop) of one tensor, flat, in host memory: a view, or read anew.
+
+        Raises:
+            InputError: the file is not what it was.
+        """
+
 
 def new_slab(nbytes: int, device: torch.device) -> torch.Tensor:
     """Return an uninitialised slab of `nbytes` on `device`."""
@@ -143,6 +151,9 @@ class HostStore:
     def where_they_wait(self) -> dict[str, torch.Tensor]:
         return {name: _apart(view) for name, view in self.views().items()}
 
+    def part(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return _apart(self.views()[name].view(-1)[start:stop])
+
     def announce(self) -> None:
         pass
 
@@ -206,3 +217,15 @@ class DiskStore:
                 found[piece.name] = torch.empty(piece.shape, dtype=piece.dtype)
                 source.fill(self.checkpoint, found[piece.name])
         return found
+
+    def part(self, name: str, start: int, stop: int) -> torch.Tensor:
+        self.checkpoint.check_unchanged()
+        source, piece = next(pair for pair in zip(self.sources, self.layout.pieces, strict=True) if pair[1].name == name)
+        whole = torch.empty(piece.shape, dtype=piece.dtype)
+        for entry, first, last, index in source.ranges(self.expert):
+            place = whole[index]
+            begin = place.storage_offset()
+            reach = sum((size - 1) * stride for size, stride in zip(place.shape, place.stride(), strict=True))
+            if begin < stop and begin + reach >= start:
+                buffers.read(self.checkpoint, entry, first, last, place, None)
+        return whole.view(-1)[start:stop]

@@ -137,6 +137,18 @@ class Weights:
         entry = None if name in self.computed else self.sources[name].whole_entry()
         return entry is not None and self._checkpoint().mappable(entry)
 
+    def view(self, name: str) -> torch.Tensor | None:
+        """Return a tensor as a view of the checkpoint's mapped file; None where that does not hold it as it is, or has
+        changed since.
+        """
+        if not self.in_pages(name):
+            return None
+        try:
+            self._checkpoint().check_unchanged()
+        except InputError:
+            return None
+        return self.map(name)
+
     def store(
         self, names: list[str], *, on_disk: bool, target: torch.device, expert: int | None = None, pinned: bool = True
     ) -> Store:
