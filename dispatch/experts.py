@@ -94,6 +94,7 @@ class _Experts(ABC):
         """Put the module's parameters on meta: `fetch` gives what is computed with."""
         for name, (module, leaf) in self.owners.items():
             place.set_tensor(module, leaf, self._meta[name])
+        self._brought = {}
 
     def restore(self, loaded: dict[str, torch.Tensor]) -> None:
         """Give the module what `load` returned."""
