@@ -38,7 +38,7 @@ class _Experts(ABC):
         self.owners, self.name, self.writable, self._resident = owners, name, writable, resident
         self._meta = {leaf: away(place.get(*owner), parameter=True) for leaf, owner in owners.items()}
         self._files = dict(files or {})
-        self._brought: dict[str, ScatteredTensor] = {}
+        self._brought: dict[str, torch.nn.Parameter] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -69,7 +69,7 @@ class _Experts(ABC):
 
     def bring(self) -> None:
         """Make the module's parameters tensors of all experts, each where it lies, until `leave`."""
-        self._brought = {leaf: place.as_parameter(ScatteredTensor.of(_Fused(self, leaf))) for leaf in self.owners}  # type: ignore[misc]  # a parameter keeps the class of its tensor
+        self._brought = {leaf: place.as_parameter(ScatteredTensor.of(_Fused(self, leaf))) for leaf in self.owners}
         for leaf, owner in self.owners.items():
             place.set_tensor(*owner, self._brought[leaf])
 

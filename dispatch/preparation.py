@@ -194,9 +194,7 @@ class Preparation:
             return
         waiting = {e: store.renamed(leaves) for e, (_, store) in experts.items() if store is not None}
         cache, limit = self.caches.get(placement.run_on), placement.cpu_up_to_tokens
-        source = StreamedExperts(
-            cache, owners, resident, waiting, name=path, files=files, cpu_up_to_tokens=limit
-        )
+        source = StreamedExperts(cache, owners, resident, waiting, name=path, files=files, cpu_up_to_tokens=limit)
         self.experts.append((module, source))
 
     def _store(self, placement: Placement, names: list[str], device: torch.device, expert: int | None = None) -> Store:

@@ -1,4 +1,4 @@
-"""Tensors whose rows lie in several places: they have their shape and dtype at once, and their values when asked for."""
+"""Tensors whose rows lie in several places: they have their shape and dtype at once, and values when asked for."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Rows(Protocol):
     dtype: torch.dtype
 
     def part(self, row: int, start: int, stop: int) -> torch.Tensor:
-        """Return elements [start, stop) of a row, flat, in host memory: where they lie, or read anew."""
+        """Return elements [start, stop) of a row, one after another, in host memory: where they lie, or read anew."""
 
     def place(self, row: int) -> torch.Tensor:
         """Return a row where it lies, contiguous, to be written to.
@@ -54,7 +54,7 @@ class ScatteredTensor(torch.Tensor):
     @classmethod
     def _view(cls, source: _Source, shadow: torch.Tensor) -> ScatteredTensor:
         """shadow: on meta, strided as the tensor is over all rows one after another."""
-        made: ScatteredTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: ScatteredTensor = torch.Tensor._make_wrapper_subclass(
             cls, shadow.shape, strides=shadow.stride(), storage_offset=shadow.storage_offset(), dtype=shadow.dtype,
             device=torch.device("cpu"),
         )  # fmt: skip
@@ -92,7 +92,7 @@ class ScatteredTensor(torch.Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch annotates the function that stands for none
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -101,10 +101,10 @@ class ScatteredTensor(torch.Tensor):
             return args[0]
         if any(isinstance(value, cls) for value in _written(func, args, kwargs)):
             raise _not_written(func)
-        source = next((value._source for value in args if isinstance(value, cls)), None)
-        if source is not None and any(result.alias_info is not None for result in func._schema.returns):
-            shadows = tree_map_only(cls, lambda value: value._shadow, (args, dict(kwargs)))
-            found = func(*shadows[0], **shadows[1])
+        aliases = [result.alias_info for result in func._schema.returns]
+        if args and isinstance(args[0], cls) and any(alias is not None and not alias.is_write for alias in aliases):
+            source = args[0]._source
+            found = func(args[0]._shadow, *args[1:], **kwargs)
             made = found if isinstance(found, (tuple, list)) else [found]
             # As bytes, or as numbers of another width, it is a plain tensor.
             if all(each.dtype == source.dtype for each in made):
@@ -134,10 +134,10 @@ class _Source:
 
     def address(self, shadow: torch.Tensor) -> int:
         """Return where a view begins, with its values there."""
-        memory = self._reserved()
+        memory, start = self._reserved(), int(shadow.storage_offset())
         if shadow.numel() and self._rows.whole() is None:
-            _over(memory, shadow, shadow.storage_offset()).copy_(self.read(shadow))
-        return memory.data_ptr() + shadow.storage_offset() * self.dtype.itemsize
+            _over(memory, shadow, start).copy_(self.read(shadow))
+        return memory.data_ptr() + start * self.dtype.itemsize
 
     def _reserved(self) -> torch.Tensor:
         whole = self._rows.whole()
@@ -153,8 +153,8 @@ class _Source:
             return torch.empty(shadow.shape, dtype=self.dtype)
         whole = self._rows.whole()
         if whole is not None:
-            return _over(whole.reshape(-1), shadow, shadow.storage_offset())
-        start, stop = _span(shadow)
+            return _over(whole.reshape(-1), shadow, int(shadow.storage_offset()))
+        start, stop = span(shadow)
         first, last = start // self._row_elements, (stop - 1) // self._row_elements
         begin = first * self._row_elements
         if first == last:
@@ -178,7 +178,7 @@ class _Source:
     def _places(self, shadow: torch.Tensor, values: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         if shadow.numel() == 0:
             return
-        start, stop = _span(shadow)
+        start, stop = span(shadow)
         row = start // self._row_elements
         if row == (stop - 1) // self._row_elements:
             place = self._rows.place(row).view(-1)
@@ -197,7 +197,7 @@ class _Reordered:
 
     def part(self, row: int, start: int, stop: int) -> torch.Tensor:
         values = self._tensor._source.read(self._tensor._shadow[row])
-        return values.reshape(-1)[start:stop]
+        return values.contiguous().view(-1)[start:stop]
 
     def place(self, row: int) -> torch.Tensor:
         raise _not_written("copy_")
@@ -225,13 +225,13 @@ def _reserved(nbytes: int, dtype: torch.dtype) -> torch.Tensor:
 
 def _over(flat: torch.Tensor, shadow: torch.Tensor, start: int) -> torch.Tensor:
     """Return the view of `flat` that is shaped and strided as `shadow`, from its element `start` on."""
-    return flat.as_strided(shadow.shape, shadow.stride(), flat.storage_offset() + start)
+    return flat.as_strided(shadow.shape, shadow.stride(), int(flat.storage_offset()) + start)
 
 
-def _span(shadow: torch.Tensor) -> tuple[int, int]:
-    """Return the first element that a view covers, and the one after the last."""
-    start = shadow.storage_offset()
-    reach = sum((size - 1) * stride for size, stride in zip(shadow.shape, shadow.stride(), strict=True))
+def span(view: torch.Tensor) -> tuple[int, int]:
+    """Return the first element that a view covers, counted in its storage, and the one after the last."""
+    start = int(view.storage_offset())
+    reach = sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
     return start, start + reach + 1
 
 

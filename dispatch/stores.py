@@ -220,7 +220,9 @@ class DiskStore:
 
     def part(self, name: str, start: int, stop: int) -> torch.Tensor:
         self.checkpoint.check_unchanged()
-        source, piece = next(pair for pair in zip(self.sources, self.layout.pieces, strict=True) if pair[1].name == name)
+        source, piece = next(
+            pair for pair in zip(self.sources, self.layout.pieces, strict=True) if pair[1].name == name
+        )
         whole = torch.empty(piece.shape, dtype=piece.dtype)
         for entry, first, last, index in source.ranges(self.expert):
             place = whole[index]
