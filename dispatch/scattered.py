@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils._pytree import tree_map_only
 
+from dispatch.away import AwayParameter, AwayTensor
 from dispatch.checkpoint import MAP_NORESERVE
 from planner.errors import InputError
 
@@ -74,6 +75,8 @@ class ScatteredTensor(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if any(issubclass(kind, (AwayTensor, AwayParameter)) for kind in types):
+            return NotImplemented  # they refuse
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if func in _REFUSED:

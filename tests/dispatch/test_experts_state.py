@@ -193,6 +193,17 @@ def test_a_file_that_changed_is_not_believed(tmp_path: Path) -> None:
         assert list(before) == list(expected)
 
 
+def test_a_loaded_model_is_not_taken_for_its_checkpoint() -> None:
+    case, plan = case_of("mixtral", "fused"), plan_of("mixtral", "fused", "pinned")
+    other = case.loaded()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    expected = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    model = dispatch.apply(other, plan, checkpoint=case.folder, devices=on_cpu(plan))
+    assert same(model.state_dict(), expected)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_is_read_or_gathered_before_values_are_asked_for(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = "fused" if mode == "mapped" else "apart"

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dispatch.away import away
 from dispatch.scattered import ScatteredTensor
 from planner.errors import InputError
 
@@ -234,6 +235,14 @@ def test_writes_that_would_be_lost_are_refused(write: Callable[[Any], Any]) -> N
     with pytest.raises(InputError, match="lie in several places"):
         write(tensor)
     assert torch.equal(torch.stack(rows.rows), plain)
+
+
+def test_what_waits_elsewhere_is_not_computed_with() -> None:
+    plain, _, tensor = pair()
+    waits = away(plain, parameter=True)
+    for left, right in ((tensor, waits), (waits, tensor)):
+        with pytest.raises(InputError, match="weights that wait elsewhere"):
+            left * right
 
 
 def test_all_is_written_or_nothing() -> None:
