@@ -147,7 +147,7 @@ class _Source:
         if whole is not None:
             return whole.reshape(-1)
         if self._memory is None:
-            self._memory = _reserved(self._nbytes, self.dtype)
+            self._memory = reserved(self._nbytes, self.dtype)
         return self._memory
 
     def read(self, shadow: torch.Tensor) -> torch.Tensor:
@@ -219,8 +219,10 @@ _OF_MEMORY = {
 }  # fmt: skip
 
 
-def _reserved(nbytes: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return memory of its own that takes none before it is written to."""
+def reserved(nbytes: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return pages of their own, as one row: they take no memory before they are written to, and none when it is gone,
+    where an allocator may keep what it was given.
+    """
     flags, protection = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
     pages = mmap.mmap(-1, max(nbytes, 1), flags=flags, prot=protection)
     return torch.frombuffer(pages, dtype=dtype, count=nbytes // dtype.itemsize)

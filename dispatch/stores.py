@@ -12,6 +12,7 @@ import torch
 
 from dispatch import buffers
 from dispatch.checkpoint import Checkpoint, TensorEntry
+from dispatch.scattered import reserved, span
 from dispatch.sources import TensorSource
 from planner.errors import InputError
 from planner.graph import SLAB_ALIGNMENT_BYTES
@@ -220,14 +221,12 @@ class DiskStore:
 
     def part(self, name: str, start: int, stop: int) -> torch.Tensor:
         self.checkpoint.check_unchanged()
-        source, piece = next(
-            pair for pair in zip(self.sources, self.layout.pieces, strict=True) if pair[1].name == name
-        )
-        whole = torch.empty(piece.shape, dtype=piece.dtype)
-        for entry, first, last, index in source.ranges(self.expert):
+        number = next(number for number, piece in enumerate(self.layout.pieces) if piece.name == name)
+        piece = self.layout.pieces[number]
+        whole = reserved(math.prod(piece.shape) * piece.dtype.itemsize, piece.dtype).view(piece.shape)
+        for entry, first, last, index in self.sources[number].ranges(self.expert):
             place = whole[index]
-            begin = place.storage_offset()
-            reach = sum((size - 1) * stride for size, stride in zip(place.shape, place.stride(), strict=True))
-            if begin < stop and begin + reach >= start:
+            begin, end = span(place)
+            if begin < stop and end > start:
                 buffers.read(self.checkpoint, entry, first, last, place, None)
         return whole.view(-1)[start:stop]

@@ -134,10 +134,10 @@ def test_saving_takes_the_memory_of_one_shard(
     shards = [path.stat().st_size for path in tmp_path.glob("*.safetensors")]
     assert sum(shards) > 72 * MIB
     assert max(shards) < 10 * MIB
-    # What passes through while a shard is filled is a few experts, of 3 MiB each.
-    assert max(held) - before < max(shards) + 9 * MIB
+    # What passes through while a shard is filled is one expert, of 3 MiB.
+    assert max(held) - before < max(shards) + 3 * MIB
     if mode != "mapped":
-        assert peak.bytes < max(shards) + 9 * MIB
+        assert peak.bytes < max(shards) + 6 * MIB
 
 
 @pytest.mark.parametrize("mode", MODES)
