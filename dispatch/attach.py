@@ -87,7 +87,7 @@ def apply(
     limits = Limits(plan, targets, on_exceed or "warn")
 
     def by_another(larger: Plan) -> Session:
-        if weights.on_meta:
+        if weights.on_meta and not weights.changed:
             _let_go(module)
         else:
             remove(module)
@@ -325,7 +325,7 @@ class Dispatched:
         """The model's state, wherever it waits."""
         return WholeState(
             self.model, self.streams, self.has.experts, ties=self.plan.graph.ties, mapped=self.has.mapped,
-            alone=self.alone,
+            alone=self.alone, weights=self.weights,
         )  # fmt: skip
 
     def _handed_over(self) -> tuple[int, ...]:

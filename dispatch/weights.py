@@ -38,6 +38,8 @@ class Weights:
         self.model, self.checkpoint, self.offloaded = model, checkpoint, offloaded
         self.given = given or {}
         self.on_meta = any(parameter.is_meta for parameter in model.parameters())
+        # Whether values may have been written since to where they wait, which no checkpoint holds.
+        self.changed = False
         if self.on_meta and checkpoint is None and not self.given:
             raise InputError("the model is on meta: give the checkpoint that its weights are to come from")
         self.sources: dict[str, TensorSource] = {}

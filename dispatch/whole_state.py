@@ -12,6 +12,7 @@ import torch
 from dispatch.experts import MappedExperts, StreamedExperts
 from dispatch.stores import DiskStore
 from dispatch.stream import GroupStream, StreamedGroup
+from dispatch.weights import Weights
 from planner.errors import InputError
 
 _CPU = torch.device("cpu")
@@ -22,6 +23,7 @@ class WholeState:
 
     streams: that groups pass through. experts: with the module of each source. ties: sets of names of one tensor.
     mapped: names of what is used straight from mapped files. alone: keeps calls out while it is held.
+    weights: are told when values may have changed.
     """
 
     def __init__(
@@ -33,9 +35,11 @@ class WholeState:
         ties: Iterable[tuple[str, ...]],
         mapped: Iterable[str],
         alone: RLock,
+        weights: Weights,
     ):
         self.model, self._streams, self._ties, self._alone = model, tuple(streams), tuple(ties), alone
         self._experts = tuple(source for _, source in experts)
+        self._weights = weights
         self._read_only = set(mapped).union(*(source.names for source in self._experts if not source.writable))
         for stream in self._streams:
             for group in stream.groups:
@@ -88,6 +92,7 @@ class WholeState:
 
     def drop(self) -> None:
         """Let go of what was copied to slots: it may have changed where it waits."""
+        self._weights.changed = True
         for stream in self._streams:
             stream.drop()
         for source in self._experts:

@@ -171,6 +171,65 @@ def test_other_values_are_loaded(stored: str, mode: str) -> None:
         assert same(state, other.state_dict())
 
 
+def test_of_an_expert_on_disk_what_is_asked_for_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    (_, source), *_ = dispatched("mixtral", "apart", "disk")._loadplan_dispatch.has.experts
+    store = source._waiting[5]
+    read: list[str] = []
+    inner = dispatch.Checkpoint.read_into
+
+    def noting(self: Any, entry: Any, *args: Any, **kwargs: Any) -> None:
+        read.append(entry.name)
+        inner(self, entry, *args, **kwargs)
+
+    monkeypatch.setattr(dispatch.Checkpoint, "read_into", noting)
+    whole = store.to_host()["gate_up_proj"].view(-1)
+    half, end = whole.numel() // 2, whole.numel()
+    gate, up = (next(name for name in read if name.endswith(f"{part}.weight")) for part in ("w1", "w3"))
+    for start, stop, wanted in (
+        (0, 1, [gate]), (0, half, [gate]), (half - 1, half, [gate]), (half - 1, half + 1, [gate, up]),
+        (half, half + 1, [up]), (half, end, [up]), (end - 1, end, [up]), (0, end, [gate, up]),
+    ):  # fmt: skip
+        read.clear()
+        assert torch.equal(store.part("gate_up_proj", start, stop), whole[start:stop])
+        assert read == wanted
+
+
+@pytest.mark.parametrize("mode", ["disk", "mapped"])
+def test_where_experts_alone_are_in_files_nothing_is_written(mode: str) -> None:
+    case = case_of("mixtral", "fused")
+
+    def experts_alone(p: Placement, group: Any) -> Placement:
+        if p.resident_slices is not None:
+            return p
+        return dataclasses.replace(p, home=p.run_on, memory="pageable" if p.run_on == "cpu" else "device")
+
+    plan = with_placements(plan_of("mixtral", "fused", mode), experts_alone)
+    model: Any = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
+    expected = {name: tensor.clone() for name, tensor in case.reference.state_dict().items()}
+    with pytest.raises(InputError, match=r"experts.* wait in files"):
+        model.load_state_dict({name: tensor.flip(0) for name, tensor in expected.items()})
+    assert same(model.state_dict(), expected)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llama"])
+@torch.no_grad()
+def test_values_that_were_loaded_outlive_a_larger_plan(name: str) -> None:
+    case = case_of(name, "apart")
+    plan = plan_of(name, "apart", "pinned")
+    case.run_like(plan)
+    model: Any = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan), on_exceed="replan")
+    other = case.loaded()
+    if name == "mixtral":
+        other.set_experts_implementation(case.reference.get_experts_implementation())
+    for parameter in other.parameters():
+        parameter.copy_(parameter.flip(0) * 1.5)
+    model.load_state_dict(other.state_dict())
+    ids = torch.randint(3, 320, (3, 40))
+    assert torch.equal(model(ids).logits, other(ids).logits)
+    assert model._loadplan_dispatch.plan.workload.batch_size == 3
+    assert same(model.state_dict(), other.state_dict())
+
+
 def test_a_file_that_changed_is_not_believed(tmp_path: Path) -> None:
     expected = case_of("mixtral", "fused").reference.state_dict()
     for mode in ("pinned", "disk"):
