@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dispatch import attach
+from dispatch.scattered import ScatteredTensor
 from dispatch.stores import HostStore
 from dispatch.stream import StreamedGroup
 from planner.errors import InputError
@@ -22,6 +23,7 @@ _CPU = torch.device("cpu")
 @contextmanager
 def weights_at_home(model: torch.nn.Module) -> Iterator[None]:
     """Have every weight that waits where it waits, inside the block: as a tensor over its host memory or its file.
+    Fused experts that wait one by one are a tensor (`dispatch.scattered`) whose values come as they are asked for.
 
     For what changes the modules and not only calls them: `peft.get_peft_model`, `PeftModel.from_pretrained`,
     `merge_and_unload`. What is written to host memory stays; writing to a file is refused. What was added since the
@@ -31,14 +33,10 @@ def weights_at_home(model: torch.nn.Module) -> Iterator[None]:
     model: dispatched, or with a dispatched model inside, as PEFT's are.
 
     Raises:
-        InputError: it is not dispatched, or in the middle of a call; its experts wait one by one; a weight on disk was
-            written to, or given other values, which are then lost.
+        InputError: it is not dispatched, or in the middle of a call; a weight on disk was written to, or given other
+            values, which are then lost; an experts' parameter was taken from its module.
     """
     state = attach.state_of(model)
-    if state.has.experts:
-        raise InputError(
-            "the experts of this model wait one by one, and are not within reach: call dispatch.remove first"
-        )
     inner = state.model
     groups = [group for stream in state.streams for group in stream.groups]
     # Who finds a map with offloaded modules there takes off their hooks, and dispatches anew.
@@ -59,9 +57,10 @@ def weights_at_home(model: torch.nn.Module) -> Iterator[None]:
             finally:
                 for group, home in zip(groups, homes, strict=True):
                     _keep(group, home)
+                for _, source in state.has.experts:
+                    source.keep()
     finally:
-        for stream in state.streams:
-            stream.drop()
+        state.whole.drop()
         if told is not None:
             setattr(inner, _MAP_ATTRIBUTE, told)
         _move_added(state, home=False)
@@ -114,6 +113,8 @@ class _NotWritten(TorchDispatchMode):
                 continue
             written = args[number] if number < len(args) else kwargs.get(argument.name)
             for tensor in written if isinstance(written, (list, tuple)) else (written,):
+                if isinstance(tensor, ScatteredTensor):
+                    continue  # they refuse by themselves
                 if isinstance(tensor, torch.Tensor) and not tensor.is_meta and tensor.device.type == "cpu":
                     name = self._files.get(tensor.untyped_storage().data_ptr())
                     if name is not None:

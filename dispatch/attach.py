@@ -88,7 +88,7 @@ def apply(
     limits = Limits(plan, targets, on_exceed or "warn")
 
     def by_another(larger: Plan) -> Session:
-        if weights.on_meta:
+        if weights.on_meta and not weights.changed:
             _let_go(module)
         else:
             remove(module)
@@ -319,14 +319,16 @@ class Dispatched:
         if self.waits:
             refuse(self.model, self.hooked)
             resizing.explain(self.model)
-            if not self.has.experts:
-                self.whole.attach()
+            self.whole.attach()
 
     @property
     def whole(self) -> WholeState:
         """The model's state, wherever it waits."""
         ties = [{name: self.owners[name][0] for name in names} for names in self.plan.graph.ties]
-        return WholeState(self.model, self.streams, ties, self.has.mapped, self.alone)
+        return WholeState(
+            self.model, self.streams, self.has.experts, ties=ties, mapped=self.has.mapped, alone=self.alone,
+            weights=self.weights,
+        )  # fmt: skip
 
     def _handed_over(self) -> tuple[int, ...]:
         """Return the layers whose inputs may be elsewhere, as long as the caller's own tensors are with the first."""

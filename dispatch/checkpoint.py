@@ -27,7 +27,7 @@ _READ_CHUNK_BYTES = 64 * MIB
 _ANNOUNCED_BYTES = 512 * KIB
 # Linux's MAP_NORESERVE, which Python names only from 3.13 on; 0 where its value is not known.
 _USUAL_LINUX = platform.system() == "Linux" and platform.machine() in {"x86_64", "aarch64", "riscv64"}
-_MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if _USUAL_LINUX else 0)
+MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if _USUAL_LINUX else 0)
 _DTYPES = {name: getattr(torch, torch_name) for name, (torch_name, _) in DTYPES.items()}
 
 
@@ -280,7 +280,7 @@ class _OpenFile:
             if self._mapping is None:
                 # Writable, or torch would warn; private, so that no write reaches the file; nothing reserved,
                 # or Linux refuses to map a file larger than RAM (as it does with ACCESS_COPY: measured).
-                flags, protection = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+                flags, protection = mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
                 try:
                     self._mapping = mmap.mmap(self._descriptor, self.size_bytes, flags=flags, prot=protection)
                 except (OSError, ValueError) as exc:  # ValueError: the file is shorter than it was

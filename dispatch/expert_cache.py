@@ -79,6 +79,19 @@ class ExpertCache:
         self._give_back()
         self._bring()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a layer has asked for experts that it has not taken yet, or holds one."""
+        return bool(self._held or self._ready or self._queue)
+
+    def drop(self) -> None:
+        """Let go of every expert: it may have changed where it waits."""
+        self._give_back()
+        self._queue.clear()
+        self._ready.clear()
+        self._free.extend(self._kept.values())
+        self._kept.clear()
+
     def _give_back(self) -> None:
         if self._held is not None:
             self.ring.release(self._kept[self._held])

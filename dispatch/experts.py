@@ -4,7 +4,8 @@ computed by the CPU from where they wait: in host memory, or straight in a mappe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Set
 
 import torch
 
@@ -13,22 +14,88 @@ from dispatch.away import away
 from dispatch.expert_cache import ExpertCache
 from dispatch.readahead import Bringing
 from dispatch.saved_weights import SavedWeights, takes_hooks
+from dispatch.scattered import ScatteredTensor
 from dispatch.stores import HostStore, Store
+from planner.errors import InputError
 
 
-class _Experts:
+class _Experts(ABC):
     """What every source has for `planner.execution.routed_experts`: the module's parameters, and experts that are
     `resident` on the device, by their numbers.
+
+    name: of the module. files: give a whole parameter as a view of the file that holds it; None where none does any
+    more. writable: whether values can be written to where those that are not resident wait.
     """
 
-    def __init__(self, owners: dict[str, tuple[torch.nn.Module, str]], resident: Mapping[int, dict[str, torch.Tensor]]):
-        self.owners, self._resident = owners, resident
-        self._meta = {name: away(place.get(*owner), parameter=True) for name, owner in owners.items()}
+    def __init__(
+        self,
+        owners: dict[str, tuple[torch.nn.Module, str]],
+        resident: Mapping[int, dict[str, torch.Tensor]],
+        *,
+        name: str,
+        files: Mapping[str, Callable[[], torch.Tensor | None]] | None = None,
+        writable: bool = True,
+    ):
+        self.owners, self.name, self.writable, self._resident = owners, name, writable, resident
+        self._meta = {leaf: away(place.get(*owner), parameter=True) for leaf, owner in owners.items()}
+        self._files = dict(files or {})
+        self._brought: dict[str, torch.nn.Parameter] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The full names of the module's parameters."""
+        return tuple(f"{self.name}.{leaf}" for leaf in self.owners)
+
+    @property
+    @abstractmethod
+    def is_busy(self) -> bool:
+        """Whether it is in the middle of a call."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Let go of what was copied, or is being read: it may have changed where it waits."""
+
+    @abstractmethod
+    def _waiting_part(self, expert: int, leaf: str, start: int, stop: int) -> torch.Tensor:
+        """Return elements [start, stop) of an expert's tensor that is not resident, flat, in host memory."""
+
+    @abstractmethod
+    def _waiting_place(self, expert: int, leaf: str) -> torch.Tensor:
+        """Return an expert's tensor that is not resident where it waits, to be written to."""
+
+    @property
+    def is_away(self) -> bool:
+        """Whether parameters are on meta, as `leave` put them."""
+        return any(module._parameters.get(leaf) is self._meta[leaf] for module, leaf in self.owners.values())
+
+    def bring(self) -> None:
+        """Make the module's parameters tensors of all experts, each where it lies, until `leave`."""
+        self._brought = {leaf: place.as_parameter(ScatteredTensor.of(_Fused(self, leaf))) for leaf in self.owners}
+        for leaf, owner in self.owners.items():
+            place.set_tensor(*owner, self._brought[leaf])
+
+    def keep(self) -> None:
+        """Write what was put in place of what `bring` made to where the experts lie.
+
+        Raises:
+            InputError: they wait in a file, or there is no such parameter any more.
+        """
+        for leaf, (module, _) in self.owners.items():
+            found = module._parameters.get(leaf)
+            if found is None:
+                raise InputError(
+                    f"{self.name}.{leaf} is no parameter any more, and its experts wait one by one: call "
+                    "dispatch.remove before it is replaced by something else"
+                )
+            if found is not self._brought[leaf]:
+                with torch.no_grad():
+                    self._brought[leaf].copy_(found)
 
     def leave(self) -> None:
         """Put the module's parameters on meta: `fetch` gives what is computed with."""
         for name, (module, leaf) in self.owners.items():
             place.set_tensor(module, leaf, self._meta[name])
+        self._brought = {}
 
     def restore(self, loaded: dict[str, torch.Tensor]) -> None:
         """Give the module what `load` returned."""
@@ -48,6 +115,37 @@ class _Experts:
         return whole
 
 
+class _Fused:
+    """One parameter of a module, its experts in a row."""
+
+    def __init__(self, experts: _Experts, leaf: str):
+        self._experts, self._leaf = experts, leaf
+        like = experts._meta[leaf]
+        self.shape, self.dtype = tuple(like.shape), like.dtype
+        found = experts._files.get(leaf)
+        self._whole = None if found is None else found()
+
+    def part(self, row: int, start: int, stop: int) -> torch.Tensor:
+        if row in self._experts._resident:
+            return self._experts._resident[row][self._leaf].reshape(-1)[start:stop].cpu()
+        return self._experts._waiting_part(row, self._leaf, start, stop)
+
+    def place(self, row: int) -> torch.Tensor:
+        # No file holds what it is from now on.
+        found = self._place(row)
+        self._whole = None
+        self._experts._files.pop(self._leaf, None)
+        return found
+
+    def _place(self, row: int) -> torch.Tensor:
+        if row in self._experts._resident:
+            return self._experts._resident[row][self._leaf]
+        return self._experts._waiting_place(row, self._leaf)
+
+    def whole(self) -> torch.Tensor | None:
+        return self._whole if self._leaf in self._experts._files else None
+
+
 class StreamedExperts(_Experts):
     """Those that are not resident wait in the stores of `waiting`, by their numbers. Copies of the routed experts that
     wait, and that are not in the `cache` still, begin as soon as the routing is known, as many at once as there are
@@ -64,9 +162,12 @@ class StreamedExperts(_Experts):
         resident: Mapping[int, dict[str, torch.Tensor]],
         waiting: Mapping[int, Store],
         *,
+        name: str,
+        files: Mapping[str, Callable[[], torch.Tensor | None]] | None = None,
         cpu_up_to_tokens: int = 0,
     ):
-        super().__init__(owners, resident)
+        writable = all(isinstance(store, HostStore) for store in waiting.values())
+        super().__init__(owners, resident, name=name, files=files, writable=writable)
         self.cache, self.cpu_up_to_tokens = cache, cpu_up_to_tokens
         self._waiting = waiting
         self._saved = None if cache is None else SavedWeights(cache.in_hand)
@@ -75,6 +176,27 @@ class StreamedExperts(_Experts):
         if cache is None or cpu_up_to_tokens:
             self._on_host = {n: store.views() for n, store in waiting.items() if isinstance(store, HostStore)}
             assert len(self._on_host) == len(waiting)
+
+    @property
+    def is_busy(self) -> bool:
+        return self.cache is not None and self.cache.is_busy
+
+    def forget(self) -> None:
+        if self.cache is not None:
+            self.cache.drop()
+
+    def _waiting_part(self, expert: int, leaf: str, start: int, stop: int) -> torch.Tensor:
+        return self._waiting[expert].part(leaf, start, stop)
+
+    def _waiting_place(self, expert: int, leaf: str) -> torch.Tensor:
+        store = self._waiting[expert]
+        if not isinstance(store, HostStore):
+            raise InputError(
+                f"{self.name}.{leaf} waits in a file, which is not written to: let its experts wait on the 'cpu'"
+            )
+        # Gradients of what was computed with the values before are refused.
+        store.changes += 1
+        return store.views()[leaf]
 
     def host_computes(self, tokens: int) -> Set[int]:
         """Return the experts that wait if the CPU computes them in a call of so many tokens, else none.
@@ -139,12 +261,27 @@ class MappedExperts(_Experts):
         mapped: Mapping[int, dict[str, torch.Tensor]],
         *,
         name: str,
+        files: Mapping[str, Callable[[], torch.Tensor | None]] | None = None,
     ):
-        """Take the experts by their numbers; name: of the module, for errors."""
-        super().__init__(owners, resident)
+        """Take the experts by their numbers."""
+        super().__init__(owners, resident, name=name, files=files, writable=False)
         self._mapped = mapped
         self._pages = {expert: (f"{name} {expert}", tuple(tensors.values())) for expert, tensors in mapped.items()}
         self._bringing: Bringing | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        return self._bringing is not None
+
+    def forget(self) -> None:
+        self.end()
+
+    def _waiting_part(self, expert: int, leaf: str, start: int, stop: int) -> torch.Tensor:
+        return self._mapped[expert][leaf].reshape(-1)[start:stop]
+
+    def _waiting_place(self, expert: int, leaf: str) -> torch.Tensor:
+        # Pages that are written to stay in memory, as those of whole groups do.
+        return self._mapped[expert][leaf]
 
     def host_computes(self, tokens: int) -> Set[int]:
         """Return none: they are where the layer runs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
@@ -197,14 +198,17 @@ class Preparation:
         leaves = {name: name.removeprefix(f"{path}.") for name in names}
         resident = {e: {leaves[n]: view for n, view in stays.items()} for e, (stays, _) in experts.items() if stays}
         owners = {leaf: (module, leaf) for leaf in leaves.values()}
+        # What a loaded model keeps in memory may be other than what its checkpoint holds.
+        stored = self._waits_on_disk(placement) or self.weights.on_meta
+        files = {leaf: partial(self.weights.view, name) for name, leaf in leaves.items() if stored}
         if self._is_mapped(placement, group):
             whole = {leaves[name]: self.weights.map(name) for name in names}
             mapped = {e: {leaf: tensor[e] for leaf, tensor in whole.items()} for e in experts if e not in resident}
-            self.experts.append((module, MappedExperts(owners, resident, mapped, name=path)))
+            self.experts.append((module, MappedExperts(owners, resident, mapped, name=path, files=files)))
             return
         waiting = {e: store.renamed(leaves) for e, (_, store) in experts.items() if store is not None}
         cache, limit = self.caches.get(placement.run_on), placement.cpu_up_to_tokens
-        source = StreamedExperts(cache, owners, resident, waiting, cpu_up_to_tokens=limit)
+        source = StreamedExperts(cache, owners, resident, waiting, name=path, files=files, cpu_up_to_tokens=limit)
         self.experts.append((module, source))
 
     def _store(self, placement: Placement, names: list[str], device: torch.device, expert: int | None = None) -> Store:

@@ -10,7 +10,9 @@ from typing import Protocol
 
 import torch
 
+from dispatch import buffers
 from dispatch.checkpoint import Checkpoint, TensorEntry
+from dispatch.scattered import reserved, span
 from dispatch.sources import TensorSource
 from planner.errors import InputError
 from planner.graph import SLAB_ALIGNMENT_BYTES
@@ -88,6 +90,13 @@ class Store(Protocol):
         its own; in new memory only where no file holds them as they are.
         """
 
+    def part(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return elements [start, stop) of one tensor, flat, in host memory: a view, or read anew.
+
+        Raises:
+            InputError: the file is not what it was.
+        """
+
 
 def new_slab(nbytes: int, device: torch.device) -> torch.Tensor:
     """Return an uninitialised slab of `nbytes` on `device`."""
@@ -155,6 +164,9 @@ class HostStore:
     def where_they_wait(self) -> dict[str, torch.Tensor]:
         return {name: _apart(view) for name, view in self.views().items()}
 
+    def part(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return _apart(self.views()[name].reshape(-1)[start:stop])
+
     def announce(self) -> None:
         pass
 
@@ -220,3 +232,15 @@ class DiskStore:
                 found[piece.name] = Layout((replace(piece, offset_bytes=0),), made.nbytes).views(made)[piece.name]
                 source.fill(self.checkpoint, found[piece.name])
         return found
+
+    def part(self, name: str, start: int, stop: int) -> torch.Tensor:
+        self.checkpoint.check_unchanged()
+        number = next(number for number, piece in enumerate(self.layout.pieces) if piece.name == name)
+        piece = self.layout.pieces[number]
+        whole = reserved(math.prod(piece.shape) * piece.dtype.itemsize, piece.dtype).view(piece.shape)
+        for entry, first, last, index in self.sources[number].ranges(self.expert):
+            place = whole[index]
+            begin, end = span(place)
+            if begin < stop and end > start:
+                buffers.read(self.checkpoint, entry, first, last, place, None)
+        return whole.view(-1)[start:stop]

@@ -39,6 +39,8 @@ class Weights:
         self.given = given or {}
         self._owners: dict[str, tuple[torch.nn.Module, str]] = {}
         self.on_meta = any(parameter.is_meta for parameter in model.parameters())
+        # Whether values may have been written since to where they wait, which no checkpoint holds.
+        self.changed = False
         if self.on_meta and checkpoint is None and not self.given:
             raise InputError("the model is on meta: give the checkpoint that its weights are to come from")
         self.sources: dict[str, TensorSource] = {}
@@ -141,6 +143,18 @@ class Weights:
         """Tell whether what `map` returns lies in the page cache, and not in memory of its own."""
         entry = None if name in self.computed else self.sources[name].whole_entry()
         return entry is not None and self._checkpoint().mappable(entry)
+
+    def view(self, name: str) -> torch.Tensor | None:
+        """Return a tensor as a view of the checkpoint's mapped file; None where that does not hold it as it is, or has
+        changed since.
+        """
+        if not self.in_pages(name):
+            return None
+        try:
+            self._checkpoint().check_unchanged()
+        except InputError:
+            return None
+        return self.map(name)
 
     def store(
         self, names: list[str], *, on_disk: bool, target: torch.device, expert: int | None = None, pinned: bool = True

@@ -3,35 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 import torch
 
+from dispatch.experts import MappedExperts, StreamedExperts
 from dispatch.stores import DiskStore
-from dispatch.stream import GroupStream
+from dispatch.stream import GroupStream, StreamedGroup
+from dispatch.weights import Weights
 from planner.errors import InputError
 
 _CPU = torch.device("cpu")
 
 
 class WholeState:
-    """`state_dict` and `load_state_dict` of a model whose groups pass through streams.
+    """`state_dict` and `load_state_dict` of a model whose weights wait in groups or expert by expert.
 
-    ties: sets of names of one tensor, each with the module that has it. mapped: names of what is used straight from
-    mapped files. alone: keeps calls out while it is held.
+    streams: that groups pass through. experts: with the module of each source. ties: sets of names of one tensor, each
+    with the module that has it. mapped: names of what is used straight from mapped files. alone: keeps calls out while
+    it is held. weights: are told when values may have changed.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
         streams: Iterable[GroupStream],
+        experts: Iterable[tuple[torch.nn.Module, MappedExperts | StreamedExperts]],
+        *,
         ties: Iterable[Mapping[str, torch.nn.Module]],
         mapped: Iterable[str],
-        alone: AbstractContextManager[Any],
+        alone: RLock,
+        weights: Weights,
     ):
         self.model, self._streams, self._ties, self._alone = model, tuple(streams), tuple(ties), alone
-        self._read_only = set(mapped)
+        self._experts = tuple(source for _, source in experts)
+        self._weights = weights
+        self._read_only = set(mapped).union(*(source.names for source in self._experts if not source.writable))
         for stream in self._streams:
             for group in stream.groups:
                 if isinstance(group.store, DiskStore):
@@ -43,7 +52,8 @@ class WholeState:
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the plain model's would hold: what waits in host memory as views of that, and what waits on disk
-        as views of the mapped file, where a file holds it as it is. Tied names have one tensor.
+        as views of the mapped file, where a file holds it as it is. Tied names have one tensor. Fused experts that wait
+        one by one are a tensor whose values come when they are asked for (`dispatch.scattered`).
         """
         with self.at_home():
             # The class's own: this stands on the instance.
@@ -90,26 +100,42 @@ class WholeState:
             try:
                 return type(self.model).load_state_dict(self.model, state, strict=strict)
             finally:
-                for stream in self._streams:
-                    stream.drop()
+                self.drop()
+
+    def drop(self) -> None:
+        """Let go of what was copied to slots: it may have changed where it waits."""
+        self._weights.changed = True
+        for stream in self._streams:
+            stream.drop()
+        for source in self._experts:
+            source.forget()
 
     @contextmanager
     def at_home(self) -> Iterator[None]:
         """Have every parameter where it waits; inside of another such block nothing changes."""
+        is_inside = self._alone._is_owned()  # type: ignore[attr-defined]  # as threading.Condition asks it
         with self._alone:
-            if any(stream.is_busy for stream in self._streams):
+            asking = [source for source in self._experts if source.is_busy]
+            for source in () if is_inside else asking:
+                # Left by a call that was broken off.
+                source.forget()
+            if any(stream.is_busy for stream in self._streams) or (is_inside and asking):
                 raise InputError(
                     "the state of a dispatched model was asked for in the middle of a call; wait for its end"
                 )
             groups = [group for stream in self._streams for group in stream.groups if group.is_away]
-            brought = []
+            sources = [source for source in self._experts if source.is_away]
+            brought: list[StreamedGroup | MappedExperts | StreamedExperts] = []
             try:
                 for group in groups:
                     # What was put in place of a weight would be gone afterwards.
                     group.check()
                     brought.append(group)
                     group.bring(_CPU)
+                for source in sources:
+                    brought.append(source)
+                    source.bring()
                 yield
             finally:
-                for group in brought:
-                    group.leave()
+                for each in brought:
+                    each.leave()

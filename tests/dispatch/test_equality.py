@@ -115,6 +115,35 @@ def test_logits(where: str, homes: str) -> None:
             assert torch.equal(room.model(**room.inputs(padded(case))).logits.cpu(), want)
 
 
+@pytest.mark.parametrize("homes", HOMES)
+@pytest.mark.parametrize("where", WHERE)
+@torch.no_grad()
+def test_the_state_and_other_values(where: str, homes: str) -> None:
+    case = case_of("mixtral")
+    expected = case.reference.state_dict()
+    with dispatched("mixtral", where, plan_for("mixtral", where, homes)) as room:
+        room.model(room.inputs(case.ids))
+        found = room.model.state_dict()
+        assert list(found) == list(expected)
+        assert all(torch.equal(found[name].cpu(), tensor) for name, tensor in expected.items())
+        other = case.loaded()
+        other.set_experts_implementation(case.reference.get_experts_implementation())
+        for number, parameter in enumerate(other.parameters()):
+            parameter.mul_(-1).add_(number / 1000)
+        if homes in ("disk", "mixed"):
+            with pytest.raises(InputError, match="wait in files"):
+                room.model.load_state_dict(other.state_dict())
+            other = case.reference
+        else:
+            room.model.load_state_dict(other.state_dict())
+            assert all(torch.equal(found[name].cpu(), tensor) for name, tensor in other.state_dict().items())
+        found = room.model.state_dict()
+        assert all(torch.equal(found[name].cpu(), tensor) for name, tensor in other.state_dict().items())
+        assert torch.equal(room.model(room.inputs(case.ids)).logits.cpu(), other(case.ids).logits)
+        plain = dispatch.remove(room.model).state_dict()
+        assert all(torch.equal(plain[name].cpu(), tensor) for name, tensor in other.state_dict().items())
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 24])
 @torch.no_grad()
 def test_any_size_of_the_cache_of_experts(count: int) -> None:

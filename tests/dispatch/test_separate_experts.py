@@ -12,6 +12,7 @@ from separate_experts import WIDTH, Expert, SeparateExperts
 import dispatch
 import planner
 import simulate
+from planner.errors import InputError
 from planner.plan import Plan
 from planner.workload import Workload
 from simulate.virtual_machine import Machine
@@ -92,3 +93,25 @@ def test_same_bits(mode: str, tmp_path: Any) -> None:
         assert torch.equal(there(states), model(states))
     states = torch.randn(3, WIDTH)
     assert torch.equal(dispatch.remove(there)(states), model(states))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("home", ["cpu", "disk"])
+def test_the_state_of_the_plain_model(home: str, tmp_path: Any) -> None:
+    model, other = build(), build()
+    plan = with_slots(streamed(plan_of(model), home), 3)
+    there = dispatch.apply(copy.deepcopy(model), plan, devices=on_cpu(plan), offload_dir=tmp_path / "offload")
+    states = torch.randn(9, WIDTH)
+    for parameter in other.parameters():
+        parameter.copy_(parameter.flip(0) * 1.5)
+    for _ in range(2):
+        assert torch.equal(there(states), model(states))
+        found = there.state_dict()
+        assert list(found) == list(model.state_dict())
+        assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+        if home == "disk":
+            with pytest.raises(InputError, match="wait in files"):
+                there.load_state_dict(other.state_dict())
+        else:
+            there.load_state_dict(other.state_dict())
+            model = other

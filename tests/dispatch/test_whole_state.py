@@ -12,7 +12,6 @@ from torch import nn
 
 import dispatch
 from planner.errors import InputError
-from tiny_models import experts_away, on_cpu
 
 PLAYED = {"cuda:0": "cpu"}
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -142,12 +141,3 @@ def test_saving_a_dispatched_model(
     expected = case.reference.state_dict()
     assert all(torch.equal(t, expected[each]) for each, t in again.state_dict().items())
     assert torch.equal(case.logits(model), case.logits(case.reference))
-
-
-def test_experts_that_wait_one_by_one_have_no_whole_state(make_case: Any) -> None:
-    case = make_case("mixtral")
-    plan = experts_away(case.plan(gpus="1x24GB"), limit=0)
-    model: Any = dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=on_cpu(plan))
-    for call in (model.state_dict, lambda: model.load_state_dict({})):
-        with pytest.raises(InputError, match=r"dispatch\.remove"):
-            call()

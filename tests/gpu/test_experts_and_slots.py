@@ -53,3 +53,19 @@ def test_slots_and_pinning_do_not_change_the_bits(case: Case, count: int, memory
     slots = tuple(dataclasses.replace(entry, count=count) for entry in plan.slots)
     found = steps(case, dataclasses.replace(plan, placements=placements, slots=slots))
     assert all(torch.equal(there, here) for there, here in zip(want, found, strict=True))
+
+
+@pytest.mark.parametrize("home", ["cpu", "disk"])
+def test_the_state_of_experts_some_of_which_are_on_the_gpu(case: Case, home: str, tmp_path: Path) -> None:
+    model: Any = dispatch.apply(case.meta(), streamed(case.plan(gpus="1x24GB"), home), checkpoint=case.folder)
+    expected = case.reference.state_dict()
+    assert all(torch.equal(tensor.cpu(), expected[name]) for name, tensor in model.state_dict().items())
+    for name, each in (("plain", case.reference), ("dispatched", model)):
+        each.save_pretrained(tmp_path / name, max_shard_size="200KB")
+    saved = [path.name for path in (tmp_path / "plain").glob("model*")]
+    assert len(saved) > 4
+    assert all((tmp_path / "plain" / n).read_bytes() == (tmp_path / "dispatched" / n).read_bytes() for n in saved)
+    if home == "cpu":
+        other = {name: tensor.flip(0) for name, tensor in expected.items()}
+        model.load_state_dict(other)
+        assert all(torch.equal(tensor.cpu(), other[name]) for name, tensor in model.state_dict().items())
