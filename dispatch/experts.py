@@ -15,6 +15,10 @@ from dispatch.readahead import Bringing
 from dispatch.stores import HostStore, Store
 
 
+# Where one expert is: its tensors, if it is resident, or else the store that it waits in; neither in a mapped file.
+ExpertPlace = tuple[dict[str, torch.Tensor], Store | None]
+
+
 class _Experts:
     """What every source has for `planner.execution.routed_experts`: the module's parameters, and experts that are
     `resident` on the device, by their numbers.
@@ -33,6 +37,10 @@ class _Experts:
         """Give the module what `load` returned."""
         for name, owner in self.owners.items():
             place.put(*owner, loaded[name])
+
+    def standing(self) -> dict[str, torch.Tensor]:
+        """Return what stands for each whole parameter in the module."""
+        return dict(self._meta)
 
     def _check(self) -> None:
         """Raise InputError if somebody replaced one of the module's parameters."""
@@ -72,6 +80,11 @@ class StreamedExperts(_Experts):
         if cache is None or cpu_up_to_tokens:
             self._on_host = {n: store.views() for n, store in waiting.items() if isinstance(store, HostStore)}
             assert len(self._on_host) == len(waiting)
+
+    def by_expert(self) -> dict[int, ExpertPlace]:
+        """Return where each expert is."""
+        found: dict[int, ExpertPlace] = {expert: (tensors, None) for expert, tensors in self._resident.items()}
+        return found | {expert: ({}, store) for expert, store in self._waiting.items()}
 
     def host_computes(self, tokens: int) -> Set[int]:
         """Return the experts that wait if the CPU computes them in a call of so many tokens, else none.
@@ -131,6 +144,11 @@ class MappedExperts(_Experts):
         self._mapped = mapped
         self._pages = {expert: (f"{name} {expert}", tuple(tensors.values())) for expert, tensors in mapped.items()}
         self._bringing: Bringing | None = None
+
+    def by_expert(self) -> dict[int, ExpertPlace]:
+        """Return where each expert is."""
+        found: dict[int, ExpertPlace] = {expert: (tensors, None) for expert, tensors in self._resident.items()}
+        return found | {expert: ({}, None) for expert in self._mapped}
 
     def host_computes(self, tokens: int) -> Set[int]:
         """Return none: they are where the layer runs."""

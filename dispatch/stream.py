@@ -63,8 +63,16 @@ class StreamedGroup:
 
     def bring(self, device: torch.device) -> None:
         """Make the parameters weights on a device, in memory of their own; on the CPU in that which they wait in."""
+        self._set(self.on(device))
+
+    def on(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Return the weights on a device as `bring` makes them the parameters."""
         found = {name: tensor.to(device) for name, tensor in self.store.where_they_wait().items()}
-        self._set(self._made(found, trained=True))
+        return self._made(found, trained=True)
+
+    def standing(self) -> dict[str, tuple[torch.Tensor, bool | None]]:
+        """Return what stands for each weight while it is away, and whether that was to be trained, None of buffers."""
+        return {name: (self._away[name], self._trained[name]) for name in self._owners}
 
     @property
     def is_away(self) -> bool:
