@@ -13,7 +13,7 @@ from dispatch import hooks, place
 from dispatch.attach import GROUP_ATTRIBUTE, WHOLE_ATTRIBUTE
 from dispatch.copying import Here
 from dispatch.mover import changed
-from dispatch.plain_copy import COPYING, Memo, plain_copy, tensors_below
+from dispatch.plain_copy import COPYING, Memo, Pickled, plain_copy, tensors_below
 from dispatch.stream import GroupStream, StreamedGroup
 from dispatch.structure import Place, place_name
 from planner.execution import SOURCE_ATTRIBUTE
@@ -111,7 +111,8 @@ class WholeOffload:
 
     def _pickled(self, protocol: Any) -> tuple[Any, ...]:
         memo: Memo = {id(t): t if t.device == _CPU else _on_host(t) for t in tensors_below(self.model)}
-        return _offloaded, (Here({str(self.device): self.device}), plain_copy(self.model, memo), self._before)
+        here = Here({str(self.device): self.device})
+        return _offloaded, (Pickled((here, plain_copy(self.model, memo), self._before)),)
 
     def _bring(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._before is not None:
@@ -128,8 +129,9 @@ def _on_host(tensor: torch.Tensor) -> torch.Tensor:
     return place.as_parameter(values, requires_grad=tensor.requires_grad)
 
 
-def _offloaded(here: Here, model: torch.nn.Module, before: WholeOffload | None) -> torch.nn.Module:
+def _offloaded(read: tuple[tuple[Here, torch.nn.Module, WholeOffload | None]]) -> torch.nn.Module:
     """Return a model that was pickled, waiting as it did."""
+    here, model, before = read[0]
     (device,) = here.targets.values()
     return WholeOffload(model, device, before).model
 

@@ -118,8 +118,9 @@ def _by_another(state: Dispatched, given: Given) -> Dispatch:
     return dispatch
 
 
-def revived(made: Blueprint) -> torch.nn.Module:
+def revived(read: tuple[Blueprint]) -> torch.nn.Module:
     """Make a copy of a dispatched model run as that one does, with hooks and slots of its own; return it."""
+    made = read[0]
     state = Dispatched(
         made.model, made.plan, made.here.targets, made.weights, made.conventions, given=made.given, parts=made.parts,
         names=made.names,
@@ -128,6 +129,8 @@ def revived(made: Blueprint) -> torch.nn.Module:
     limits = None if made.on_exceed is None else Limits(made.plan, state.targets, made.on_exceed)
     state.run(limits, served=made.served)
     state.before = made.before
+    if made.device_map is not None:
+        setattr(made.model, MAP_ATTRIBUTE, dict(made.device_map))
     return made.model
 
 

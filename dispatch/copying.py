@@ -16,7 +16,7 @@ from dispatch.away import AWAY
 from dispatch.conventions import Conventions
 from dispatch.experts import ExpertPlace
 from dispatch.limits import OnExceed
-from dispatch.plain_copy import COPYING, Memo, attributes, itself, plain_copy, tensors_below
+from dispatch.plain_copy import COPYING, Memo, Pickled, attributes, itself, plain_copy, tensors_below
 from dispatch.replan import Given
 from dispatch.stores import DiskStore, HostStore, Store
 from dispatch.targets import is_here
@@ -60,7 +60,7 @@ class Blueprint:
     plan knows them by. names: of all tensors. stores, experts: where what waits does, by layer and group. mapped: names
     of what is used straight from mapped files; unwritten: of those that the model does not hold.
     on_exceed, given: of `dispatch.apply`, None without it. served: calls pass through a session. before: the
-    implementations that the plan's took the place of.
+    implementations that the plan's took the place of. device_map: that the model says it runs by.
     """
 
     here: Here
@@ -78,17 +78,17 @@ class Blueprint:
     given: Given | None
     served: bool
     before: dict[str, Any]
+    device_map: dict[str, Any] | None
 
 
 class Copies:
     """Lets `copy.deepcopy` and `pickle` take a dispatched model and its parts.
 
-    revive: makes the model of a blueprint run. It is called wherever a pickle is read.
-
-    `copy.copy` asks for what `pickle` does: it makes another model over the very same weights.
+    revive: makes the model of a blueprint run, which is given as the one item of what it takes. It is called wherever a
+    pickle is read.
     """
 
-    def __init__(self, state: Dispatched, revive: Callable[[Blueprint], torch.nn.Module]):
+    def __init__(self, state: Dispatched, revive: Callable[[Any], torch.nn.Module]):
         self._state, self._revive = state, revive
 
     def attach(self, *, parts: bool) -> None:
@@ -106,7 +106,7 @@ class Copies:
                 vars(module).pop(name, None)
 
     def _copied(self, memo: Memo) -> torch.nn.Module:
-        made = self._revive(self._blueprint(memo, shared=False))
+        made = self._revive((self._blueprint(memo, shared=False),))
         new: Dispatched = vars(made)["_loadplan_dispatch"]
         for key, group in self._state.has.groups.items():
             # Whoever else has these, as an optimizer of all parameters, gets the copy's.
@@ -115,14 +115,19 @@ class Copies:
         return made
 
     def _pickled(self, protocol: Any) -> tuple[Any, ...]:
-        return self._revive, (self._blueprint({}, shared=True),)
+        return self._revive, (Pickled(self._blueprint({}, shared=True)),)
 
     def _copied_part(self, module: torch.nn.Module, memo: Memo) -> Any:
         if id(self._state) in memo:
             return self._plain(module, memo)
         with self._settled():
-            self._fill(module, memo, shared=False)
-            return self._plain(module, memo)
+            # Of what else it holds, a copy of the whole model that may follow makes its own.
+            inside = dict(memo)
+            self._fill(module, inside, shared=False)
+            made = self._plain(module, inside)
+            known = (*module.modules(), *tensors_below(module))
+            memo.update({id(one): inside[id(one)] for one in known if id(one) in inside})
+            return made
 
     def _pickled_part(self, module: torch.nn.Module, protocol: Any) -> tuple[Any, ...]:
         with self._settled():
@@ -199,6 +204,7 @@ class Copies:
                 given=state.given,
                 served=session is not None,
                 before=dict(state.before),
+                device_map=vars(state.model).get("hf_device_map"),
             )
 
     @contextmanager

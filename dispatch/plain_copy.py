@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dispatch import hooks
+from planner.errors import InputError
 
 # What `copy.deepcopy` knows already, by the identities of the originals.
 Memo = dict[int, Any]
@@ -54,9 +55,29 @@ def plain_copy(
     return made
 
 
+class Pickled:
+    """Stands for (value,) until that is read from a pickle, which needs nothing of ours for it.
+
+    `copy.copy` asks for what `pickle` does, and takes it as it is: two models would have one set of weights.
+    """
+
+    def __init__(self, value: Any):
+        self._value = value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tuple, ([self._value],)
+
+    def __getitem__(self, index: int) -> Any:
+        """Raise InputError."""
+        raise InputError(
+            "copy.copy of a dispatched model, or of a part of one, would let two share what waits elsewhere: use "
+            "copy.deepcopy"
+        )
+
+
 def itself(value: Any) -> tuple[Any, ...]:
-    """Return what `pickle` takes of a thing in whose place `value` is to be read, without anything of ours."""
-    return operator.getitem, ((value,), 0)
+    """Return what `pickle` takes of a thing in whose place `value` is to be read."""
+    return operator.getitem, (Pickled(value), 0)
 
 
 def tensors_below(module: torch.nn.Module) -> Iterator[torch.Tensor]:

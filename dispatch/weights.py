@@ -55,7 +55,7 @@ class Weights:
     def again(self, model: torch.nn.Module, checkpoint: Checkpoint | None) -> Weights:
         """Return the same for a copy of the model, which holds what is in no file; the files then have two readers."""
         made = copy.copy(self)
-        made.model, made.checkpoint, made.given = model, checkpoint, {}
+        made.model, made.checkpoint, made.given, made.computed = model, checkpoint, {}, {}
         made.lent = self.lent = True
         return made
 
@@ -157,7 +157,8 @@ class Weights:
 
     def in_pages(self, name: str) -> bool:
         """Tell whether what `map` returns lies in the page cache, and not in memory of its own."""
-        entry = None if name in self.computed else self.sources[name].whole_entry()
+        source = None if name in self.computed else self.sources.get(name)
+        entry = None if source is None else source.whole_entry()
         return entry is not None and self._checkpoint().mappable(entry)
 
     def store(

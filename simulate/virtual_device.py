@@ -42,6 +42,16 @@ class VirtualTensor(torch.Tensor):
         made.stand_in = inner
         return made
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> VirtualTensor:
+        """Return a copy on the same device; torch's own reads the memory of a storage, and this has none."""
+        known = memo.get(id(self))
+        if known is None:
+            known = memo[id(self)] = self.detach().clone()
+            known.requires_grad_(self.requires_grad)
+            vars(known).update({name: value for name, value in vars(self).items() if name != "stand_in"})
+        made: VirtualTensor = known
+        return made
+
     def __repr__(self) -> str:  # type: ignore[override]
         return f"VirtualTensor({self.stand_in!r}, device='{self.device}')"
 
