@@ -242,9 +242,7 @@ class Dispatched:
         self.model, self.plan, self.targets, self.weights = model, plan, targets, weights
         self.conventions, self.given = conventions, given
         self.parts = dict(model.named_modules(remove_duplicate=False)) if parts is None else parts
-        self.has = Preparation(
-            model, plan, targets, weights, parts=self.parts, buffers_wait=conventions.buffers_wait
-        )
+        self.has = Preparation(model, plan, targets, weights, parts=self.parts, buffers_wait=conventions.buffers_wait)
         self.hooked: list[torch.nn.Module] = []
         self.tied: dict[tuple[str, torch.device], torch.nn.Parameter] = {}
         self.moved: Moved = {}

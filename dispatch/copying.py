@@ -1,4 +1,4 @@
-"""Copies and pickles of a dispatched model, which are dispatched as it is; and of its parts, which are plain modules."""
+"""Copies and pickles of a dispatched model, which are dispatched as it is; and of its parts: plain modules."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 
 from dispatch import place
 from dispatch.away import AWAY
+from dispatch.checkpoint import Checkpoint
 from dispatch.conventions import Conventions
 from dispatch.experts import ExpertPlace
 from dispatch.limits import OnExceed
@@ -23,7 +24,7 @@ from dispatch.targets import is_here
 from dispatch.weights import Weights
 from planner.errors import InputError
 from planner.graph import full_name
-from planner.plan import Placement, Plan
+from planner.plan import Plan
 
 if TYPE_CHECKING:
     from dispatch.attach import Dispatched
@@ -44,8 +45,8 @@ class Here:
         missing = [f"{name} ({device})" for name, device in self.targets.items() if not is_here(device)]
         if missing:
             raise InputError(
-                f"the model that was pickled runs on {', '.join(missing)}, and this machine has no such device: read it "
-                "where there is one, or pickle it after dispatch.remove, or save_pretrained it, and dispatch it here"
+                f"the model that was pickled runs on {', '.join(missing)}, and this machine has no such device: read "
+                "it where there is one, or pickle it after dispatch.remove, or save_pretrained it, and dispatch it here"
             )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -160,32 +161,7 @@ class Copies:
             self._empty(memo, unwritten)
             model = self._plain(state.model, memo)
             parts = {path: copy.deepcopy(module, memo) for path, module in state.parts.items()}
-            placements = {(p.layer, p.group): p for p, _, _ in has.placed}
-
-            def store(placement: Placement, one: Any) -> Any:
-                if isinstance(one, DiskStore):
-                    assert checkpoint is not None
-                    return one.of(checkpoint)
-                if shared or not isinstance(one, HostStore):
-                    return one
-                target, pinned = state.targets[placement.run_on], placement.memory != "pageable"
-                return one.copied(target, pinned=pinned)
-
-            modules = {id(module): source for module, source in has.experts}
-            experts: dict[_Key, dict[int, ExpertPlace]] = {}
-            for key, placement in placements.items():
-                path = full_name(*key)
-                source = modules.get(id(state.parts.get(path)))
-                if source is None:
-                    continue
-                names = {leaf: f"{path}.{leaf}" for leaf in source.standing()}
-                experts[key] = {
-                    expert: (
-                        {names[leaf]: tensor if shared else tensor.clone() for leaf, tensor in tensors.items()},
-                        None if waiting is None else store(placement, waiting).renamed(names),
-                    )
-                    for expert, (tensors, waiting) in source.by_expert().items()
-                }
+            stores = _Stores(state, checkpoint, shared=shared)
             session = state.session
             return Blueprint(
                 here=Here(state.targets),
@@ -196,8 +172,8 @@ class Copies:
                 weights=weights.again(model, checkpoint),
                 parts=parts,
                 names=tuple(state.owners),
-                stores={key: store(placements[key], group.store) for key, group in has.groups.items()},
-                experts=experts,
+                stores={key: stores.of(key, group.store) for key, group in has.groups.items()},
+                experts=stores.of_experts(),
                 mapped=list(has.mapped),
                 unwritten=unwritten,
                 on_exceed=session.limits.on_exceed if session is not None and session.limits is not None else None,
@@ -223,8 +199,8 @@ class Copies:
         for group in self._state.has.groups.values():
             if not group.is_away:
                 raise InputError(
-                    "a dispatched model was to be copied while its weights are at home: copy it after that block. Parts "
-                    "of it can be copied inside"
+                    "a dispatched model was to be copied while its weights are at home: copy it after that block; "
+                    "parts can be copied inside"
                 )
             group.check()
 
@@ -275,6 +251,43 @@ class Copies:
         module, leaf = self._state.owners[name]
         found = module._parameters.get(leaf) if leaf in module._parameters else module._buffers[leaf]
         assert found is not None
+        return found
+
+
+class _Stores:
+    """Where a copy's weights wait. shared: where the model's own do, but for what is read from files."""
+
+    def __init__(self, state: Dispatched, checkpoint: Checkpoint | None, *, shared: bool):
+        self._state, self._checkpoint, self._shared = state, checkpoint, shared
+        self._placements = {(p.layer, p.group): p for p, _, _ in state.has.placed}
+
+    def of(self, key: _Key, store: Store) -> Store:
+        """Return the copy's of a store of a group, or of one expert of it."""
+        if isinstance(store, DiskStore):
+            assert self._checkpoint is not None
+            return store.of(self._checkpoint)
+        if self._shared or not isinstance(store, HostStore):
+            return store
+        placement = self._placements[key]
+        return store.copied(self._state.targets[placement.run_on], pinned=placement.memory != "pageable")
+
+    def of_experts(self) -> dict[_Key, dict[int, ExpertPlace]]:
+        """Return where the copy's experts are, of groups of which some wait, under full names."""
+        sources = {id(module): source for module, source in self._state.has.experts}
+        found: dict[_Key, dict[int, ExpertPlace]] = {}
+        for key in self._placements:
+            path = full_name(*key)
+            source = sources.get(id(self._state.parts.get(path)))
+            if source is None:
+                continue
+            names = {leaf: f"{path}.{leaf}" for leaf in source.standing()}
+            found[key] = {
+                expert: (
+                    {names[leaf]: tensor if self._shared else tensor.clone() for leaf, tensor in tensors.items()},
+                    None if store is None else self.of(key, store).renamed(names),
+                )
+                for expert, (tensors, store) in source.by_expert().items()
+            }
         return found
 
 

@@ -14,7 +14,6 @@ from dispatch.expert_cache import ExpertCache
 from dispatch.readahead import Bringing
 from dispatch.stores import HostStore, Store
 
-
 # Where one expert is: its tensors, if it is resident, or else the store that it waits in; neither in a mapped file.
 ExpertPlace = tuple[dict[str, torch.Tensor], Store | None]
 

@@ -1,5 +1,6 @@
-"""Deep copies of a module without what dispatching put on it, made as its class has them made. The module is left alone:
-others may be calling it.
+"""Deep copies of a module without what dispatching put on it, made as its class has them made.
+
+The module itself is left alone: others may be calling it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def plain_copy(
     kind: the class that it is to have. own: the attributes that it is a copy of.
     """
     kind = type(module) if kind is None else kind
-    bare = object.__new__(kind)
+    bare: Any = object.__new__(kind)
     vars(bare).update(attributes(module) if own is None else own)
     # What is known by an identity must live as long as that is asked for.
     memo.setdefault(id(memo), []).append(bare)

@@ -1,4 +1,4 @@
-"""Pickles of dispatched models, which are read as models dispatched alike, and of their parts, which are plain modules."""
+"""Pickles of dispatched models, which are read as models dispatched alike, and of their parts: plain modules."""
 
 from __future__ import annotations
 

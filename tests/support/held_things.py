@@ -1,4 +1,4 @@
-"""Finds what an object holds, through attributes, containers and functions: by means of Python's own. For tests only."""
+"""Finds what an object holds, through attributes, containers and functions, by Python's own means. For tests only."""
 
 from __future__ import annotations
 
