@@ -85,8 +85,7 @@ class Blueprint:
 class Copies:
     """Lets `copy.deepcopy` and `pickle` take a dispatched model and its parts.
 
-    revive: makes the model of a blueprint run, which is given as the one item of what it takes. It is called wherever a
-    pickle is read.
+    revive: takes (blueprint,) and returns its model, made to run. It is called wherever a pickle is read.
     """
 
     def __init__(self, state: Dispatched, revive: Callable[[Any], torch.nn.Module]):
