@@ -269,8 +269,10 @@ def test_models_that_run_by_a_plan(kind: str, make_case: Any, tmp_path: Path) ->
     elif kind != "resident":
         plan = streamed(plan, kind)
     case.run_like(plan)
+    given = case.loaded()
+    given.set_attn_implementation("eager")
     model = dispatch.apply(
-        case.loaded(), plan, devices=on_cpu(plan), on_exceed="refuse", offload_dir=tmp_path if kind == "disk" else None
+        given, plan, devices=on_cpu(plan), on_exceed="refuse", offload_dir=tmp_path if kind == "disk" else None
     )
     read = through_torch(model)
     assert isinstance(read, type(case.reference))
@@ -281,4 +283,8 @@ def test_models_that_run_by_a_plan(kind: str, make_case: Any, tmp_path: Path) ->
         with pytest.raises(PlanMismatchError), torch.no_grad():
             each(torch.ones(2, 64, dtype=torch.long))
     dispatch.remove(model)
-    assert torch.equal(case.logits(dispatch.remove(read)), case.logits(case.reference))
+    plain: Any = dispatch.remove(read)
+    assert torch.equal(case.logits(plain), case.logits(case.reference))
+    assert plain.config._attn_implementation == "eager"
+    if kind == "experts":
+        assert plain.get_experts_implementation() == model.get_experts_implementation() != "loadplan_routed"
