@@ -104,56 +104,12 @@ class Preparation:
             device = self.targets[self.plan.run_on()[0]]
             for tensor in self.plan.graph.loose:
                 self.resident[tensor.name] = self.weights.load(tensor.name, device)
-        self._read_ahead(self.mapped)
+        if self.mapped and page_cache.SUPPORTED:
+            self.ahead = ReadAhead(self._in_pages(), room_bytes(self.plan))
 
-    def adopt(
-        self,
-        stores: Mapping[tuple[str, str], Store],
-        experts: Mapping[tuple[str, str], dict[int, ExpertPlace]],
-        mapped: list[str],
-        unwritten: list[str],
-    ) -> None:
-        """Take what waits as another model's preparation has it, where the model has all that stays.
-
-        mapped: names of what is used straight from mapped files; unwritten: of those that still are as the files.
-        """
-        self._take_slots()
-        for placement, group, names in self.placed:
-            key = placement.layer, placement.group
-            if key in experts:
-                places = {e: (stays, self._pinned(placement, store)) for e, (stays, store) in experts[key].items()}
-                self._stream_experts(placement, group, names, places)
-            elif key in stores:
-                store = self._pinned(placement, stores[key])
-                self._stream_group(placement, [piece.name for piece in store.layout.pieces], store)
-        self.mapped = mapped
-        self.resident.update({name: self.weights.map(name) for name in unwritten})
-        self._read_ahead(unwritten)
-
-    def _pinned(self, placement: Placement, store: Any) -> Any:
-        """Return a store in pinned memory where that is wanted, and it is in other memory, as what was pickled is."""
-        device = self.targets[placement.run_on]
-        if isinstance(store, HostStore) and placement.memory != "pageable" and device.type == "cuda":
-            return store if store.slab.is_pinned() else store.copied(device, pinned=True)
-        return store
-
-    def _take_slots(self) -> None:
-        peers.check(list(self.targets.values()))
-        for entry in self.plan.slots:
-            wanted = (self.plan.hardware.disk(entry.device), entry.device, entry.holds)
-            staging = any((p.home, p.run_on, slot_kind(group)) == wanted for p, group, _ in self.placed)
-            ring = SlotRing(self.targets[entry.device], entry.count, entry.slot_bytes, staging=staging)
-            self.rings[entry.device, entry.holds] = ring
-            if entry.holds == "experts":
-                self.caches[entry.device] = ExpertCache(ring)
-
-    def _read_ahead(self, mapped: list[str]) -> None:
-        if mapped and page_cache.SUPPORTED:
-            self.ahead = ReadAhead(self._in_pages(mapped), room_bytes(self.plan))
-
-    def _in_pages(self, wanted: list[str]) -> dict[str, list[torch.Tensor]]:
+    def _in_pages(self) -> dict[str, list[torch.Tensor]]:
         """Return {module: its tensors in mapped files}, in the order of a pass; not embeddings: few rows are used."""
-        mapped, found = set(wanted), dict[str, list[torch.Tensor]]()
+        mapped, found = set(self.mapped), dict[str, list[torch.Tensor]]()
         named = {(placement.layer, placement.group): names for placement, _, names in self.placed}
         modules = self.parts
         for run in layer_runs(self.plan.graph, self.plan.placements):
@@ -176,6 +132,49 @@ class Preparation:
                     yield name, torch.device("cpu"), group.slices > 1
         for tensor in self.plan.graph.loose:
             yield tensor.name, self.targets[self.plan.run_on()[0]], False
+
+    def adopt(
+        self,
+        stores: Mapping[tuple[str, str], Store],
+        experts: Mapping[tuple[str, str], dict[int, ExpertPlace]],
+        mapped: list[str],
+        unwritten: list[str],
+    ) -> None:
+        """Take what waits as another model's preparation has it, where the model has all that stays.
+
+        mapped: names of what is used straight from mapped files; unwritten: of those that still are as the files.
+        """
+        self._take_slots()
+        for placement, group, names in self.placed:
+            key = placement.layer, placement.group
+            if key in experts:
+                places = {e: (stays, self._pinned(placement, store)) for e, (stays, store) in experts[key].items()}
+                self._stream_experts(placement, group, names, places)
+            elif key in stores:
+                store = self._pinned(placement, stores[key])
+                self._stream_group(placement, [piece.name for piece in store.layout.pieces], store)
+        self.resident.update({name: self.weights.map(name) for name in unwritten})
+        self.mapped = unwritten
+        if unwritten and page_cache.SUPPORTED:
+            self.ahead = ReadAhead(self._in_pages(), room_bytes(self.plan))
+        self.mapped = mapped
+
+    def _pinned(self, placement: Placement, store: Any) -> Any:
+        """Return a store in pinned memory where that is wanted, and it is in other memory, as what was pickled is."""
+        device = self.targets[placement.run_on]
+        if isinstance(store, HostStore) and placement.memory != "pageable" and device.type == "cuda":
+            return store if store.slab.is_pinned() else store.copied(device, pinned=True)
+        return store
+
+    def _take_slots(self) -> None:
+        peers.check(list(self.targets.values()))
+        for entry in self.plan.slots:
+            wanted = (self.plan.hardware.disk(entry.device), entry.device, entry.holds)
+            staging = any((p.home, p.run_on, slot_kind(group)) == wanted for p, group, _ in self.placed)
+            ring = SlotRing(self.targets[entry.device], entry.count, entry.slot_bytes, staging=staging)
+            self.rings[entry.device, entry.holds] = ring
+            if entry.holds == "experts":
+                self.caches[entry.device] = ExpertCache(ring)
 
     def _parts(self) -> Iterator[_Part]:
         """Yield what is loaded by one reader at a time: groups, and single experts of those of which some wait."""
