@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,11 +11,14 @@ import torch
 
 from dispatch import hooks, others, place
 from dispatch.attach import GROUP_ATTRIBUTE, WHOLE_ATTRIBUTE
+from dispatch.copying import Here
 from dispatch.mover import changed
-from dispatch.refusals import allow, refuse_copies
+from dispatch.plain_copy import COPYING, Memo, Pickled, plain_copy, tensors_below
 from dispatch.stream import GroupStream, StreamedGroup
 from dispatch.structure import Place, place_name
 from planner.execution import SOURCE_ATTRIBUTE
+
+_CPU = torch.device("cpu")
 
 
 def has_offloaded_params(module: torch.nn.Module) -> bool:
@@ -70,13 +74,16 @@ def align_module_device(module: torch.nn.Module, execution_device: Place | None 
 
 
 class WholeOffload:
-    """A whole model that waits in host memory until it is called, and stays on its device until `offload`."""
+    """A whole model that waits in host memory until it is called, and stays on its device until `offload`.
+
+    A copy of the model waits in host memory too, with a hook of its own, and so do copies of the models before it.
+    """
 
     def __init__(self, model: torch.nn.Module, device: torch.device, before: WholeOffload | None):
         self.model, self.device, self._before = model, device, before
         self.offload()
         hooks.attach(model, before=self._bring)
-        refuse_copies(model)
+        vars(model).update(__deepcopy__=self._copied, __reduce_ex__=self._pickled)
         setattr(model, WHOLE_ATTRIBUTE, self)
 
     @classmethod
@@ -92,8 +99,25 @@ class WholeOffload:
     def remove(self) -> None:
         """Let the model go, where it is."""
         hooks.detach(self.model)
-        allow(self.model, ())
-        vars(self.model).pop(WHOLE_ATTRIBUTE, None)
+        for name in (*COPYING, WHOLE_ATTRIBUTE):
+            vars(self.model).pop(name, None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _hook_of, (self.model, self.device, self._before)
+
+    def _copied(self, memo: Memo) -> torch.nn.Module:
+        for tensor in tensors_below(self.model):
+            if tensor.device != _CPU:
+                memo[id(tensor)] = _on_host(tensor)
+        model = plain_copy(self.model, memo)
+        memo[id(self)] = WholeOffload(model, self.device, copy.deepcopy(self._before, memo))
+        found: torch.nn.Module = model
+        return found
+
+    def _pickled(self, protocol: Any) -> tuple[Any, ...]:
+        memo: Memo = {id(t): t if t.device == _CPU else _on_host(t) for t in tensors_below(self.model)}
+        here = Here({str(self.device): self.device})
+        return _offloaded, (Pickled((here, plain_copy(self.model, memo), self._before)),)
 
     def _bring(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._before is not None:
@@ -101,3 +125,26 @@ class WholeOffload:
         self.model.to(self.device)
         device = self.device
         return changed(args, lambda one: one.to(device)), changed(kwargs, lambda one: one.to(device))
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    values = tensor.detach().to("cpu")
+    if not isinstance(tensor, torch.nn.Parameter):
+        return values
+    return place.as_parameter(values, requires_grad=tensor.requires_grad)
+
+
+def _offloaded(read: tuple[tuple[Here, torch.nn.Module, WholeOffload | None]]) -> torch.nn.Module:
+    """Return a model that was pickled, waiting as it did."""
+    here, model, before = read[0]
+    (device,) = here.targets.values()
+    return WholeOffload(model, device, before).model
+
+
+def _hook_of(model: torch.nn.Module, device: torch.device, before: WholeOffload | None) -> WholeOffload:
+    """Return the hook of a model, or of one that its hook was removed from."""
+    hook = WholeOffload.of(model)
+    if hook is None:
+        hook = WholeOffload.__new__(WholeOffload)
+        hook.model, hook.device, hook._before = model, device, before
+    return hook

@@ -15,6 +15,7 @@ from dispatch import hooks, others, own_device, place, resizing
 from dispatch.built import as_module
 from dispatch.checkpoint import Checkpoint
 from dispatch.conventions import Conventions
+from dispatch.copying import Blueprint, Copies
 from dispatch.expert_cache import CacheStatistics
 from dispatch.learned_order import LearnedStream
 from dispatch.limits import Limits, OnExceed
@@ -26,6 +27,7 @@ from dispatch.preparation import Preparation
 from dispatch.progress import loading_bar
 from dispatch.readahead import ReadAhead
 from dispatch.refusals import allow, refuse
+from dispatch.replan import Given
 from dispatch.saved_weights import take_off
 from dispatch.session import Dispatch, Session
 from dispatch.stream import GroupStream, StreamedGroup
@@ -86,23 +88,51 @@ def apply(
         opened = waiting.checkpoint
     weights = Weights(module, opened, offloaded=offloaded, sources=None if waiting is None else waiting.sources)
     limits = Limits(plan, targets, on_exceed or "warn")
+    given = Given(checkpoint=checkpoint, devices=devices, offload_dir=offload_dir, on_exceed=on_exceed)
+    state = Dispatched(module, plan, targets, weights, Conventions(), given=given)
+    nbytes = read_bytes(plan) if weights.on_meta else 0
+    state.start(limits, served=on_exceed is not None, nbytes=nbytes, progress=progress)
+    return module
 
-    def by_another(larger: Plan) -> Session:
+
+def _by_another(state: Dispatched, given: Given) -> Dispatch:
+    """Return what dispatches a model anew, as `apply` was told to, by a larger plan."""
+
+    def dispatch(larger: Plan) -> Session:
+        module, weights, told = state.model, state.weights, given
         if weights.on_meta and not weights.changed:
             _let_go(module)
         else:
             remove(module)
-            if weights.offloaded and weights.checkpoint is not None and offload_dir is not None:
-                # All of it is in memory again, and the new plan's disk homes take its place.
-                (Path(offload_dir) / OFFLOAD_FILE).unlink(missing_ok=True)
-        apply(module, larger, checkpoint, devices=devices, offload_dir=offload_dir, on_exceed=on_exceed)
+            # All of it is in memory again, and the new plan's disk homes take its place.
+            if weights.lent:
+                told = told.another_folder()
+            elif weights.offloaded and weights.checkpoint is not None and told.offload_dir is not None:
+                (Path(told.offload_dir) / OFFLOAD_FILE).unlink(missing_ok=True)
+        apply(
+            module, larger, told.checkpoint, devices=told.devices, offload_dir=told.offload_dir,
+            on_exceed=told.on_exceed,
+        )  # fmt: skip
         following: Session = getattr(module, _ATTRIBUTE).session
         return following
 
-    state = Dispatched(module, plan, targets, weights, Conventions())
-    nbytes = read_bytes(plan) if weights.on_meta else 0
-    state.start(limits, by_another, served=on_exceed is not None, nbytes=nbytes, progress=progress)
-    return module
+    return dispatch
+
+
+def revived(read: tuple[Blueprint]) -> torch.nn.Module:
+    """Make a copy of a dispatched model run as that one does, with hooks and slots of its own; return it."""
+    made = read[0]
+    state = Dispatched(
+        made.model, made.plan, made.here.targets, made.weights, made.conventions, given=made.given, parts=made.parts,
+        names=made.names,
+    )  # fmt: skip
+    state.has.adopt(made.stores, made.experts, made.mapped, made.unwritten, made.written)
+    limits = None if made.on_exceed is None else Limits(made.plan, state.targets, made.on_exceed)
+    state.run(limits, served=made.served)
+    state.before = made.before
+    if made.device_map is not None:
+        setattr(made.model, MAP_ATTRIBUTE, dict(made.device_map))
+    return made.model
 
 
 def check_plain(model: torch.nn.Module) -> None:
@@ -162,6 +192,7 @@ def forget(model: torch.nn.Module) -> None:
     """Let a model that has no hooks go on as a plain one."""
     state: Dispatched = getattr(model, _ATTRIBUTE)
     if not state.waits:
+        state.copies.detach()
         delattr(model, _ATTRIBUTE)
         delattr(model, NAMES_ATTRIBUTE)
 
@@ -200,10 +231,16 @@ class Dispatched:
         targets: dict[str, torch.device],
         weights: Weights,
         conventions: Conventions,
+        *,
+        given: Given | None = None,
+        parts: dict[str, torch.nn.Module] | None = None,
+        names: Iterable[str] | None = None,
     ):
+        """Take parts and names as they were where a model is a copy: adapters may have come between since."""
         self.model, self.plan, self.targets, self.weights = model, plan, targets, weights
-        self.conventions = conventions
-        self.has = Preparation(model, plan, targets, weights, buffers_wait=conventions.buffers_wait)
+        self.conventions, self.given = conventions, given
+        self.parts = dict(model.named_modules(remove_duplicate=False)) if parts is None else parts
+        self.has = Preparation(model, plan, targets, weights, parts=self.parts, buffers_wait=conventions.buffers_wait)
         self.hooked: list[torch.nn.Module] = []
         self.tied: dict[tuple[str, torch.device], torch.nn.Parameter] = {}
         self.moved: Moved = {}
@@ -214,14 +251,15 @@ class Dispatched:
         self.session: Session | None = None
         self.alone = threading.RLock()
         # Where each tensor is, and the modules that are there; adapters may come between later.
-        self.owners = {name: place.owner(model, name) for name, _ in place.named_tensors(model)}
-        self.known = weakref.WeakSet(model.modules())
+        names = [name for name, _ in place.named_tensors(model)] if names is None else names
+        self.owners = {name: place.owner_in(self.parts, name) for name in names}
+        self.known = weakref.WeakSet(self.parts.values())
+        self.copies = Copies(self, revived)
         self.waits = False
 
     def start(
         self,
         limits: Limits | None = None,
-        by_another: Dispatch | None = None,
         *,
         served: bool = False,
         nbytes: int = 0,
@@ -229,17 +267,21 @@ class Dispatched:
     ) -> None:
         """Load, and make the model run so. All that can be refused is refused before the model is changed.
 
-        by_another: dispatches by a larger plan, where the limits ask for it.
         served: calls are held to the limits even where nothing waits. nbytes: that are read, for the bar.
         """
         self.has.check()
         with loading_bar(nbytes, shown=progress) as self.weights.loaded:
             self.has.load()
+        self.run(limits, served=served)
+
+    def run(self, limits: Limits | None, *, served: bool) -> None:
+        """Make the model run with what was loaded."""
         self.attach()
         if self.waits or served:
+            another = None if self.given is None else _by_another(self, self.given)
             session = Session(
                 limits, begin=self.begin_call, end=self.end_call, recover=torch.compiler.disable(self.recover),
-                dispatch=by_another, lock=self.alone,
+                dispatch=another, lock=self.alone,
             )  # fmt: skip
             self.serve(session)
         if self.conventions.returns:
@@ -247,6 +289,7 @@ class Dispatched:
             self.hooked.append(self.model)
         setattr(self.model, _ATTRIBUTE, self)
         setattr(self.model, NAMES_ATTRIBUTE, plan_names(self.plan, self.targets))
+        self.copies.attach(parts=bool(self.hooked))
 
     def attach(self) -> None:
         """Make the model what was prepared."""
@@ -303,7 +346,7 @@ class Dispatched:
             stream = kind(self.has.rings[device, "groups"], groups)
             self.streams.append(stream)
             for group in groups:
-                module = self.model.get_submodule(group.name)
+                module = self.parts[group.name]
                 setattr(module, GROUP_ATTRIBUTE, (stream, group))
                 self._attach(
                     group.name,
@@ -317,7 +360,7 @@ class Dispatched:
             for path in self.has.ahead.groups:
                 self._attach(path, before=_reacher(self.has.ahead, path), after=partial(self.has.ahead.leave, path))
         if self.waits:
-            refuse(self.model, self.hooked)
+            refuse(self.model)
             resizing.explain(self.model)
             self.whole.attach()
 
@@ -336,7 +379,7 @@ class Dispatched:
         if getattr(config, "is_encoder_decoder", False):
             return tuple(range(len(layers)))  # generate calls the encoder by itself
         devices = [self.targets[name] for name in self.plan.run_on()]
-        return handed_over(self.plan.graph, devices, [self.model.get_submodule(e.name).forward for e in layers])
+        return handed_over(self.plan.graph, devices, [self.parts[e.name].forward for e in layers])
 
     def _move(self, indices: Iterable[int]) -> None:
         """Let so many more layers have their inputs brought to them."""
@@ -354,7 +397,7 @@ class Dispatched:
     def _attach(
         self, path: str, *, before: hooks.Before, made: hooks.Made | None = None, after: hooks.After | None = None
     ) -> None:
-        module = self.model.get_submodule(path)
+        module = self.parts[path]
         hooks.attach(module, before=before, made=made, after=after)
         self.hooked.append(module)
 
@@ -417,8 +460,9 @@ class Dispatched:
         for module in self.hooked:
             hooks.detach(module)
             vars(module).pop(GROUP_ATTRIBUTE, None)
-        allow(self.model, self.hooked)
+        allow(self.model)
         resizing.leave(self.model)
+        self.copies.detach()
         for group, parameters in groups:
             group.restore(parameters)
         for module, source, whole in experts:

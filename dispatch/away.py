@@ -57,6 +57,9 @@ class AwayParameter(Away, torch.nn.Parameter):
     """Stands for a parameter."""
 
 
+AWAY = (AwayTensor, AwayParameter)
+
+
 def away(tensor: torch.Tensor, *, parameter: bool) -> torch.Tensor:
     """Return what stands for a tensor while its values are elsewhere; it takes no gradients."""
     empty = tensor.detach().to("meta")

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -91,6 +92,16 @@ class Checkpoint:
                     f"ends at {end:,}; write it anew"
                 )
         return cls(path, files, dict(entries))
+
+    def again(self) -> Checkpoint:
+        """Return the same tensors of the same open files, with mappings of their own: what was written to pages of
+        this one's is not in them.
+        """
+        return Checkpoint(self.path, {path: file.again() for path, file in self._files.items()}, self._entries)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle where the tensors are and when the files were written last, and nothing of what they hold."""
+        return _reopened, (self.path, {path: file.written for path, file in self._files.items()}, self._entries)
 
     def names(self) -> tuple[str, ...]:
         """Return every tensor's name, in order of file and of place in it."""
@@ -207,6 +218,26 @@ class Checkpoint:
         return True
 
 
+def _reopened(path: Path, written: Mapping[Path, tuple[int, int]], entries: dict[str, TensorEntry]) -> Checkpoint:
+    """Return a checkpoint that was pickled.
+
+    Raises:
+        InputError: a file is gone, or of another size or time than it was then.
+    """
+    files = {}
+    for where, then in written.items():
+        try:
+            file = files[where] = _OpenFile(where)
+        except InputError as exc:
+            raise InputError(f"weights of what was pickled wait in {where}, which cannot be opened: {exc}") from exc
+        if file.written != then:
+            raise InputError(
+                f"{where} is not the file that weights of what was pickled wait in: it had {then[0]:,} bytes and has "
+                f"{file.size_bytes:,}, or was written to since; put that one back, or make the model anew"
+            )
+    return Checkpoint(path, files, entries)
+
+
 def _entry(stored: StoredTensor) -> TensorEntry:
     return TensorEntry(
         name=stored.name,
@@ -221,15 +252,27 @@ def _entry(stored: StoredTensor) -> TensorEntry:
 class _OpenFile:
     """One open file: its descriptor, its state when opened, its one mapping. Closed with its last user."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, descriptor: int | None = None):
+        """Open a file, or take over a descriptor of it."""
         self.path = path
-        self._descriptor = open_regular(path)
+        self._descriptor = open_regular(path) if descriptor is None else descriptor
         weakref.finalize(self, os.close, self._descriptor)
         self._stat = os.fstat(self._descriptor)
         self.size_bytes = self._stat.st_size
         self._mapping: mmap.mmap | None = None
         self._direct = direct.DirectFile(self._descriptor)
         self._lock = threading.Lock()
+
+    def again(self) -> _OpenFile:
+        """Return the same file, whatever its path leads to by now, with a state and a mapping of its own."""
+        made = _OpenFile(self.path, os.dup(self._descriptor))
+        made._stat, made.size_bytes = self._stat, self.size_bytes
+        return made
+
+    @property
+    def written(self) -> tuple[int, int]:
+        """The size in bytes and the time of change in nanoseconds, by which a pickle knows it again."""
+        return self._stat.st_size, self._stat.st_mtime_ns
 
     def header(self) -> dict[str, StoredTensor]:
         """Return what the header describes, in the order of bytes. Raises InputError where it is damaged."""

@@ -18,6 +18,9 @@ from dispatch.scattered import ScatteredTensor
 from dispatch.stores import HostStore, Store
 from planner.errors import InputError
 
+# Where one expert is: its tensors, if it is resident, or else the store that it waits in; neither in a mapped file.
+ExpertPlace = tuple[dict[str, torch.Tensor], Store | None]
+
 
 class _Experts(ABC):
     """What every source has for `planner.execution.routed_experts`: the module's parameters, and experts that are
@@ -45,6 +48,11 @@ class _Experts(ABC):
     def names(self) -> tuple[str, ...]:
         """The full names of the module's parameters."""
         return tuple(f"{self.name}.{leaf}" for leaf in self.owners)
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The full names of parameters that no file holds as they are."""
+        return tuple(f"{self.name}.{leaf}" for leaf in self.owners if leaf not in self._files)
 
     @property
     @abstractmethod
@@ -102,7 +110,11 @@ class _Experts(ABC):
         for name, owner in self.owners.items():
             place.put(*owner, loaded[name])
 
-    def _check(self) -> None:
+    def standing(self) -> dict[str, torch.Tensor]:
+        """Return what stands for each whole parameter in the module: also what `bring` made."""
+        return self._meta | self._brought
+
+    def check(self) -> None:
         """Raise InputError if somebody replaced one of the module's parameters."""
         place.check_away(self.owners, self._meta)
 
@@ -198,6 +210,11 @@ class StreamedExperts(_Experts):
         store.changes += 1
         return store.views()[leaf]
 
+    def by_expert(self) -> dict[int, ExpertPlace]:
+        """Return where each expert is."""
+        found: dict[int, ExpertPlace] = {expert: (tensors, None) for expert, tensors in self._resident.items()}
+        return found | {expert: ({}, store) for expert, store in self._waiting.items()}
+
     def host_computes(self, tokens: int) -> Set[int]:
         """Return the experts that wait if the CPU computes them in a call of so many tokens, else none.
 
@@ -212,7 +229,7 @@ class StreamedExperts(_Experts):
         Raises:
             InputError: somebody replaced one of the module's parameters.
         """
-        self._check()
+        self.check()
         if self.cache is not None:
             self.cache.begin(self, [(expert, self._waiting[expert]) for expert in experts if expert in self._waiting])
         if self._saved is not None and torch.is_grad_enabled():
@@ -283,6 +300,11 @@ class MappedExperts(_Experts):
         # Pages that are written to stay in memory, as those of whole groups do.
         return self._mapped[expert][leaf]
 
+    def by_expert(self) -> dict[int, ExpertPlace]:
+        """Return where each expert is: in memory, where a file no longer holds them all as they are."""
+        found: dict[int, ExpertPlace] = {expert: (tensors, None) for expert, tensors in self._resident.items()}
+        return found | {expert: ({} if not self.written else held, None) for expert, held in self._mapped.items()}
+
     def host_computes(self, tokens: int) -> Set[int]:
         """Return none: they are where the layer runs."""
         return frozenset()
@@ -293,7 +315,7 @@ class MappedExperts(_Experts):
         Raises:
             InputError: somebody replaced one of the module's parameters.
         """
-        self._check()
+        self.check()
         self.end()
         self._bringing = Bringing.of(dict(self._pages[expert] for expert in experts if expert in self._pages))
 

@@ -91,8 +91,18 @@ def _wrap(module: torch.nn.Module, forward: Any, wrapped: Any) -> None:
 
 def detach(module: torch.nn.Module) -> None:
     """Take off everything that `attach` put on this module."""
-    while (inner := getattr(vars(module).get("forward"), _WRAPPED, None)) is not None:
+    if "forward" in vars(module):
+        own = own_forward(module)
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+def own_forward(module: torch.nn.Module) -> Callable[..., Any] | None:
+    """Return the forward that a module has of its own, under what `attach` put there; None where it is its class's."""
+    own: Callable[..., Any] | None = vars(module).get("forward")
+    while (inner := getattr(own, _WRAPPED, None)) is not None:
         if getattr(inner, "__func__", None) is type(module).forward or getattr(inner, _IS_CLASSES, False):
-            del module.forward
-        else:
-            module.forward = inner
+            return None
+        own = inner
+    return own

@@ -10,6 +10,8 @@ import errno
 import mmap
 import os
 import platform
+import sys
+from pathlib import Path
 
 from planner.units import KIB
 
@@ -18,6 +20,11 @@ _MADV_POPULATE_READ = 22
 _MADV_PAGEOUT = 21
 # What is announced at once: the kernel takes no more of one announcement than one request to the disk holds.
 _ANNOUNCED_BYTES = 512 * KIB
+
+# Linux's table of this process's pages, and in the highest byte of an entry what says of which kind a page is.
+_PAGE_MAP = Path("/proc/self/pagemap")
+_ENTRY_BYTES = 8
+_PRESENT, _SWAPPED, _OF_FILE = 1 << 7, 1 << 6, 1 << 5
 
 _LIBRARY = ctypes.CDLL(None, use_errno=True) if platform.system() == "Linux" else None
 if _LIBRARY is not None:
@@ -40,6 +47,25 @@ def present(address: int, nbytes: int) -> bool:
     start, length = pages(address, nbytes)
     flags = ctypes.create_string_buffer(length // mmap.PAGESIZE)
     return _LIBRARY.mincore(start, length, flags) == 0 and b"\0" not in flags.raw
+
+
+def written(address: int, nbytes: int) -> bool | None:
+    """Tell whether any page of a private mapping was written to, and so is no longer its file's; None where the kernel
+    does not say.
+    """
+    start, length = pages(address, nbytes)
+    count = length // mmap.PAGESIZE
+    try:
+        with _PAGE_MAP.open("rb", buffering=0) as table:
+            table.seek(start // mmap.PAGESIZE * _ENTRY_BYTES)
+            found = table.read(count * _ENTRY_BYTES)
+    except OSError:
+        return None
+    if len(found) < count * _ENTRY_BYTES:
+        return None
+    # Of each page the highest byte alone: a page of the file's that is there says so, and one in swap is never of it.
+    kinds = set(found[_ENTRY_BYTES - 1 :: _ENTRY_BYTES] if sys.byteorder == "little" else found[::_ENTRY_BYTES])
+    return any(kind & _SWAPPED or (kind & _PRESENT and not kind & _OF_FILE) for kind in kinds)
 
 
 def bring(address: int, nbytes: int) -> None:

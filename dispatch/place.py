@@ -30,6 +30,12 @@ def owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
     return model.get_submodule(path), leaf
 
 
+def owner_in(parts: Mapping[str, torch.nn.Module], name: str) -> tuple[torch.nn.Module, str]:
+    """Return (module, leaf name) of a full tensor name, among modules by their paths."""
+    path, _, leaf = name.rpartition(".")
+    return parts[path], leaf
+
+
 def get(module: torch.nn.Module, leaf: str) -> torch.Tensor:
     """Return the parameter or buffer called `leaf`, detached from autograd."""
     found: torch.Tensor | None = module._parameters.get(leaf)

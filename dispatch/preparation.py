@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import torch
 
 from dispatch import page_cache, peers, place
 from dispatch.expert_cache import ExpertCache
-from dispatch.experts import MappedExperts, StreamedExperts
+from dispatch.experts import ExpertPlace, MappedExperts, StreamedExperts
 from dispatch.readahead import ReadAhead, room_bytes
 from dispatch.slots import SlotRing
-from dispatch.stores import Store
+from dispatch.stores import HostStore, Store
 from dispatch.stream import StreamedGroup
 from dispatch.weights import Weights
 from planner.errors import InputError
@@ -30,6 +31,7 @@ _Part = tuple[Placement, WeightGroup, list[str], int | None]
 class Preparation:
     """The model is left alone: what is here becomes part of it when `attach` does that.
 
+    parts: the model's modules by their paths, where these are no longer what the plan calls them.
     buffers_wait: whether buffers of groups that wait are copied with them, and not kept where these are used.
     resident: tensors by their names; groups: by layer and group; experts: each with its module; mapped: names.
     """
@@ -41,8 +43,10 @@ class Preparation:
         targets: dict[str, torch.device],
         weights: Weights,
         *,
+        parts: Mapping[str, torch.nn.Module] | None = None,
         buffers_wait: bool = False,
     ):
+        self.parts = dict(model.named_modules(remove_duplicate=False)) if parts is None else parts
         self.model, self.plan, self.targets, self.weights = model, plan, targets, weights
         self.placed = [
             (p, g, [full_name(p.layer, t.name) for t in g.tensors]) for p, g in with_groups(plan.graph, plan.placements)
@@ -84,14 +88,7 @@ class Preparation:
 
     def load(self) -> None:
         """Load what stays, and make the stores of what waits."""
-        peers.check(list(self.targets.values()))
-        for entry in self.plan.slots:
-            wanted = (self.plan.hardware.disk(entry.device), entry.device, entry.holds)
-            staging = any((p.home, p.run_on, slot_kind(group)) == wanted for p, group, _ in self.placed)
-            ring = SlotRing(self.targets[entry.device], entry.count, entry.slot_bytes, staging=staging)
-            self.rings[entry.device, entry.holds] = ring
-            if entry.holds == "experts":
-                self.caches[entry.device] = ExpertCache(ring)
+        self._take_slots()
         with self.weights.reading(READERS, self._reads()):
             parts = sorted(self._parts(), key=lambda part: min(self.weights.file_order(n, part[3]) for n in part[2]))
             with ThreadPoolExecutor(READERS) as pool:
@@ -127,7 +124,7 @@ class Preparation:
         traced = bool(self.plan.graph.passes)
         mapped, found = set(self.mapped), dict[str, list[torch.Tensor]]()
         named = {(placement.layer, placement.group): names for placement, _, names in self.placed}
-        modules = dict(self.model.named_modules())
+        modules = self.parts
         for run in layer_runs(self.plan.graph, self.plan.placements):
             for part in run.parts:
                 layer, group = part.placement.layer, part.placement.group
@@ -149,6 +146,51 @@ class Preparation:
                     yield name, torch.device("cpu"), group.slices > 1
         for tensor in self.plan.graph.loose:
             yield tensor.name, self.targets[self.plan.run_on()[0]], False
+
+    def adopt(
+        self,
+        stores: Mapping[tuple[str, str], Store],
+        experts: Mapping[tuple[str, str], dict[int, ExpertPlace]],
+        mapped: list[str],
+        unwritten: list[str],
+        written: Collection[str],
+    ) -> None:
+        """Take what waits as another model's preparation has it, where the model has all that stays.
+
+        mapped: names of what is used straight from mapped files; unwritten: of those that still are as the files.
+        written: names of experts that no file holds as they are.
+        """
+        self._take_slots()
+        for placement, group, names in self.placed:
+            key = placement.layer, placement.group
+            if key in experts:
+                places = {e: (stays, self._pinned(placement, store)) for e, (stays, store) in experts[key].items()}
+                self._stream_experts(placement, group, names, places, written)
+            elif key in stores:
+                store = self._pinned(placement, stores[key])
+                self._stream_group(placement, [piece.name for piece in store.layout.pieces], store)
+        self.resident.update({name: self.weights.map(name) for name in unwritten})
+        self.mapped = unwritten
+        if unwritten and page_cache.SUPPORTED:
+            self.ahead = ReadAhead(self._in_pages(), room_bytes(self.plan))
+        self.mapped = mapped
+
+    def _pinned(self, placement: Placement, store: Any) -> Any:
+        """Return a store in pinned memory where that is wanted, and it is in other memory, as what was pickled is."""
+        device = self.targets[placement.run_on]
+        if isinstance(store, HostStore) and placement.memory != "pageable" and device.type == "cuda":
+            return store if store.slab.is_pinned() else store.copied(device, pinned=True)
+        return store
+
+    def _take_slots(self) -> None:
+        peers.check(list(self.targets.values()))
+        for entry in self.plan.slots:
+            wanted = (self.plan.hardware.disk(entry.device), entry.device, entry.holds)
+            staging = any((p.home, p.run_on, slot_kind(group)) == wanted for p, group, _ in self.placed)
+            ring = SlotRing(self.targets[entry.device], entry.count, entry.slot_bytes, staging=staging)
+            self.rings[entry.device, entry.holds] = ring
+            if entry.holds == "experts":
+                self.caches[entry.device] = ExpertCache(ring)
 
     def _parts(self) -> Iterator[_Part]:
         """Yield what is loaded by one reader at a time: groups, and single experts of those of which some wait."""
@@ -181,7 +223,7 @@ class Preparation:
         return stays, self._store(placement, [name for name in names if name not in stays], device)
 
     def _stream_group(self, placement: Placement, names: list[str], store: Store) -> None:
-        owners = {name: place.owner(self.model, name) for name in names}
+        owners = {name: place.owner_in(self.parts, name) for name in names}
         path = full_name(placement.layer, placement.group)
         group = StreamedGroup(path, owners, store, layer=placement.layer, stand_ins=self._stand_ins, tied=self._tied)
         self.groups[placement.layer, placement.group] = group
@@ -192,15 +234,18 @@ class Preparation:
         group: WeightGroup,
         names: list[str],
         experts: dict[int, tuple[dict[str, torch.Tensor], Store | None]],
+        written: Collection[str] = (),
     ) -> None:
         path = full_name(placement.layer, placement.group)
-        module = self.model.get_submodule(path)
+        module = self.parts[path]
         leaves = {name: name.removeprefix(f"{path}.") for name in names}
         resident = {e: {leaves[n]: view for n, view in stays.items()} for e, (stays, _) in experts.items() if stays}
         owners = {leaf: (module, leaf) for leaf in leaves.values()}
         # What a loaded model keeps in memory may be other than what its checkpoint holds.
         stored = self._waits_on_disk(placement) or self.weights.on_meta
-        files = {leaf: partial(self.weights.view, name) for name, leaf in leaves.items() if stored}
+        files = {
+            leaf: partial(self.weights.view, name) for name, leaf in leaves.items() if stored and name not in written
+        }
         if self._is_mapped(placement, group):
             whole = {leaves[name]: self.weights.map(name) for name in names}
             mapped = {e: {leaf: tensor[e] for leaf, tensor in whole.items()} for e in experts if e not in resident}

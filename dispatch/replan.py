@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dispatch.calls import Call
+from dispatch.limits import OnExceed
 from planner.errors import InputError
 from planner.growth import Size
 from planner.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What `dispatch.apply` was told, to do it again by a larger plan."""
+
+    checkpoint: str | Path | None
+    devices: Mapping[str, torch.device | str] | None
+    offload_dir: str | Path | None
+    on_exceed: OnExceed | None
+
+    def another_folder(self) -> Given:
+        """Return the same with a new folder inside the one for what waits on disk: others read that one's file."""
+        if self.offload_dir is None:
+            return self
+        folders = (Path(self.offload_dir) / f"replanned-{number}" for number in itertools.count(1))
+        return dataclasses.replace(self, offload_dir=next(folder for folder in folders if not folder.exists()))
 
 
 def larger_plan(plan: Plan, model: torch.nn.Module, call: Call) -> Plan:

@@ -11,12 +11,12 @@ import torch
 from dispatch.away import Away
 from planner.errors import InputError
 
-_NAME = "resize_token_embeddings"
+NAME = "resize_token_embeddings"
 
 
 def explain(model: torch.nn.Module) -> None:
     """Let a model say, where resizing its embeddings fails because they wait, that they do."""
-    resize: Callable[..., Any] | None = getattr(model, _NAME, None)
+    resize: Callable[..., Any] | None = getattr(model, NAME, None)
     if not callable(resize):
         return
 
@@ -32,12 +32,12 @@ def explain(model: torch.nn.Module) -> None:
                 "dispatch the model again"
             ) from exc
 
-    vars(model)[_NAME] = explaining
+    vars(model)[NAME] = explaining
 
 
 def leave(model: torch.nn.Module) -> None:
     """Undo `explain`."""
-    vars(model).pop(_NAME, None)
+    vars(model).pop(NAME, None)
 
 
 def _wait(model: Any) -> bool:

@@ -73,11 +73,15 @@ class Session:
 
     def leave(self, module: torch.nn.Module) -> None:
         """Give a module its own `generate` back, unless somebody gave it another since."""
-        if self._generate is None or vars(module).get("generate") is not self._generate:
-            return
-        del module.generate
-        if self._own_generate is not None:
-            module.generate = self._own_generate
+        own = self.own_generate(module)
+        vars(module).pop("generate", None)
+        if own is not None:
+            module.generate = own
+
+    def own_generate(self, module: torch.nn.Module) -> Any:
+        """Return the `generate` that a module has of its own, under the session's; None where it is its class's."""
+        current = vars(module).get("generate")
+        return self._own_generate if self._generate is not None and current is self._generate else current
 
     def _last(self) -> Session:
         """Return the session whose plan is in force."""

@@ -157,6 +157,12 @@ class HostStore:
     def renamed(self, names: dict[str, str]) -> HostStore:
         return HostStore(self.layout.renamed(names), self.slab)
 
+    def copied(self, target: torch.device, *, pinned: bool) -> HostStore:
+        """Return a copy in memory of its own, as `host_slab` takes it where it is to be pinned."""
+        slab = host_slab(self.layout.nbytes, target) if pinned else new_slab(self.layout.nbytes, torch.device("cpu"))
+        slab.copy_(self.slab[: self.layout.nbytes])
+        return HostStore(self.layout, slab)
+
     def views(self) -> dict[str, torch.Tensor]:
         """Return the weights as views of the slab, for the CPU to compute with."""
         return self.layout.views(self.slab)
@@ -188,6 +194,10 @@ class DiskStore:
 
     def renamed(self, names: dict[str, str]) -> DiskStore:
         return DiskStore(self.layout.renamed(names), self.checkpoint, self.sources, self.expert)
+
+    def of(self, checkpoint: Checkpoint) -> DiskStore:
+        """Return the same weights, read through another opening of the same files."""
+        return DiskStore(self.layout, checkpoint, self.sources, self.expert)
 
     def announce(self) -> None:
         for source in self.sources:

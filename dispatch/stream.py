@@ -93,6 +93,15 @@ class StreamedGroup:
         self._home = [(tensor, tensor._version) for tensor in waiting.values()]
         self._set(self._made({name: tensor.to(device) for name, tensor in waiting.items()}, trained=True))
 
+    def on(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Return the weights on a device as `bring` makes them the parameters."""
+        found = {name: tensor.to(device) for name, tensor in self.store.where_they_wait().items()}
+        return self._made(found, trained=True)
+
+    def standing(self) -> dict[str, tuple[torch.Tensor, bool | None]]:
+        """Return what stands for each weight while it is away, and whether that was to be trained, None of buffers."""
+        return {name: (self._away[name], self._trained[name]) for name in self._owners}
+
     @property
     def is_away(self) -> bool:
         """Whether parameters are on meta, as the group left them."""

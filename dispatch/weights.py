@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from dispatch import place
+from dispatch import page_cache, place
 from dispatch.buffers import Buffers
 from dispatch.checkpoint import Checkpoint
 from dispatch.sources import TensorSource, resolve_sources
@@ -49,8 +50,23 @@ class Weights:
         elif checkpoint is not None:
             self.sources = resolve_sources(model, checkpoint)
         self.computed = recomputed_buffers(model)
-        self.loaded: Callable[[int], None] = lambda nbytes: None
+        self.loaded: Callable[[int], None] = _untold
+        # Whether copies of the model, or pickles, read the files too.
+        self.lent = False
         self._buffers = Buffers(0, 0)
+
+    def again(self, model: torch.nn.Module, checkpoint: Checkpoint | None) -> Weights:
+        """Return the same for a copy of the model, which holds what is in no file; the files then have two readers."""
+        made = copy.copy(self)
+        made.model, made.checkpoint, made.given, made.computed, made._owners = model, checkpoint, {}, {}, {}
+        made.lent = self.lent = True
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("loaded", "_buffers")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, loaded=_untold, _buffers=Buffers(0, 0))
 
     @contextmanager
     def reading(self, readers: int, reads: Iterable[tuple[str, torch.device, bool]]) -> Iterator[None]:
@@ -139,9 +155,17 @@ class Weights:
         strides = place.strides_of(self._current(name))
         return self.sources[name].as_used(self._checkpoint().map(entry), strides)
 
+    def is_as_mapped(self, name: str, tensor: torch.Tensor) -> bool:
+        """Tell whether a tensor is what `map` gave for this name, and nothing was written to it since."""
+        if not self.in_pages(name) or self.map(name).data_ptr() != tensor.data_ptr():
+            return False
+        untouched = page_cache.written(tensor.data_ptr(), tensor.nbytes) is False
+        return untouched or self.sources[name].same(self._checkpoint(), tensor.detach())
+
     def in_pages(self, name: str) -> bool:
         """Tell whether what `map` returns lies in the page cache, and not in memory of its own."""
-        entry = None if name in self.computed else self.sources[name].whole_entry()
+        source = None if name in self.computed else self.sources.get(name)
+        entry = None if source is None else source.whole_entry()
         return entry is not None and self._checkpoint().mappable(entry)
 
     def view(self, name: str) -> torch.Tensor | None:
@@ -219,6 +243,10 @@ class Weights:
     def _checkpoint(self) -> Checkpoint:
         assert self.checkpoint is not None
         return self.checkpoint
+
+
+def _untold(nbytes: int) -> None:
+    pass
 
 
 def recomputed_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:

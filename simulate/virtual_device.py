@@ -42,6 +42,15 @@ class VirtualTensor(torch.Tensor):
         made.stand_in = inner
         return made
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> VirtualTensor:
+        """Return a copy on the same device; torch's own reads the memory of a storage, and this has none."""
+        made: Any = self.detach().clone()
+        made.requires_grad_(self.requires_grad)
+        # What makes it a parameter, and what else a user put there.
+        vars(made).update({name: value for name, value in vars(self).items() if name != "stand_in"})
+        memo[id(self)] = made
+        return made  # type: ignore[no-any-return]  # torch types what is detached as any tensor
+
     def __repr__(self) -> str:  # type: ignore[override]
         return f"VirtualTensor({self.stand_in!r}, device='{self.device}')"
 

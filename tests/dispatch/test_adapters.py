@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,42 @@ def test_hooks_are_removed_around_adapters(home: str, make_case: Any) -> None:
     assert torch.equal(case.logits(adapted), case.logits(with_adapters(case.loaded())))
 
 
+@pytest.mark.parametrize("kept", ["lm_head", "embed_tokens", "mlp"])
+@pytest.mark.parametrize("home", ["cpu", "disk", "mapped"])
+def test_modules_that_are_copied_to_be_trained(kept: str, home: str, make_case: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    case = make_case("llama")
+
+    def adapted(model: Any) -> Any:
+        torch.manual_seed(5)
+        config = peft.LoraConfig(
+            r=4, target_modules=["q_proj"], modules_to_save=[kept], task_type="CAUSAL_LM", init_lora_weights=False
+        )
+        return peft.get_peft_model(model, config)
+
+    reference, dispatched = adapted(case.loaded()), loaded(case, home)
+    with dispatch.weights_at_home(dispatched):
+        model = adapted(dispatched)
+    for _ in range(2):
+        expected, found = trained(reference, case.ids), trained(model, case.ids)
+        assert any(kept in name for name in found)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    assert torch.equal(case.logits(model), case.logits(reference))
+    model.save_pretrained(tmp_path / "adapter")
+    other = loaded(case, home)
+    with dispatch.weights_at_home(other):
+        again = peft.PeftModel.from_pretrained(other, tmp_path / "adapter")
+    for each in (again, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(case.logits(each), case.logits(reference))
+    if home != "disk":
+        with dispatch.weights_at_home(dispatched):
+            merged = model.merge_and_unload()
+        plain = reference.merge_and_unload()
+        for each in (merged, copy.deepcopy(merged), dispatch.remove(merged)):
+            assert torch.equal(case.logits(each), case.logits(plain))
+
+
 # Without PEFT
 
 
@@ -155,6 +193,31 @@ def test_what_is_added_goes_where_the_layer_runs() -> None:
             for each in (model, plain):
                 each.layers[2].base.weight += each.layers[2].beside.weight
         assert model.layers[2].beside is beside
+        assert torch.equal(model(rows()), plain(rows()))
+
+
+@pytest.mark.parametrize("home", ["cpu", "disk", "mapped"])
+def test_what_was_added_is_copied_and_pickled(home: str, tmp_path: Path) -> None:
+    plain = ZOO["shuffled"].build()
+    adapt(plain)
+    model: Any = dispatch.dispatch_model(
+        ZOO["shuffled"].build(), {"": "disk" if home == "mapped" else home},
+        main_device="cpu" if home == "mapped" else 0, offload_dir=tmp_path, devices=PLAYED,
+    )  # fmt: skip
+    with dispatch.weights_at_home(model):
+        adapt(model)
+    others = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    with torch.no_grad():
+        for other in others:
+            assert torch.equal(other(rows()), plain(rows()))
+            other.layers[2].beside.weight.zero_()
+            # Its own weights are within reach as the model's are.
+            with dispatch.weights_at_home(other):
+                assert torch.equal(other.layers[2].base.weight, plain.layers[2].base.weight)  # type: ignore[index, union-attr]
+            dispatch.remove_hook_from_submodules(other)
+            assert torch.equal(other.layers[2].base.weight, plain.layers[2].base.weight)  # type: ignore[index, union-attr]
+            part = copy.deepcopy(model.layers[2])
+            assert torch.equal(part(rows()), plain.layers[2](rows()))  # type: ignore[index, operator]
         assert torch.equal(model(rows()), plain(rows()))
 
 

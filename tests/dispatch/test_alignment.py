@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -122,3 +123,45 @@ def test_a_second_hook_takes_the_place_of_the_first() -> None:
     dispatch.cpu_offload_with_hook(model, "cpu")
     dispatch.cpu_offload_with_hook(model, "cpu")[1].remove()
     assert "forward" not in vars(model)
+
+
+def test_copies_of_whole_models_have_hooks_and_chains_of_their_own(box: Machine) -> None:
+    device, x = box.devices["cuda:0"], rows()
+    with torch.no_grad():
+        first, hook = dispatch.cpu_offload_with_hook(nn.Linear(WIDTH, WIDTH), device)
+        second, last = dispatch.cpu_offload_with_hook(nn.Linear(WIDTH, WIDTH), device, prev_module_hook=hook)
+        expected = second(first(x)).cpu()
+        alone = copy.deepcopy(second)
+        # In host memory, with what is before it in its chain, and on its device when it is called.
+        assert second.weight.device == device
+        assert alone.weight.device.type == "cpu"
+        assert torch.equal(alone(first(x)).cpu(), expected)
+        assert [one.weight.device.type for one in (alone, second, first)] == ["virtual"] * 3
+        hook.offload()
+        last.offload()
+        models, hooks = copy.deepcopy(([second, first], [hook, last]))
+        assert hooks[1].model is models[0] is not second
+        assert torch.equal(models[0](models[1](x)).cpu(), expected)
+        assert [one.weight.device.type for one in (*models, first, second)] == ["virtual", "cpu", "cpu", "cpu"]
+        hooks[1].offload()
+        assert models[0].weight.device.type == "cpu"
+        hooks[1].remove()
+        assert "forward" not in vars(models[0])
+        assert "__deepcopy__" not in vars(models[0])
+        assert "forward" in vars(second)
+        assert copy.deepcopy(hooks[1]).model is not models[0]
+
+
+def test_pickled_whole_models() -> None:
+    first, hook = dispatch.cpu_offload_with_hook(nn.Linear(WIDTH, WIDTH), "cpu")
+    second, last = dispatch.cpu_offload_with_hook(nn.Linear(WIDTH, WIDTH), "cpu", prev_module_hook=hook)
+    expected = second(first(rows()))
+    read = pickle.loads(pickle.dumps((first, second, last)))
+    assert torch.equal(read[1](read[0](rows())), expected)
+    assert read[2].model is read[1]
+    with torch.no_grad():
+        read[0].weight.zero_()
+    assert torch.equal(second(first(rows())), expected)
+    read[2].remove()
+    assert "forward" not in vars(read[1])
+    assert "forward" in vars(read[0])
