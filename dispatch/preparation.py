@@ -242,7 +242,7 @@ class Preparation:
         resident = {e: {leaves[n]: view for n, view in stays.items()} for e, (stays, _) in experts.items() if stays}
         owners = {leaf: (module, leaf) for leaf in leaves.values()}
         # What a loaded model keeps in memory may be other than what its checkpoint holds.
-        stored = self._waits_on_disk(placement) or self.weights.on_meta
+        stored = self.weights.checkpoint is not None and (self._waits_on_disk(placement) or self.weights.on_meta)
         files = {
             leaf: partial(self.weights.view, name) for name, leaf in leaves.items() if stored and name not in written
         }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import os
+import pickle
 import shutil
 import tempfile
 from pathlib import Path
@@ -455,3 +457,31 @@ def test_which_experts_stay_is_told_by_their_popularity() -> None:
     other = {name: tensor.flip(0) for name, tensor in case.reference.state_dict().items()}
     model.load_state_dict(other)
     assert same(dispatch.remove(model).state_dict(), other)
+
+
+@pytest.mark.parametrize("mode", ["pinned", "cpu experts", "mapped"])
+@torch.no_grad()
+def test_copies_have_what_was_written_since(mode: str) -> None:
+    """Not what the files hold; and a part that is copied at home has values, as one that is copied elsewhere."""
+    name = "model.layers.1.mlp.experts"
+    case, model = case_of("mixtral", "fused"), dispatched("mixtral", "fused", mode)
+    changed = case.loaded()
+    changed.set_experts_implementation(case.reference.get_experts_implementation())
+    changed.get_submodule(name).down_proj[:] *= -2
+    with dispatch.weights_at_home(model):
+        experts: Any = model.get_submodule(name)
+        experts.down_proj = nn.Parameter(experts.down_proj.clone() * -2)
+    with dispatch.weights_at_home(model):
+        parts = [copy.deepcopy(model.get_submodule(name))]
+        with pytest.raises(InputError, match="while its weights are at home"):
+            copy.deepcopy(model)
+    parts.append(copy.deepcopy(model.get_submodule(name)))
+    for part in parts:
+        assert not any(isinstance(parameter, ScatteredTensor) for parameter in part.parameters())
+        assert same(part.state_dict(), changed.get_submodule(name).state_dict())
+    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert made.resize_token_embeddings.__wrapped__.__self__ is made
+        assert torch.equal(case.logits(made), case.logits(changed))
+        assert same(made.state_dict(), changed.state_dict())
+        assert same(dispatch.remove(made).state_dict(), changed.state_dict())
+    assert same(model.state_dict(), changed.state_dict())
