@@ -19,7 +19,6 @@ from dispatch.experts import ExpertPlace
 from dispatch.limits import OnExceed
 from dispatch.plain_copy import COPYING, Memo, Pickled, attributes, itself, plain_copy, tensors_below
 from dispatch.replan import Given
-from dispatch.scattered import ScatteredTensor
 from dispatch.stores import DiskStore, HostStore, Store
 from dispatch.targets import is_here
 from dispatch.weights import Weights
@@ -297,7 +296,7 @@ class _Stores:
 
 def _lacks(memo: Memo, tensor: torch.Tensor) -> bool:
     """Tell whether no values are known that take the place of what stands for a weight."""
-    return isinstance(memo.get(id(tensor), tensor), (*AWAY, ScatteredTensor))
+    return isinstance(memo.get(id(tensor), tensor), AWAY)
 
 
 def _empty_like(tensor: torch.Tensor, trained: bool | None) -> torch.Tensor:

@@ -111,8 +111,8 @@ class _Experts(ABC):
             place.put(*owner, loaded[name])
 
     def standing(self) -> dict[str, torch.Tensor]:
-        """Return what stands for each whole parameter in the module: also what `bring` made."""
-        return self._meta | self._brought
+        """Return what stands for each whole parameter in the module."""
+        return dict(self._meta)
 
     def check(self) -> None:
         """Raise InputError if somebody replaced one of the module's parameters."""
