@@ -317,6 +317,7 @@ def taken_from(drawn: Drawn) -> type[Weights]:
         def __init__(self, model: Any, checkpoint: None, **options: Any):
             self.model, self.checkpoint, self.offloaded, self.on_meta = model, None, False, True
             self.given, self.sources, self.computed = {}, {}, recomputed_buffers(model)
+            self._owners, self.changed, self.lent = {}, False, False
             self.loaded, self._buffers = (lambda nbytes: None), Buffers(0, 0)
 
         def reading(self, *args: Any) -> Any:

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dispatch import attach
+from dispatch.dispatched import MAP_ATTRIBUTE, Dispatched, state_of
 from dispatch.scattered import ScatteredTensor
 from dispatch.stores import HostStore
 from dispatch.stream import StreamedGroup
 from planner.errors import InputError
 
-_MAP_ATTRIBUTE = "hf_device_map"
 _CPU = torch.device("cpu")
 
 
@@ -36,11 +35,11 @@ def weights_at_home(model: torch.nn.Module) -> Iterator[None]:
         InputError: it is not dispatched, or in the middle of a call; a weight on disk was written to, or given other
             values, which are then lost; an experts' parameter was taken from its module.
     """
-    state = attach.state_of(model)
+    state = state_of(model)
     inner = state.model
     groups = [group for stream in state.streams for group in stream.groups]
     # Who finds a map with offloaded modules there takes off their hooks, and dispatches anew.
-    told = vars(inner).pop(_MAP_ATTRIBUTE, None)
+    told = vars(inner).pop(MAP_ATTRIBUTE, None)
     _move_added(state, home=True)
     try:
         with state.whole.at_home():
@@ -62,7 +61,7 @@ def weights_at_home(model: torch.nn.Module) -> Iterator[None]:
     finally:
         state.whole.drop()
         if told is not None:
-            setattr(inner, _MAP_ATTRIBUTE, told)
+            setattr(inner, MAP_ATTRIBUTE, told)
         _move_added(state, home=False)
 
 
@@ -77,7 +76,7 @@ def _keep(group: StreamedGroup, home: Mapping[str, torch.Tensor]) -> None:
             home[name].copy_(tensor)
 
 
-def _move_added(state: attach.Dispatched, *, home: bool) -> None:
+def _move_added(state: Dispatched, *, home: bool) -> None:
     """Bring what was added to the model since it was dispatched to the CPU, where it is beside weights that wait, or to
     the device that runs the layer around it.
     """

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from dispatch import hooks, others, place
-from dispatch.attach import GROUP_ATTRIBUTE, WHOLE_ATTRIBUTE
 from dispatch.copying import Here
+from dispatch.dispatched import GROUP_ATTRIBUTE, WHOLE_ATTRIBUTE
 from dispatch.mover import changed
 from dispatch.plain_copy import COPYING, Memo, Pickled, plain_copy, tensors_below
 from dispatch.stream import GroupStream, StreamedGroup

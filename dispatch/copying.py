@@ -27,10 +27,12 @@ from planner.graph import full_name
 from planner.plan import Plan
 
 if TYPE_CHECKING:
-    from dispatch.attach import Dispatched
+    from dispatch.dispatched import Dispatched
 
 _CPU = torch.device("cpu")
 _Key = tuple[str, str]
+# Makes the model of (a blueprint,) run as the one that it is a copy of.
+Revive = Callable[[Any], torch.nn.Module]
 
 
 class Here:
@@ -90,7 +92,7 @@ class Copies:
     revive: takes (blueprint,) and returns its model, made to run. It is called wherever a pickle is read.
     """
 
-    def __init__(self, state: Dispatched, revive: Callable[[Any], torch.nn.Module]):
+    def __init__(self, state: Dispatched, revive: Revive):
         self._state, self._revive = state, revive
 
     def attach(self, *, parts: bool) -> None:
@@ -170,7 +172,7 @@ class Copies:
                 plan=state.plan,
                 # What takes gradients is the copy's own word by now.
                 conventions=replace(state.conventions, keeps_training=True),
-                weights=weights.again(model, checkpoint),
+                weights=weights.again(model, checkpoint, {name: place.owner_in(parts, name) for name in state.owners}),
                 parts=parts,
                 names=tuple(state.owners),
                 stores={key: stores.of(key, group.store) for key, group in has.groups.items()},

@@ -10,6 +10,7 @@ import torch
 
 from dispatch import attach, place
 from dispatch.conventions import Conventions
+from dispatch.dispatched import MAP_ATTRIBUTE, Dispatched, check_plain
 from dispatch.filling import Filling
 from dispatch.offload_folder import Waiting, check_path, find, of_index, write
 from dispatch.structure import Place, main_of, plan_of
@@ -46,7 +47,7 @@ def dispatched(
         raise InputError(
             f"the device map is {device_map!r}; it must say where each module goes, as {{'layers.0': 0, 'head': 'cpu'}}"
         )
-    attach.check_plain(model)
+    check_plain(model)
     check_path(offload_dir, "the folder for what waits on disk")
     if next(place.named_tensors(model), None) is not None:
         plan = plan_of(model, device_map, main_device=main_device, buffers_wait=buffers_wait, whole=whole or ())
@@ -58,10 +59,10 @@ def dispatched(
         conventions = _conventions(plan, targets, main, forced=forced, skip_keys=skipped, buffers_wait=buffers_wait)
         away = set(waiting_on_disk(plan))
         nbytes = weights.stored_bytes(name for _, _, name, _ in plan.graph.tensors() if name not in away)
-        attach.Dispatched(model, plan, targets, weights, conventions).start(nbytes=nbytes)
+        Dispatched(model, plan, targets, weights, conventions, revive=attach.revived).start(nbytes=nbytes)
         attach.forget(model)
     if told:
-        setattr(model, attach.MAP_ATTRIBUTE, dict(device_map))
+        setattr(model, MAP_ATTRIBUTE, dict(device_map))
     return model
 
 

@@ -106,9 +106,10 @@ class _Experts(ABC):
         self._brought = {}
 
     def restore(self, loaded: dict[str, torch.Tensor]) -> None:
-        """Give the module what `load` returned."""
+        """Give the module what `load` returned, but for what somebody replaced or took away."""
         for name, owner in self.owners.items():
-            place.put(*owner, loaded[name])
+            if place.here(*owner) is self._meta[name]:
+                place.put(*owner, loaded[name])
 
     def standing(self) -> dict[str, torch.Tensor]:
         """Return what stands for each whole parameter in the module."""

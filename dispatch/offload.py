@@ -14,6 +14,7 @@ import torch
 from dispatch import attach, others, place
 from dispatch.alignment import WholeOffload
 from dispatch.device_map import Devices, dispatched, real_devices
+from dispatch.dispatched import GROUP_ATTRIBUTE, check_plain, is_dispatched
 from dispatch.filling import Filling, emptied, fill
 from dispatch.offload_folder import check_path
 from dispatch.structure import Place, place_name, plan_of
@@ -148,7 +149,7 @@ def cpu_offload_with_hook(
         raise InputError(f"the model is to run on {name}, and this machine has no such device")
     if isinstance(model, torch.nn.Module) and (known := WholeOffload.of(model)) is not None:
         known.remove()
-    attach.check_plain(model)
+    check_plain(model)
     return model, WholeOffload(model, torch.device(name), prev_module_hook)
 
 
@@ -183,7 +184,7 @@ def load_checkpoint_in_model(
             has no offload_folder. PlanMismatchError: a shape differs.
     """
     _check_alone(offload_8bit_bnb=offload_8bit_bnb, broadcast_from_rank0=broadcast_from_rank0)
-    attach.check_plain(model)
+    check_plain(model)
     check_path(offload_folder, "the offload_folder")
     filling = Filling.find(
         model, checkpoint, strict=strict, dtype=dtype, keep_in_fp32=tuple(keep_in_fp32_modules or ())
@@ -263,13 +264,13 @@ def remove_hook_from_module(module: torch.nn.Module, recurse: bool = False) -> t
     place.check_module(module)
     if recurse:
         remove_hook_from_submodules(module)
-    elif attach.is_dispatched(module):
+    elif is_dispatched(module):
         attach.remove(module)
     elif (hook := WholeOffload.of(module)) is not None:
         hook.remove()
     elif others.is_offloaded(module):
         others.check(f"this {type(module).__name__}", module)
-    elif attach.GROUP_ATTRIBUTE in vars(module):
+    elif GROUP_ATTRIBUTE in vars(module):
         raise InputError(
             f"this {type(module).__name__} is a part of a model that was dispatched as a whole: call "
             "remove_hook_from_submodules with that model"

@@ -116,5 +116,5 @@ def check_away(owners: Mapping[str, tuple[torch.nn.Module, str]], away: Mapping[
         if found is not away[name] or not isinstance(found, Away):
             raise InputError(
                 f"{name} was replaced after dispatch.apply, and its weights are streamed from elsewhere: call "
-                "dispatch.remove, replace it, and apply the plan again"
+                "dispatch.remove, which leaves it there, and dispatch the model again"
             )

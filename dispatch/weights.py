@@ -55,10 +55,15 @@ class Weights:
         self.lent = False
         self._buffers = Buffers(0, 0)
 
-    def again(self, model: torch.nn.Module, checkpoint: Checkpoint | None) -> Weights:
-        """Return the same for a copy of the model, which holds what is in no file; the files then have two readers."""
+    def again(
+        self, model: torch.nn.Module, checkpoint: Checkpoint | None, owners: dict[str, tuple[torch.nn.Module, str]]
+    ) -> Weights:
+        """Return the same for a copy of the model, which holds what is in no file; the files then have two readers.
+
+        owners: where each tensor is; adapters may have come between.
+        """
         made = copy.copy(self)
-        made.model, made.checkpoint, made.given, made.computed, made._owners = model, checkpoint, {}, {}, {}
+        made.model, made.checkpoint, made.given, made.computed, made._owners = model, checkpoint, {}, {}, owners
         made.lent = self.lent = True
         return made
 

@@ -17,7 +17,8 @@ from torch import nn
 import dispatch
 import planner
 import simulate
-from dispatch import attach, page_cache
+from dispatch import page_cache
+from dispatch.dispatched import state_of
 from planner.errors import InputError, PlanMismatchError
 from simulate.virtual_machine import Machine
 from tiny_models import WORK, experts_away, on_cpu, spread_over_two, streamed
@@ -510,12 +511,12 @@ def test_a_copy_keeps_the_limits_and_replans_by_itself(first: str, make_case: An
     with torch.no_grad():
         expected = case.reference(longer).logits
         assert torch.equal(one(longer).logits, expected)
-        assert attach.state_of(one).plan.workload.prompt_tokens == 40
-        assert attach.state_of(other).plan.workload.prompt_tokens == 13
+        assert state_of(one).plan.workload.prompt_tokens == 40
+        assert state_of(other).plan.workload.prompt_tokens == 13
         # What the other reads from its file is still there.
         assert torch.equal(case.logits(other), case.logits(case.reference))
         assert torch.equal(other(longer).logits, expected)
-    assert attach.state_of(other).plan.workload.prompt_tokens == 40
+    assert state_of(other).plan.workload.prompt_tokens == 40
     strict = dispatch.apply(case.loaded(), case.plan(gpus="1x24GB"), devices=on_cpu(plan), on_exceed="refuse")
     with pytest.raises(PlanMismatchError), torch.no_grad():
         copy.deepcopy(strict)(longer)

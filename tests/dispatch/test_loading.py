@@ -265,7 +265,7 @@ def test_the_bar_counts_every_byte_that_is_read_once(
         yield told[-1][1].append
 
     with monkeypatch.context() as patch:
-        patch.setattr("dispatch.attach.loading_bar", bar)
+        patch.setattr("dispatch.dispatched.loading_bar", bar)
         dispatch.apply(case.meta(), plan, checkpoint=case.folder, devices=as_meta(plan))
     [(total, parts)] = told
     assert sum(parts) == total > 0
