@@ -223,7 +223,7 @@ def _space_out(problem: Problem, run_on: Sequence[str], name: str, kept: dict[tu
         if run_on[index] == name and found.option.prefetched and not is_tied:
             prices = tuple((home.memory, home.nbytes, *home.lane_ns.values()) for home in found.option.homes)
             alike.setdefault((group, found.option.freed_bytes, prices), []).append((index, group))
-    lasts = [_lasts_ns(problem, index, name, kept) if run_on[index] == name else 0 for index in range(len(run_on))]
+    lasts = [_lasts_ns(problem, index, on, kept) for index, on in enumerate(run_on)]
     begins = list(itertools.accumulate(lasts, initial=0))
     for members in alike.values():
         members.sort()
