@@ -19,11 +19,11 @@ from dispatch.match import check_matches
 from dispatch.measure import NAMES_ATTRIBUTE
 from dispatch.offload_folder import OFFLOAD_FILE, Waiting, write
 from dispatch.replan import Given
-from dispatch.session import Dispatch, Session
+from dispatch.session import AsItWasError, Dispatch, Session
 from dispatch.targets import check_carried_out, find_targets
 from dispatch.waiting import waiting_on_disk
 from dispatch.weights import Weights
-from planner.errors import InputError
+from planner.errors import InputError, PlanMismatchError
 from planner.loading import read_bytes
 from planner.plan import Plan
 
@@ -80,7 +80,8 @@ def _by_another(state: Dispatched, given: Given) -> Dispatch:
 
     def dispatch(larger: Plan) -> Session:
         module, weights, told = state.model, state.weights, given
-        if weights.on_meta and not weights.changed:
+        _check_same(state, larger)
+        if weights.on_meta and not weights.changed and not state.written():
             _let_go(module)
         else:
             remove(module)
@@ -97,6 +98,24 @@ def _by_another(state: Dispatched, given: Given) -> Dispatch:
         return following
 
     return dispatch
+
+
+def _check_same(state: Dispatched, larger: Plan) -> None:
+    """Raise AsItWasError where a larger plan could not take the place of a model's, before anything is changed."""
+    begins = "a call is larger than planned, and on_exceed='replan' cannot plan anew for it, since"
+    ends = "call dispatch.remove, and dispatch the model with a plan for such calls"
+    try:
+        check_matches(state.model, larger)
+    except PlanMismatchError as exc:
+        raise AsItWasError(f"{begins} the model was changed after dispatch.apply ({exc}): {ends}") from exc
+    # What load_state_dict wrote is no optimizer's.
+    written = [] if state.weights.changed else state.written()
+    trained = [name for name in written if state.parameter(name) is not None]
+    if trained:
+        raise AsItWasError(
+            f"{begins} {trained[0]} and {len(trained) - 1:,} more are trained, and an optimizer would be left with "
+            f"parameters that are used no more: {ends}"
+        )
 
 
 def revived(read: tuple[Blueprint]) -> torch.nn.Module:

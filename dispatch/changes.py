@@ -61,6 +61,9 @@ class Changes:
             if (tensor.shape, tensor.dtype) != (views[name].shape, views[name].dtype):
                 raise _refused(name, f"waits as {list(views[name].shape)} of {views[name].dtype}")
             views[name].copy_(tensor.detach())
+        if changed.keys() - set(self._buffers):
+            # Gradients of what was computed with parameters before are refused.
+            self._store.changes += 1
 
     def _changed(self, name: str) -> torch.Tensor | None:
         """Return what a weight is now where it may be another; None where it is the same."""

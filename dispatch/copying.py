@@ -165,6 +165,9 @@ class Copies:
             model = self._plain(state.model, memo)
             parts = {path: copy.deepcopy(module, memo) for path, module in state.parts.items()}
             stores = _Stores(state, checkpoint, shared=shared)
+            owners = {name: place.owner_in(parts, name) for name in state.owners}
+            again = weights.again(model, checkpoint, owners)
+            again.changed |= bool(state.written())
             session = state.session
             return Blueprint(
                 here=Here(state.targets),
@@ -172,7 +175,7 @@ class Copies:
                 plan=state.plan,
                 # What takes gradients is the copy's own word by now.
                 conventions=replace(state.conventions, keeps_training=True),
-                weights=weights.again(model, checkpoint, {name: place.owner_in(parts, name) for name in state.owners}),
+                weights=again,
                 parts=parts,
                 names=tuple(state.owners),
                 stores={key: stores.of(key, group.store) for key, group in has.groups.items()},
@@ -302,6 +305,6 @@ def _lacks(memo: Memo, tensor: torch.Tensor) -> bool:
 
 
 def _empty_like(tensor: torch.Tensor, trained: bool | None) -> torch.Tensor:
-    """Return a plain tensor on meta; a parameter, unless `trained` is None."""
-    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    """Return a plain tensor on meta, in the same order; a parameter, unless `trained` is None."""
+    empty = place.empty(tensor, torch.device("meta"))
     return empty if trained is None else place.as_parameter(empty, requires_grad=trained)

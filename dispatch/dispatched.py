@@ -115,6 +115,8 @@ class Dispatched:
         self.known = weakref.WeakSet(self.parts.values())
         self.copies = Copies(self, revive)
         self.waits = False
+        # What stays in its place: the object, and how often it was written to.
+        self.stays: dict[str, tuple[int, int]] = {}
 
     def start(
         self,
@@ -154,6 +156,7 @@ class Dispatched:
     def attach(self) -> None:
         """Make the model what was prepared."""
         self._set_implementations()
+        stays = list(self.has.resident)
         firsts = self.plan.graph.tied_to_earlier()
         for name, tensor in self.has.resident.items():
             self._put(name, firsts.get(name, name), tensor)
@@ -173,6 +176,7 @@ class Dispatched:
         layers = [layer.name for layer in self.plan.graph.layers]
         devices = {layer: self.targets[name] for layer, name in zip(layers, self.plan.run_on(), strict=True)}
         self.told = own_device.tell(self.model, layers, devices)
+        self.stays = {name: _state_of(found) for name in stays if (found := self._kept(name)) is not None}
 
     def _put(self, name: str, first: str, tensor: torch.Tensor) -> None:
         """Put a tensor that stays in its place; `first` is the first name of those that it is tied to."""
@@ -223,6 +227,20 @@ class Dispatched:
             refuse(self.model)
             resizing.explain(self.model)
             self.whole.attach()
+
+    def written(self) -> list[str]:
+        """Return the names of what stays in its place, and was written to since, or replaced."""
+        return [name for name, state in self.stays.items() if _state_of(self._kept(name)) != state]
+
+    def _kept(self, name: str) -> torch.Tensor | None:
+        """Return what a state dict would have under a name."""
+        module, leaf = self.owners[name]
+        return None if leaf in module._non_persistent_buffers_set else place.here(module, leaf)
+
+    def parameter(self, name: str) -> torch.nn.Parameter | None:
+        """Return the parameter that takes gradients under a name, or None."""
+        found = place.here(*self.owners[name])
+        return found if isinstance(found, torch.nn.Parameter) and found.requires_grad else None
 
     @property
     def whole(self) -> WholeState:
@@ -351,6 +369,10 @@ class Dispatched:
                     target._parameters[other_leaf] = module._parameters[leaf]
                 else:
                     target._buffers[other_leaf] = module._buffers[leaf]
+
+
+def _state_of(tensor: torch.Tensor | None) -> tuple[int, int]:
+    return id(tensor), 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _acquirer(stream: GroupStream, group: StreamedGroup, alone: threading.RLock) -> hooks.Before:

@@ -9,7 +9,7 @@ own, of those that have most the one that ran last.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -46,7 +46,7 @@ class ExpertCache:
         self.in_hand = InHand(ring)
         self.hits = self.copies = self.copied_bytes = 0
         # In the order of their last use, the one used longest ago first.
-        self._kept: dict[tuple[Hashable, int], int] = {}
+        self._kept: OrderedDict[tuple[Hashable, int], int] = OrderedDict()
         self._free = list(range(len(ring)))
         # The layer that ran last is last.
         self._ran: dict[Hashable, None] = {}
@@ -58,6 +58,9 @@ class ExpertCache:
         """Announce the experts that a layer will fetch, in order, and start to copy those that are not there."""
         self._give_back()
         self._ready.clear()
+        if len(self._free) + len(self._kept) != len(self.ring):
+            # An interrupt came between one and the other.
+            self._free = sorted(set(range(len(self.ring))) - set(self._kept.values()))
         self._ran.pop(layer, None)
         self._ran[layer] = None
         self._queue = deque(((layer, expert), store) for expert, store in experts)
@@ -71,8 +74,9 @@ class ExpertCache:
         key = self._ready.popleft()
         assert key == (layer, expert)
         self._held = key
-        self._kept[key] = slot = self._kept.pop(key)
-        return self.ring.use(slot)
+        # In one step: an interrupt in between would lose the slot.
+        self._kept.move_to_end(key)
+        return self.ring.use(self._kept[key])
 
     def end(self) -> None:
         """Let go of the expert fetched last, and copy more into what may be overwritten."""

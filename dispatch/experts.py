@@ -183,7 +183,7 @@ class StreamedExperts(_Experts):
         super().__init__(owners, resident, name=name, files=files, writable=writable)
         self.cache, self.cpu_up_to_tokens = cache, cpu_up_to_tokens
         self._waiting = waiting
-        self._saved = None if cache is None else SavedWeights(cache.in_hand)
+        self._saved = None if cache is None else SavedWeights(cache.in_hand, watched=False)
         self._keeps = False
         self._on_host: dict[int, dict[str, torch.Tensor]] = {}
         if cache is None or cpu_up_to_tokens:

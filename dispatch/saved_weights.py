@@ -64,12 +64,16 @@ def takes_hooks() -> bool:
 class SavedWeights:
     """Autograd's hooks while one module computes: of what lies in a slot only a note is saved, and all else goes on to
     the hooks that were there before.
+
+    watched: whether the module may write to its weights. Slots of experts are used anew in the middle of a call.
     """
 
-    def __init__(self, in_hand: InHand):
-        self._in_hand = in_hand
+    def __init__(self, in_hand: InHand, *, watched: bool = True):
+        self._in_hand, self._watched = in_hand, watched
         self._memory: int | None = None
         self._store: Store | None = None
+        # What was noted while the module runs, as it is in the slot: with its version.
+        self._noted: list[tuple[_Note, torch.Tensor, int]] = []
         self._outer: tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]] | None = None
         self._is_on = False
         # Also between graphs that torch.compile made, which would else look into them.
@@ -90,6 +94,9 @@ class SavedWeights:
     def end(self) -> None:
         """Give the hooks that were there before their place back."""
         self._memory = self._store = None
+        for note, tensor, version in self._noted:
+            note.is_written |= tensor._version != version
+        self._noted.clear()
         if not self._is_on:
             return
         top = _autograd._top_saved_tensors_default_hooks(True)
@@ -101,7 +108,10 @@ class SavedWeights:
         if self._store is not None and memory_of(tensor) == self._memory:
             if not (tensor.is_conj() or tensor.is_neg()):
                 place = (tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
-                return _Note(self._in_hand, self._store, self._store.changes, *place)
+                note = _Note(self._in_hand, self._store, self._store.changes, *place)
+                if self._watched:
+                    self._noted.append((note, tensor, tensor._version))
+                return note
             tensor = tensor.clone()
         if self._outer is not None:
             pack, unpack = self._outer
@@ -123,9 +133,12 @@ class _Saved(Protocol):
         """Return what was saved."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Note:
-    """Weights, or a view of some, by their place in a slab of their store's."""
+    """Weights, or a view of some, by their place in a slab of their store's.
+
+    is_written: whether the module wrote to them after they were saved.
+    """
 
     in_hand: InHand
     store: Store
@@ -134,8 +147,14 @@ class _Note:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
+    is_written: bool = False
 
     def tensor(self) -> torch.Tensor:
+        if self.is_written:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                f"weight or buffer of {list(self.shape)} that waits elsewhere, which the forward of its module wrote to"
+            )
         if self.store.changes != self.changes:
             names = ", ".join(piece.name for piece in self.store.layout.pieces)
             raise InputError(

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from dispatch.away import AwayParameter, AwayTensor
 from dispatch.checkpoint import MAP_NORESERVE
+from dispatch.place import as_parameter
 from planner.errors import InputError
 
 
@@ -67,6 +68,17 @@ class ScatteredTensor(torch.Tensor):
         with torch.no_grad():
             return self._source.read(self._shadow)
 
+    def _copied(self, memo: dict[int, Any]) -> torch.Tensor:
+        """Return a plain copy. Not by torch's own way, which knows memory by its address: what is gathered here is gone
+        before the next tensor is, which may have the same.
+        """
+        with torch.no_grad():
+            made = self.values().clone()
+        if isinstance(self, torch.nn.Parameter):
+            made = as_parameter(made, requires_grad=self.requires_grad)
+        memo[id(self)] = made
+        return made
+
     @classmethod
     def __torch_function__(
         cls,
@@ -90,6 +102,8 @@ class ScatteredTensor(torch.Tensor):
                 return first._source
             if func is torch.Tensor.contiguous and not kwargs and len(args) == 1 and first.dim():
                 return first if first.is_contiguous() else ScatteredTensor.of(_Reordered(first))
+            if func is torch.Tensor.__deepcopy__:
+                return first._copied(*args[1:])
             if func in _OF_MEMORY:
                 return func(first.values(), *args[1:], **kwargs)
             return func(*args, **kwargs)
@@ -214,7 +228,7 @@ _REFUSED = {torch.Tensor.share_memory_, torch.Tensor.set_, torch.Tensor.resize_}
 # They look at memory without any operator that could be seen.
 _OF_MEMORY = {
     torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.__repr__, torch.Tensor.__format__,
-    torch.Tensor.__reduce_ex__, torch.Tensor.__deepcopy__, torch.Tensor.__dlpack__, torch.Tensor.storage,
+    torch.Tensor.__reduce_ex__, torch.Tensor.__dlpack__, torch.Tensor.storage,
     torch.Tensor._typed_storage,
 }  # fmt: skip
 

@@ -21,6 +21,10 @@ Dispatch = Callable[[Plan], "Session"]
 Begin = Callable[[Iterable[Any]], None]
 
 
+class AsItWasError(InputError):
+    """A larger plan cannot take the place of the one in force, which stays in force."""
+
+
 class Session:
     """Slots, and the parameters that are views of them, serve one call at a time; other threads wait.
 
@@ -98,9 +102,13 @@ class Session:
             if self._next is None and self.limits is not None and self.limits.begin(call):
                 # What holds memory under the old plan is let go before the new one takes any.
                 larger = larger_plan(self.limits.plan, module, call)
-                self._around = None
+                around, self._around = self._around, None
                 assert self._dispatch is not None
-                self._next = self._dispatch(larger)
+                try:
+                    self._next = self._dispatch(larger)
+                except AsItWasError:
+                    self._around = around
+                    raise
             if self._next is not None:
                 return self._next.run(module, forward, args, kwargs)
             if self._around is None:
