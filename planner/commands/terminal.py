@@ -151,8 +151,8 @@ def _copies(plan: Plan) -> str | None:
     slots = [f"{what} on {device_list(names)}{' each' if len(names) > 1 else ''}" for what, names in alike.items()]
     through = f", through {'; '.join(slots)}" if slots else ""
     copied = [p for p in waiting if not p.cpu_up_to_tokens]
-    if not copied and not slots:
-        return None
+    if not copied:
+        return f"Copies go through {'; '.join(slots)}" if slots else None
     other = "What else" if len(copied) < len(waiting) else "What"
     return f"{other} is kept elsewhere than it runs is copied there each time it is needed{through}"
 
