@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ class SavedWeights:
         self._outer: tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]] | None = None
         self._is_on = False
         # Also between graphs that torch.compile made, which would else look into them.
-        self._hooks = torch.compiler.disable(self._pack), torch.compiler.disable(_unpack)
+        self._hooks = torch.compiler.disable(self._pack), _unpacking()
         setattr(self._hooks[0], _IN_HAND, in_hand)
 
     def begin(self) -> None:
@@ -194,6 +195,12 @@ class _Kept:
 
 def _unpack(saved: _Saved) -> torch.Tensor:
     return saved.tensor()
+
+
+@functools.cache
+def _unpacking() -> Callable[[_Saved], torch.Tensor]:
+    unpack: Callable[[_Saved], torch.Tensor] = torch.compiler.disable(_unpack)
+    return unpack
 
 
 def memory_of(tensor: torch.Tensor) -> int | None:

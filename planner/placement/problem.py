@@ -29,7 +29,8 @@ class Price:
 
     serial_ns, lane_ns: by step, what it adds to the device's own time, and to its link's.
     beside_ns: by step, of a whole group's copy what it takes from a CPU that computes experts all the while; of such an
-        expert what it takes longer where copies go on all the while. The device's own time grows by the lesser sum.
+        expert what it takes longer where copies go on all the while. The device's own time and its link's
+        grow by the lesser sum.
     """
 
     slices: int

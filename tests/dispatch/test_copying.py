@@ -11,7 +11,7 @@ import pytest
 import torch
 from held_things import memories, movable
 from load_meter import live_everywhere
-from plain_modules import WIDTH, ZOO, rows, tensors_in
+from plain_modules import WIDTH, ZOO, rows
 from torch import nn
 
 import dispatch
@@ -19,39 +19,13 @@ import planner
 import simulate
 from dispatch import page_cache
 from dispatch.dispatched import state_of
+from dispatched_zoo import CPU, PLAYED, answers, dispatched, hooked, same
 from planner.errors import InputError, PlanMismatchError
 from simulate.virtual_machine import Machine
 from tiny_models import WORK, experts_away, on_cpu, spread_over_two, streamed
 
-PLAYED = {"cuda:0": "cpu"}
-CPU = torch.device("cpu")
 HOMES = [("cpu", 0), ("disk", 0), ("cpu", 0, "disk"), ("mapped",)]
 pytestmark = [pytest.mark.usefixtures("one_thread")]
-
-
-def dispatched(name: str, folder: Path, *homes: Any, **options: Any) -> Any:
-    """Return a module of the zoo dispatched; mapped: all on disk, run by the CPU."""
-    entry = ZOO[name]
-    places = {block: homes[index % len(homes)] for index, block in enumerate(entry.blocks)}
-    if homes == ("mapped",):
-        places, options = {"": "disk"}, {"main_device": "cpu", **options}
-    options = {"main_device": 0, "offload_dir": folder, "devices": PLAYED, **options}
-    return dispatch.dispatch_model(entry.build(), places, preload_module_classes=entry.preload, **options)
-
-
-def answers(name: str, module: nn.Module) -> list[torch.Tensor]:
-    with torch.no_grad():
-        return tensors_in(ZOO[name].call(module, CPU))
-
-
-def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
-    return len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def hooked(module: nn.Module) -> dict[str, bool]:
-    """Return which modules have hooks, and whether their weights wait."""
-    named = module.named_modules()
-    return {path: dispatch.has_offloaded_params(each) for path, each in named if "forward" in vars(each)}
 
 
 def places(module: nn.Module) -> dict[str, tuple[torch.device, bool]]:

@@ -14,43 +14,16 @@ from typing import Any
 import pytest
 import torch
 from held_things import memories, movable
-from plain_modules import WIDTH, ZOO, rows, tensors_in
+from plain_modules import WIDTH, ZOO, rows
 from torch import nn
 
 import dispatch
+from dispatched_zoo import CPU, PLAYED, answers, dispatched, hooked, same
 from planner.errors import InputError, PlanMismatchError
 from tiny_models import experts_away, on_cpu, streamed
 
-PLAYED = {"cuda:0": "cpu"}
-CPU = torch.device("cpu")
 HOMES = [("cpu", 0), ("cpu", 0, "disk"), ("mapped",)]
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def dispatched(name: str, folder: Path, *homes: Any) -> Any:
-    """Return a module of the zoo dispatched; mapped: all on disk, run by the CPU."""
-    entry = ZOO[name]
-    mapped = homes == ("mapped",)
-    places = {block: homes[index % len(homes)] for index, block in enumerate(entry.blocks)}
-    return dispatch.dispatch_model(
-        entry.build(), {"": "disk"} if mapped else places, "cpu" if mapped else 0, offload_dir=folder,
-        preload_module_classes=entry.preload, devices=PLAYED,
-    )  # fmt: skip
-
-
-def answers(name: str, module: nn.Module) -> list[torch.Tensor]:
-    with torch.no_grad():
-        return tensors_in(ZOO[name].call(module, CPU))
-
-
-def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
-    return len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def hooked(module: nn.Module) -> dict[str, bool]:
-    """Return which modules have hooks, and whether their weights wait."""
-    named = module.named_modules()
-    return {path: dispatch.has_offloaded_params(each) for path, each in named if "forward" in vars(each)}
 
 
 def through_pickle(value: Any) -> Any:

@@ -51,7 +51,7 @@ def test_an_embedding_is_looked_up_where_embeddings_alone_use_its_weight(uses: s
 
 
 @pytest.mark.parametrize(("is_tied", "names"), [(False, {"model.embed_tokens"}), (True, set())])
-def test_generation_with_a_tied_head_reads_all_of_an_embedding(is_tied: bool, names: set[str]) -> None:
+def test_in_generation_an_embedding_is_looked_up_unless_the_head_is_tied_to_it(is_tied: bool, names: set[str]) -> None:
     config = transformers.LlamaConfig(
         vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         tie_word_embeddings=is_tied,
