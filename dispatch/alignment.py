@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dispatch import hooks, others, place
+from dispatch import accelerate_hooks, hooks, place
 from dispatch.copying import Here
 from dispatch.dispatched import GROUP_ATTRIBUTE, WHOLE_ATTRIBUTE
 from dispatch.mover import changed
@@ -27,7 +27,7 @@ def has_offloaded_params(module: torch.nn.Module) -> bool:
     What the CPU computes with straight from mapped files is there at any time, and is not counted.
     """
     place.check_module(module)
-    return GROUP_ATTRIBUTE in vars(module) or hasattr(module, SOURCE_ATTRIBUTE) or others.is_offloaded(module)
+    return GROUP_ATTRIBUTE in vars(module) or hasattr(module, SOURCE_ATTRIBUTE) or accelerate_hooks.is_offloaded(module)
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def align_module_device(module: torch.nn.Module, execution_device: Place | None 
     changes of weights that wait are lost with the block; those of others are kept.
     """
     place.check_module(module)
-    others.check(f"this {type(module).__name__}", module)
+    accelerate_hooks.check(f"this {type(module).__name__}", module)
     streamed: tuple[GroupStream, StreamedGroup] | None = vars(module).get(GROUP_ATTRIBUTE)
     device = None if execution_device is None else torch.device(place_name(execution_device))
     if streamed is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dispatch import hooks, others, own_device, place, resizing
+from dispatch import accelerate_hooks, hooks, own_device, place, resizing
 from dispatch.conventions import Conventions
 from dispatch.copying import Copies, Revive
 from dispatch.learned_order import LearnedStream
@@ -55,7 +55,7 @@ def check_plain(model: torch.nn.Module) -> None:
             )
         if WHOLE_ATTRIBUTE in vars(module):
             raise InputError(f"{path or 'this model'} has a hook of cpu_offload_with_hook; call its remove() first")
-        others.check(path, module)
+        accelerate_hooks.check(path, module)
 
 
 def state_of(model: torch.nn.Module) -> Dispatched:

@@ -14,7 +14,7 @@ from dispatch.away import away
 from dispatch.expert_cache import ExpertCache
 from dispatch.readahead import Bringing
 from dispatch.saved_weights import SavedWeights, takes_hooks
-from dispatch.scattered import ScatteredTensor
+from dispatch.scattered_tensor import ScatteredTensor
 from dispatch.stores import HostStore, Store
 from planner.errors import InputError
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dispatch import attach, others, place
+from dispatch import accelerate_hooks, attach, place
 from dispatch.alignment import WholeOffload
 from dispatch.device_map import Devices, dispatched, real_devices
 from dispatch.dispatched import GROUP_ATTRIBUTE, check_plain, is_dispatched
@@ -268,8 +268,8 @@ def remove_hook_from_module(module: torch.nn.Module, recurse: bool = False) -> t
         attach.remove(module)
     elif (hook := WholeOffload.of(module)) is not None:
         hook.remove()
-    elif others.is_offloaded(module):
-        others.check(f"this {type(module).__name__}", module)
+    elif accelerate_hooks.is_offloaded(module):
+        accelerate_hooks.check(f"this {type(module).__name__}", module)
     elif GROUP_ATTRIBUTE in vars(module):
         raise InputError(
             f"this {type(module).__name__} is a part of a model that was dispatched as a whole: call "

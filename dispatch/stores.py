@@ -12,7 +12,7 @@ import torch
 
 from dispatch import buffers
 from dispatch.checkpoint import Checkpoint, TensorEntry
-from dispatch.scattered import reserved, span
+from dispatch.scattered_tensor import reserved, span
 from dispatch.sources import TensorSource
 from planner.errors import InputError
 from planner.graph import SLAB_ALIGNMENT_BYTES

@@ -53,7 +53,7 @@ class WholeState:
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the plain model's would hold: what waits in host memory as views of that, and what waits on disk
         as views of the mapped file, where a file holds it as it is. Tied names have one tensor. Fused experts that wait
-        one by one are a tensor whose values come when they are asked for (`dispatch.scattered`).
+        one by one are a tensor whose values come when they are asked for (`dispatch.scattered_tensor`).
         """
         with self.at_home():
             # The class's own: this stands on the instance.

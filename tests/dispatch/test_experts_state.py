@@ -20,7 +20,7 @@ from torch import nn
 import dispatch
 import planner
 from dispatch import page_cache
-from dispatch.scattered import ScatteredTensor
+from dispatch.scattered_tensor import ScatteredTensor
 from planner.errors import InputError
 from planner.plan import Placement, Plan
 from tiny_models import WORK, Case, build_case, experts_away, on_cpu, streamed, with_placements, with_slots

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dispatch.away import away
-from dispatch.scattered import ScatteredTensor
+from dispatch.scattered_tensor import ScatteredTensor
 from planner.errors import InputError
 
 SHAPE = (4, 6, 5)
