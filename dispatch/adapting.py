@@ -22,7 +22,7 @@ _CPU = torch.device("cpu")
 @contextmanager
 def weights_at_home(model: torch.nn.Module) -> Iterator[None]:
     """Have every weight that waits where it waits, inside the block: as a tensor over its host memory or its file.
-    Fused experts that wait one by one are a tensor (`dispatch.scattered_tensor`) whose values come as they are asked for.
+    Fused experts that wait one by one are a `ScatteredTensor`, whose values come as they are asked for.
 
     For what changes the modules and not only calls them: `peft.get_peft_model`, `PeftModel.from_pretrained`,
     `merge_and_unload`. What is written to host memory stays; writing to a file is refused. What was added since the
